@@ -1,1 +1,8 @@
-//! Masked autoencoders.
+//! Masked autoencoders (He et al., arXiv 2111.06377; `ViTMAE` in Hugging Face transformers).
+#![deny(missing_docs)]
+
+pub mod cpu;
+mod error;
+pub mod ops;
+
+pub use error::{Error, Result};
