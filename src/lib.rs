@@ -4,7 +4,7 @@
 pub mod config;
 pub mod cpu;
 mod error;
-mod files;
+pub mod files;
 pub mod ops;
 pub mod weights;
 
