@@ -94,14 +94,21 @@ fn missing_unexpected_and_misshaped_tensors_are_named_together() {
             "of another shape: vit.embeddings.cls_token (expected [1, 1, 8], found [1, 1, 4])",
         ],
     );
-    // Not one tensor is handed out of a checkpoint that does not fit.
+    // Not one tensor is handed out of a checkpoint that does not fit, be it in the type of the last.
+    let (header, data) = split(&weights(&folder));
+    let place = header.find("\"decoder.decoder_pos_embed\"").unwrap();
+    let retyped = header[..place].to_owned() + &header[place..].replacen("\"F32\"", "\"I32\"", 1);
+    let wrong_type = folder.path().join("wrong type.safetensors");
+    fs::write(&wrong_type, join(retyped.as_bytes(), &data)).unwrap();
     let specs = parameters(&small_config(), Parts::All);
-    let mut calls = 0;
-    let result = Checkpoint::open(&other).unwrap().read_into(&specs, |_, _| {
-        calls += 1;
-        Ok(())
-    });
-    assert!(result.is_err() && calls == 0);
+    for path in [other, wrong_type] {
+        let mut calls = 0;
+        let result = Checkpoint::open(&path).unwrap().read_into(&specs, |_, _| {
+            calls += 1;
+            Ok(())
+        });
+        assert!(result.is_err() && calls == 0, "{}", path.display());
+    }
 }
 
 #[test]
