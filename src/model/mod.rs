@@ -1,0 +1,22 @@
+//! The masked autoencoder over a [`Backend`](crate::ops::Backend): encoder, decoder and loss, forward and backward.
+
+mod autoencoder;
+mod encoder;
+mod gradients;
+mod images;
+mod initialize;
+mod layers;
+mod masking;
+mod parameters;
+mod positions;
+mod transformer;
+mod workspace;
+
+pub use autoencoder::{MaeForPreTraining, Reconstruction};
+pub use encoder::{Encoded, EncoderView, Extras, MaeEncoder};
+pub use gradients::Gradients;
+pub use images::{ImageValues, Images};
+pub use masking::Masking;
+pub use parameters::{Layout, Parameters};
+pub use positions::{PositionInterpolation, interpolate_flat, interpolate_grid, sin_cos_table};
+pub use workspace::{Purpose, Workspace, WorkspaceShape};
