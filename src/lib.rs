@@ -3,6 +3,8 @@
 
 pub mod cpu;
 mod error;
+pub mod model;
 pub mod ops;
+pub mod train;
 
 pub use error::{Error, Result};
