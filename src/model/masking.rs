@@ -21,8 +21,10 @@ pub enum Masking<'a> {
         ratio: f64,
         /// Seed and epoch.
         random: RandomMask,
-        /// The global index of each image, `[B]`; or those from 0 on.
+        /// The global index of each image, `[B]`; or those from `first` on.
         samples: Option<&'a [u64]>,
+        /// The first image's global index where `samples` does not say.
+        first: u64,
     },
 }
 
@@ -30,7 +32,7 @@ impl Masking<'static> {
     /// Random masks for a batch of images numbered from 0.
     #[must_use]
     pub fn random(ratio: f64, seed: u64) -> Self {
-        Self::Random { ratio, random: RandomMask { seed, epoch: 0 }, samples: None }
+        Self::Random { ratio, random: RandomMask { seed, epoch: 0 }, samples: None, first: 0 }
     }
 }
 
@@ -67,9 +69,12 @@ impl Masking<'_> {
             Self::Noise { ratio, noise } => {
                 Self::Noise { ratio, noise: &noise[range.start * patches..range.end * patches] }
             }
-            Self::Random { ratio, random, samples } => {
-                Self::Random { ratio, random, samples: samples.map(|samples| &samples[range]) }
-            }
+            Self::Random { ratio, random, samples, first } => Self::Random {
+                ratio,
+                random,
+                samples: samples.map(|samples| &samples[range.clone()]),
+                first: first + range.start as u64,
+            },
         }
     }
 }

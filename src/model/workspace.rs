@@ -135,12 +135,12 @@ impl<B: Backend> Inputs<B> {
                 backend.upload(&mut self.noise, noise)?;
                 backend.masking_from_noise(shape, ids_keep, ids_hidden, ids_restore, mask, &self.noise)
             }
-            super::Masking::Random { random, samples, .. } => {
+            super::Masking::Random { random, samples, first, .. } => {
                 let samples = match samples {
                     Some(samples) => samples,
                     None => {
                         self.host_samples.clear();
-                        self.host_samples.extend(0..shape.batch as u64);
+                        self.host_samples.extend(first..first + shape.batch as u64);
                         &self.host_samples
                     }
                 };
