@@ -96,7 +96,7 @@ pub(crate) fn at_least_one_u64(text: &str) -> Result<u64, String> {
 pub(crate) fn mask_ratio(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(ratio) if (0.0..1.0).contains(&ratio) => Ok(ratio),
-        _ => Err("expected a number from 0 to below 1: at least one patch must stay visible".into()),
+        _ => Err("expected a number from 0 to below 1".into()),
     }
 }
 
