@@ -19,7 +19,7 @@ use crate::config::MaeConfig;
 use crate::data::{ImageProcessor, Loader, LoaderOptions, Position, Source, SourceOptions, Training, Transform};
 use crate::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking, Purpose, WorkspaceShape};
 use crate::ops::{Backend, MaskingShape, RandomMask};
-use crate::picture::reconstruction_grid;
+use crate::picture::{Curve, reconstruction_grid};
 use crate::train::checkpoint::{self, TrainerState};
 use crate::train::metrics::{Metrics, MetricsFile};
 use crate::train::{OptimizerSettings, Schedule, Trainer};
@@ -133,7 +133,7 @@ pub struct PretrainReport {
     /// The mean loss of the first and of the last tenth of the steps.
     pub loss: Option<(f64, f64)>,
     /// Pictures that could not be decoded.
-    pub skipped_pictures: u64,
+    pub skipped_pictures: usize,
     /// Steps that were skipped because they were not finite.
     pub skipped_steps: u64,
 }
@@ -266,11 +266,8 @@ impl<'s, B: Backend> Run<'s, B> {
         })?;
         let (metrics, history) = MetricsFile::open(&out.join("metrics.jsonl"), done)?;
 
-        let batches = batches_per_epoch as u64;
-        let position = Position {
-            epoch: (done * *accumulate as u64 / batches) as u32,
-            batch: done * *accumulate as u64 % batches,
-        };
+        let (batches, seen) = (batches_per_epoch as u64, done * *accumulate as u64);
+        let position = Position { epoch: (seen / batches) as u32, batch: (seen % batches) as usize };
         let options = LoaderOptions {
             batch_size: *batch_size,
             seed: *seed,
@@ -338,7 +335,7 @@ impl<'s, B: Backend> Run<'s, B> {
             picture: self.picture.clone(),
             curve: self.settings.out.join("loss.svg"),
             loss: first_and_last(&self.history),
-            skipped_pictures: self.loader.skipped(),
+            skipped_pictures: self.loader.bad_pictures(),
             skipped_steps: self.trainer.non_finite_steps(),
         })
     }
@@ -358,7 +355,7 @@ impl<'s, B: Backend> Run<'s, B> {
             };
             waited += asked.elapsed().as_secs_f64();
             let images = Images {
-                batch: batch.samples.len(),
+                batch: batch.len(),
                 channels: image.channels,
                 height: image.height,
                 width: image.width,
@@ -371,7 +368,6 @@ impl<'s, B: Backend> Run<'s, B> {
                 first: 0,
             };
             self.trainer.accumulate(&images, &masking, batch_size * accumulate)?;
-            self.loader.recycle(batch);
         }
         let learning_rate = self.schedule.at(self.done);
         let report = self.trainer.update(learning_rate)?;
@@ -423,9 +419,9 @@ impl<'s, B: Backend> Run<'s, B> {
             interpolation: None,
         })?;
         let result = model.reconstruct_in(&mut workspace, &images, &masking, Extras::default())?;
-        let labels: Vec<String> = (0..batch).map(|index| format!("picture {index}")).collect();
-        let grid = reconstruction_grid(config, image, &images, &result, &mean, &deviation, &labels)?
-            .title(&format!("step {}: loss {:.4}", self.done, result.loss));
+        let labels: Vec<String> = (1..=batch).map(|index| format!("picture {index}")).collect();
+        let mut grid = reconstruction_grid(config, image, &images, &result, (&mean, &deviation), &labels)?;
+        grid.footer(&format!("Step {}, loss {:.4} on these pictures.", self.done, result.loss));
         let path = self.settings.out.join(format!("reconstruction-{}.png", self.done));
         grid.save(&path)?;
         watch(Event::Wrote(&path));
@@ -440,14 +436,14 @@ impl<'s, B: Backend> Run<'s, B> {
         let points: Vec<(u64, f64)> =
             self.history.iter().map(|metrics| (metrics.step, metrics.loss.unwrap_or(f64::NAN))).collect();
         let path = self.settings.out.join("loss.svg");
-        crate::picture::save_loss_curve(&path, &points)?;
+        Curve::new("Training loss", "mean squared error of hidden patches", &points).save(&path)?;
         watch(Event::Wrote(&path));
         Ok(())
     }
 
     /// Writes `checkpoint-STEP/`, whole or not at all.
     fn save(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
-        let state = TrainerState::new(self.done, self.settings, self.loader.fingerprint());
+        let state = TrainerState::new(self.done, self.settings, self.loader.source().fingerprint());
         let folder = checkpoint::save(&self.settings.out, &self.trainer, &self.processor, &state)?;
         watch(Event::Wrote(&folder));
         self.saved = Some((self.done, folder));
