@@ -125,3 +125,23 @@ impl FromStr for Size {
         Ok(Self { height: parse(height)?, width: parse(width)? })
     }
 }
+
+/// How pictures are prepared for a checkpoint: by its `preprocessor_config.json` where it has one, else resized to its image
+/// size and normalised as transformers does by default.
+pub(crate) fn processor_for(
+    checkpoint: &std::path::Path,
+    config: &vitmae::config::MaeConfig,
+    size: Option<Size>,
+) -> anyhow::Result<vitmae::data::ImageProcessor> {
+    let folder = if checkpoint.is_dir() { Some(checkpoint) } else { checkpoint.parent() };
+    let file = folder.map(|folder| folder.join("preprocessor_config.json")).filter(|file| file.exists());
+    let image = config.image();
+    let processor = match file {
+        Some(file) => vitmae::data::ImageProcessor::open(file)?,
+        None => vitmae::data::ImageProcessor::new(image.height, image.width, image.channels),
+    };
+    Ok(match size {
+        Some(size) => processor.with_size(size.height, size.width),
+        None => processor,
+    })
+}
