@@ -1,1 +1,4 @@
 //! Masked autoencoders.
+
+#[cfg(feature = "cuda")]
+pub mod cuda;
