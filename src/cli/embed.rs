@@ -1,14 +1,14 @@
 //! `vitmae embed`.
 
 use std::ffi::OsString;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use vitmae::data::{Loader, LoaderOptions, Source, SourceOptions, Transform};
 use vitmae::model::{Extras, ImageValues, Images, MaeEncoder, Masking, PositionInterpolation};
 use vitmae::ops::Backend;
-use vitmae::weights::{Checkpoint, TensorData, TensorWriter};
+use vitmae::files::write_atomically;
+use vitmae::weights::{Checkpoint, Tensor, Values, write_tensors};
 
 use crate::cli::arguments::{Size, at_least_one, processor_for};
 use crate::cli::progress;
@@ -84,21 +84,22 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
     }
     progress::clear();
 
+    let source = loader.source();
+    let names = arguments.out.with_extension("names.txt");
+    write_atomically(&names, |file| {
+        let mut lines = features.samples.iter().map(|&sample| format!("{}\n", source.name(sample as usize).display()));
+        lines.try_for_each(|line| file.bytes(line.as_bytes()))
+    })?;
+    let shape: Vec<String> = features.shape().iter().map(ToString::to_string).collect();
     if as_npy {
         features.write_npy(&arguments.out)?;
     } else {
         features.write_safetensors(&arguments.out)?;
     }
-    let source = loader.source();
-    let names = arguments.out.with_extension("names.txt");
-    vitmae::files::write_atomically(&names, |file| {
-        features.samples.iter().try_for_each(|&sample| writeln!(file, "{}", source.name(sample as usize).display()))
-    })?;
     let left_out = loader.bad_pictures();
     if left_out > 0 {
         tracing::warn!("{left_out} pictures could not be decoded and were left out");
     }
-    let shape: Vec<String> = features.shape().iter().map(ToString::to_string).collect();
     println!("wrote {}: features [{}]; rows as in {}", arguments.out.display(), shape.join(", "), names.display());
     Ok(())
 }
@@ -143,32 +144,30 @@ impl Features {
         shape
     }
 
-    fn write_safetensors(&self, path: &Path) -> vitmae::Result<()> {
-        let mut writer = TensorWriter::new();
-        writer.add("features", self.shape(), TensorData::F32(&self.values));
-        writer.add("samples", vec![self.samples.len()], TensorData::I64(&self.samples));
-        if self.labels.len() == self.samples.len() {
-            writer.add("labels", vec![self.labels.len()], TensorData::I64(&self.labels));
-        }
-        writer.save(path)
+    fn write_safetensors(self, path: &Path) -> vitmae::Result<()> {
+        let count = self.samples.len();
+        let shape = self.shape();
+        let labels = (self.labels.len() == count).then(|| Tensor::new([count], Values::I64(self.labels))).transpose()?;
+        let features = Tensor::new(shape, Values::F32(self.values))?;
+        let samples = Tensor::new([count], Values::I64(self.samples))?;
+        let mut tensors = vec![("features", &features), ("samples", &samples)];
+        tensors.extend(labels.as_ref().map(|labels| ("labels", labels)));
+        write_tensors(path, &tensors)
     }
 
     /// NumPy's format, version 1.0.
-    fn write_npy(&self, path: &Path) -> vitmae::Result<()> {
+    fn write_npy(self, path: &Path) -> vitmae::Result<()> {
         let shape: Vec<String> = self.shape().iter().map(ToString::to_string).collect();
         let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({}), }}", shape.join(", "));
         // Magic, version, length and header together fill whole lines of 64 bytes.
         let unpadded = 10 + header.len() + 1;
         header.push_str(&" ".repeat(unpadded.next_multiple_of(64) - unpadded));
         header.push('\n');
-        vitmae::files::write_atomically(path, |file| {
-            file.write_all(b"\x93NUMPY\x01\x00")?;
-            file.write_all(&(header.len() as u16).to_le_bytes())?;
-            file.write_all(header.as_bytes())?;
-            for value in &self.values {
-                file.write_all(&value.to_le_bytes())?;
-            }
-            Ok(())
+        write_atomically(path, |file| {
+            file.bytes(b"\x93NUMPY\x01\x00")?;
+            file.bytes(&(header.len() as u16).to_le_bytes())?;
+            file.bytes(header.as_bytes())?;
+            self.values.iter().try_for_each(|value| file.bytes(&value.to_le_bytes()))
         })
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::bail;
 use vitmae::model::{Extras, Gradients, ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation, Reconstruction};
 use vitmae::ops::Backend;
-use vitmae::weights::{TensorData, TensorFile, TensorWriter};
+use vitmae::weights::{Tensor, TensorFile, Values, write_tensors};
 
 use crate::cli::arguments::mask_ratio;
 
@@ -50,16 +50,16 @@ enum Interpolation {
 pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Result<()> {
     let model = MaeForPreTraining::from_pretrained(&arguments.from, backend)?;
     let mut input = TensorFile::open(&arguments.input)?;
-    let shape = input.require("pixel_values")?.shape.clone();
-    let [batch, channels, height, width] = shape[..] else {
+    let pixels = input.read_as_f32("pixel_values")?;
+    let shape = input.shape("pixel_values").unwrap_or_default();
+    let &[batch, channels, height, width] = shape else {
         bail!("{}: pixel_values should have the shape [B, C, H, W] and has {shape:?}", arguments.input.display());
     };
-    let pixels = input.read_f32("pixel_values")?;
     let images = Images { batch, channels, height, width, values: ImageValues::Normalized(&pixels) };
     let ratio = arguments.mask_ratio.unwrap_or(model.config().mask_ratio);
-    let noise = match input.get("noise").map(|tensor| tensor.shape.clone()) {
+    let noise = match input.shape("noise") {
         None => None,
-        Some(shape) if shape.len() == 2 && shape[0] == batch => Some(input.read_f32("noise")?),
+        Some(&[images, _]) if images == batch => Some(input.read_as_f32("noise")?),
         Some(shape) => bail!(
             "{}: noise should have the shape [B, L] with B = {batch} and has {shape:?}",
             arguments.input.display()
@@ -95,31 +95,31 @@ fn write<B: Backend>(
     let config = model.config();
     let (width, heads, tokens) = (config.hidden_size, config.num_attention_heads, 1 + keep);
     let ids_restore: Vec<i64> = result.ids_restore.iter().map(|&id| i64::from(id)).collect();
-    let loss = [result.loss as f32];
-    let mut writer = TensorWriter::new();
-    writer.add("loss", vec![1], TensorData::F32(&loss));
-    let patch_length = config.image().patch_length();
-    writer.add("logits", vec![batch, patches, patch_length], TensorData::F32(&result.logits));
-    writer.add("mask", vec![batch, patches], TensorData::F32(&result.mask));
-    writer.add("ids_restore", vec![batch, patches], TensorData::I64(&ids_restore));
-    writer.add("last_hidden_state", vec![batch, tokens, width], TensorData::F32(&result.last_hidden_state));
+    let mut tensors = Vec::new();
+    let mut add = |name: String, shape: &[usize], values: Values| -> vitmae::Result<()> {
+        tensors.push((name, Tensor::new(shape, values)?));
+        Ok(())
+    };
+    let f32s = |values: &[f32]| Values::F32(values.to_vec());
+    add("loss".into(), &[1], Values::F32(vec![result.loss as f32]))?;
+    add("logits".into(), &[batch, patches, config.image().patch_length()], f32s(&result.logits))?;
+    add("mask".into(), &[batch, patches], f32s(&result.mask))?;
+    add("ids_restore".into(), &[batch, patches], Values::I64(ids_restore))?;
+    add("last_hidden_state".into(), &[batch, tokens, width], f32s(&result.last_hidden_state))?;
     for (layer, state) in result.hidden_states.iter().enumerate() {
-        writer.add(&format!("hidden_states.{layer}"), vec![batch, tokens, width], TensorData::F32(state));
+        add(format!("hidden_states.{layer}"), &[batch, tokens, width], f32s(state))?;
     }
     for (layer, attention) in result.attentions.iter().enumerate() {
-        writer.add(&format!("attentions.{layer}"), vec![batch, heads, tokens, tokens], TensorData::F32(attention));
+        add(format!("attentions.{layer}"), &[batch, heads, tokens, tokens], f32s(attention))?;
     }
-    let layout = model.parameters().layout();
-    let mut values = Vec::new();
     if let Some(gradients) = gradients {
+        let layout = model.parameters().layout();
         for (index, spec) in layout.specs().iter().enumerate() {
             if let Some(gradient) = gradients.get(model.backend(), layout, index)? {
-                values.push((format!("grad.{}", spec.name), spec.shape.clone(), gradient));
+                add(format!("grad.{}", spec.name), &spec.shape, Values::F32(gradient))?;
             }
         }
     }
-    for (name, shape, gradient) in &values {
-        writer.add(name, shape.clone(), TensorData::F32(gradient));
-    }
-    Ok(writer.save(&arguments.output)?)
+    let named: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    Ok(write_tensors(&arguments.output, &named)?)
 }

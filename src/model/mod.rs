@@ -20,6 +20,7 @@ pub use gradients::Gradients;
 pub use images::{ImageValues, Images};
 pub use masking::Masking;
 pub use memory::MemoryUse;
+pub(crate) use parameters::download_part;
 pub use parameters::{Layout, Parameters};
 pub use pixels::predicted_images;
 pub use positions::{PositionInterpolation, interpolate_flat, interpolate_grid, sin_cos_table};

@@ -9,7 +9,6 @@ use crate::data::ImageProcessor;
 use crate::ops::Backend;
 use crate::train::pretrain::PretrainSettings;
 use crate::train::Trainer;
-use crate::weights::{TensorFile, TensorWriter};
 use crate::{Error, Result};
 
 const STATE: &str = "trainer_state.json";
@@ -126,9 +125,7 @@ fn write<B: Backend>(
     processor.save(folder)?;
     trainer.save_moments(&folder.join(MOMENTS))?;
     let state = TrainerState { updates: trainer.updates(), ..state.clone() };
-    crate::files::write_atomically(&folder.join(STATE), |file| {
-        serde_json::to_writer_pretty(&mut *file, &state).map_err(std::io::Error::from)
-    })
+    crate::files::write_json(&folder.join(STATE), &state)
 }
 
 /// Reads moments and state into a trainer whose model was loaded from the same folder.

@@ -53,10 +53,7 @@ impl MetricsFile {
             }
         }
         crate::files::write_atomically(path, |file| {
-            for metrics in &kept {
-                writeln!(file, "{}", to_line(metrics))?;
-            }
-            Ok(())
+            kept.iter().try_for_each(|metrics| file.bytes(format!("{}\n", to_line(metrics)).as_bytes()))
         })?;
         let file = OpenOptions::new().append(true).open(path).map_err(|error| Error::io("opening", path, error))?;
         Ok((Self { path: path.to_owned(), file: BufWriter::new(file) }, kept))

@@ -20,6 +20,7 @@ use crate::data::{ImageProcessor, Loader, LoaderOptions, Position, Source, Sourc
 use crate::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking, Purpose, WorkspaceShape};
 use crate::ops::{Backend, MaskingShape, RandomMask};
 use crate::picture::{Curve, reconstruction_grid};
+use crate::files::write_json;
 use crate::train::checkpoint::{self, TrainerState};
 use crate::train::metrics::{Metrics, MetricsFile};
 use crate::train::{OptimizerSettings, Schedule, Trainer};
@@ -258,12 +259,9 @@ impl<'s, B: Backend> Run<'s, B> {
             weight_decay: settings.optimizer.weight_decay,
             clip_norm: settings.optimizer.clip_norm,
             seed: *seed,
-            config: config.to_json(),
+            config: serde_json::from_str(&config.to_json()).unwrap_or_default(),
         };
-        crate::files::write_atomically(&out.join("recipe.json"), |file| {
-            serde_json::to_writer_pretty(&mut *file, &recipe).map_err(std::io::Error::from)?;
-            file.write_all(b"\n")
-        })?;
+        write_json(&out.join("recipe.json"), &recipe)?;
         let (metrics, history) = MetricsFile::open(&out.join("metrics.jsonl"), done)?;
 
         let (batches, seen) = (batches_per_epoch as u64, done * *accumulate as u64);

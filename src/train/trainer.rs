@@ -1,7 +1,14 @@
 //! One optimiser step: forward and backward in micro-batches, then AdamW.
 
-use crate::model::{Gradients, Images, MaeForPreTraining, Masking, PositionInterpolation, Purpose, Workspace, WorkspaceShape};
+use std::path::Path;
+
+use safetensors::Dtype;
+
+use crate::model::{
+    Gradients, Images, MaeForPreTraining, Masking, PositionInterpolation, Purpose, Workspace, WorkspaceShape, download_part,
+};
 use crate::ops::{AdamWSettings, Backend, MaskingShape};
+use crate::weights::{TensorFile, write_f32, write_stream};
 use crate::{Error, Result};
 
 /// What the optimiser is told once.
@@ -110,6 +117,55 @@ impl<B: Backend> Trainer<B> {
     #[must_use]
     pub fn non_finite_steps(&self) -> u64 {
         self.non_finite
+    }
+
+    /// Writes the moments under the parameters' published names: `first_moment.NAME`, `second_moment.NAME`.
+    pub(crate) fn save_moments(&self, path: &Path) -> Result<()> {
+        let (backend, layout) = (self.model.backend(), self.model.parameters().layout());
+        let moments = [("first_moment", &self.optimizer.first), ("second_moment", &self.optimizer.second)];
+        let trained: Vec<usize> =
+            (0..layout.specs().len()).filter(|&index| layout.range(index).end <= layout.trained()).collect();
+        let places: Vec<_> =
+            moments.iter().flat_map(|moment| trained.iter().map(move |&index| (moment, index))).collect();
+        let entries = places
+            .iter()
+            .map(|((name, _), index)| {
+                let spec = &layout.specs()[*index];
+                (format!("{name}.{}", spec.name), Dtype::F32, spec.shape.clone())
+            })
+            .collect();
+        write_stream(path, entries, |place, file| {
+            let ((_, arena), index) = places[place];
+            write_f32(file, &download_part(backend, arena, layout.range(index))?)
+        })
+    }
+
+    /// Reads what [`Trainer::save_moments`] wrote behind `updates` updates.
+    pub(crate) fn load_moments(&mut self, path: &Path, updates: u64) -> Result<()> {
+        let mut file = TensorFile::open(path)?;
+        let (backend, layout) = (self.model.backend(), self.model.parameters().layout());
+        let moments = [("first_moment", &mut self.optimizer.first), ("second_moment", &mut self.optimizer.second)];
+        for (moment, arena) in moments {
+            let mut values = vec![B::Master::default(); layout.trained()];
+            for (index, spec) in layout.specs().iter().enumerate() {
+                let range = layout.range(index);
+                if range.end > layout.trained() {
+                    continue;
+                }
+                let name = format!("{moment}.{}", spec.name);
+                let read = file.read_as_f32(&name)?;
+                if read.len() != range.len() {
+                    let problem = format!("{name} has {} numbers instead of {}", read.len(), range.len());
+                    return Err(Error::checkpoint(path, problem));
+                }
+                for (value, read) in values[range].iter_mut().zip(read) {
+                    *value = B::master(f64::from(read));
+                }
+            }
+            backend.upload(arena, &values)?;
+        }
+        self.optimizer.updates = updates;
+        Ok(())
     }
 
     /// One step on one batch: [`Trainer::accumulate`] and [`Trainer::update`].
