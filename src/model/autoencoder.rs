@@ -3,17 +3,17 @@
 use std::path::Path;
 
 use crate::config::MaeConfig;
-use crate::model::encoder::{Collector, DECODER_POSITIONS, ENCODER_POSITIONS, EncoderView, Extras, download_elements};
+use crate::model::encoder::{Collector, EncoderView, Extras, download_elements};
 use crate::model::gradients::Gradients;
 use crate::model::images::Images;
 use crate::model::layers::Handles;
 use crate::model::parameters::Parameters;
-use crate::model::positions::PositionInterpolation;
+use crate::model::positions::{PositionInterpolation, interpolate_grid};
 use crate::model::transformer::{self, Observer};
 use crate::model::workspace::{DecoderWeights, EncoderWeights, Purpose, Vector, Workspace, WorkspaceShape};
 use crate::model::{Masking, initialize};
 use crate::ops::{Backend, LayerNormShape, LinearShape, LossShape, TokensShape, Write};
-use crate::weights::{Checkpoint, Parts};
+use crate::weights::{Checkpoint, DECODER_POSITIONS, ENCODER_POSITIONS, ParameterKind, Parts};
 use crate::{Error, Result};
 
 /// A masked autoencoder for pre-training (`ViTMAEForPreTraining` in transformers).
@@ -82,7 +82,39 @@ impl<B: Backend> MaeForPreTraining<B> {
         let config = checkpoint.require_config()?.clone();
         config.validate()?;
         let mut parameters = Parameters::zeroed(&backend, crate::weights::parameters(&config, Parts::All))?;
-        parameters.load(&backend, checkpoint, Parts::All)?;
+        parameters.load(&backend, checkpoint)?;
+        Self::with_parameters(config, backend, parameters)
+    }
+
+    /// Loads a checkpoint's weights into a model of another configuration, to train on: other image sizes (the position
+    /// tables are interpolated), mask ratios and losses. Everything that decides the other weights' shapes must be the same.
+    ///
+    /// # Errors
+    /// As [`MaeForPreTraining::from_pretrained`].
+    pub fn from_pretrained_as(path: impl AsRef<Path>, config: MaeConfig, backend: B) -> Result<Self> {
+        config.validate()?;
+        let mut checkpoint = Checkpoint::open(path.as_ref())?;
+        let (old, new) = (checkpoint.require_config()?.image().grid(), config.image().grid());
+        let mut wanted = config.clone();
+        wanted.image_size = checkpoint.require_config()?.image_size;
+        wanted.patch_size = checkpoint.require_config()?.patch_size;
+        let specs = crate::weights::parameters(&wanted, Parts::All);
+        let mut parameters = Parameters::zeroed(&backend, crate::weights::parameters(&config, Parts::All))?;
+        checkpoint.read_into(&specs, |index, values| {
+            if specs[index].kind == ParameterKind::Position && old != new {
+                let width = specs[index].shape.last().copied().unwrap_or(1);
+                return parameters.set(&backend, index, &interpolate_grid(values, width, old, new));
+            }
+            let expected = parameters.layout().specs()[index].shape.clone();
+            if expected != specs[index].shape {
+                return Err(Error::checkpoint(
+                    path.as_ref(),
+                    format!("{} has shape {:?}; this model needs {expected:?}", specs[index].name, specs[index].shape),
+                ));
+            }
+            parameters.set(&backend, index, values)
+        })?;
+        parameters.refresh(&backend)?;
         Self::with_parameters(config, backend, parameters)
     }
 

@@ -11,7 +11,7 @@ use crate::model::transformer::{self, Observer};
 use crate::model::workspace::{EncoderWeights, Matrix, Purpose, Vector, Workspace, WorkspaceShape};
 use crate::model::Masking;
 use crate::ops::{AttentionShape, Backend, LayerNormShape, LinearShape, TokensShape};
-use crate::weights::{Checkpoint, Parts};
+use crate::weights::{Checkpoint, ENCODER_POSITIONS, Parts};
 use crate::{Error, Result};
 
 /// What an encoder made of a batch of images.
@@ -68,7 +68,7 @@ impl<B: Backend> MaeEncoder<B> {
         config.validate()?;
         let specs = crate::weights::parameters(&config, Parts::EncoderOnly);
         let mut parameters = Parameters::zeroed(&backend, specs)?;
-        parameters.load(&backend, checkpoint, Parts::EncoderOnly)?;
+        parameters.load(&backend, checkpoint)?;
         let layers = parameters.handles(&backend).encoder(&config)?;
         let positions = parameters.master_handle(&backend, ENCODER_POSITIONS)?;
         Ok(Self { config, backend, parameters, layers, positions })
@@ -92,11 +92,6 @@ impl<B: Backend> MaeEncoder<B> {
         EncoderView { config: &self.config, backend: &self.backend, layers: &self.layers, positions: &self.positions }
     }
 }
-
-/// The published name of the encoder's position table.
-pub(crate) const ENCODER_POSITIONS: &str = "vit.embeddings.position_embeddings";
-/// The published name of the decoder's position table.
-pub(crate) const DECODER_POSITIONS: &str = "decoder.decoder_pos_embed";
 
 /// An encoder, of a [`MaeEncoder`] or of a [`MaeForPreTraining`](crate::model::MaeForPreTraining).
 #[derive(Debug)]

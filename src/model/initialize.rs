@@ -4,12 +4,11 @@ use std::f64::consts::TAU;
 
 use crate::Result;
 use crate::config::MaeConfig;
-use crate::model::encoder::ENCODER_POSITIONS;
 use crate::model::parameters::Parameters;
 use crate::model::positions::sin_cos_table;
 use crate::ops::philox::{INITIALIZATION_STREAM, RandomStream};
 use crate::ops::Backend;
-use crate::weights::{ParameterKind, ParameterSpec};
+use crate::weights::{ENCODER_POSITIONS, ParameterKind, ParameterSpec};
 
 /// Xavier-uniform matrices (query, key and value as the one matrix that they are in the original; the patch embedding seen as
 /// a linear layer), normal(0.02) class and mask tokens, LayerNorms 1 and 0, biases 0, sin-cos position tables.

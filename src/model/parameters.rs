@@ -12,8 +12,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use crate::model::layers::Handles;
-use crate::ops::{Backend, Memory};
-use crate::weights::{ParameterKind, ParameterSpec};
+use crate::ops::Backend;
+use crate::weights::{Checkpoint, ParameterKind, ParameterSpec};
 use crate::{Error, Result};
 
 /// Where each named parameter lies in the arenas.
@@ -131,6 +131,13 @@ impl<B: Backend> Parameters<B> {
     /// A handle to the parameter called `name`, as masters.
     pub(crate) fn master_handle(&self, backend: &B, name: &str) -> Result<B::Buffer<B::Master>> {
         self.handles(backend).vector(&[name.to_owned()])
+    }
+
+    /// Fills all of them from a checkpoint that has exactly these.
+    pub(crate) fn load(&mut self, backend: &B, checkpoint: &mut Checkpoint) -> Result<()> {
+        let specs = self.layout.specs.clone();
+        checkpoint.read_into(&specs, |index, values| self.set(backend, index, values))?;
+        self.refresh(backend)
     }
 
     /// Copies parameter `index` to the device, rounding from f32.

@@ -259,11 +259,7 @@ impl<B: Backend> Workspace<B> {
                 ids_all: all,
                 host_samples: Vec::with_capacity(batch),
             },
-            scratch: Scratch::new(
-                backend,
-                if decodes { &[encoder_shape, decoder_shape] } else { std::slice::from_ref(&encoder_shape) },
-                trains,
-            )?,
+            scratch: Scratch::new(backend, &[encoder_shape, decoder_shape][..if decodes { 2 } else { 1 }], trains)?,
             encoder: EncoderActivations {
                 rows: features(batch * keep * patch_length)?,
                 patches: features(batch * keep * width)?,
