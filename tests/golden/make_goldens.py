@@ -59,8 +59,8 @@ MODELS = {
         shape((24, 1, 3, 28), (8, 1, 2, 20), 48, 16, 3, 0.75, layer_norm_eps=1e-6), 1, {},
         "The published models' patch size, batch 1."),
     "head_64": (
-        shape((64, 1, 1, 40), (32, 1, 1, 36), 16, 4, 1, 0.75), 2, {},
-        "Heads of 64 and 32, the published models' sizes."),
+        shape((64, 1, 1, 40), (32, 1, 1, 36), 16, 4, 1, 0.75, layer_norm_eps=1e-6), 2, {},
+        "Heads of 64 and 32 and the epsilon of the published models."),
     "mask_ratio_zero": (
         shape((24, 1, 3, 32), (16, 1, 2, 24), 12, 4, 3, 0.0), 2, {},
         "Nothing is hidden. transformers' loss is 0 / 0 here; the loss stored is 0 by this project's contract, and "
