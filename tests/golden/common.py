@@ -174,5 +174,10 @@ def write_tensors(path, tensors):
 
 
 def write_json(path, value):
+    """An object spread over lines, or a list with one entry a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    if isinstance(value, list):
+        text = "[\n" + ",\n".join("  " + json.dumps(entry) for entry in value) + "\n]"
+    else:
+        text = json.dumps(value, indent=2)
+    path.write_text(text + "\n")

@@ -70,8 +70,8 @@ def fresh(name):
     return CASES / name
 
 
-def note(folder, base, comment, **other):
-    write_json(folder / "case.json", {"base": base, "comment": comment, **other})
+def note(folder, base, comment):
+    write_json(folder / "case.json", {"kind": "checkpoint", "base": base, "comment": comment})
 
 
 def make_transformers_forms():
@@ -175,7 +175,7 @@ def make_classifiers():
                        "patches' tokens (not the class token's), then fc_norm, then head; no `norm` before. config.json is transformers' ViTConfig of "
                        "the same sizes.")
         write_tensors(folder / "expected.safetensors", classifier_expected(logits, labels, model))
-        write_json(folder / "case.json", {"comment": comment})
+        write_json(folder / "case.json", {"kind": "classifier", "comment": comment})
 
 
 def main():

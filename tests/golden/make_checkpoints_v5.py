@@ -39,6 +39,7 @@ def main():
     (folder / "model.safetensors").rename(folder / "saved.safetensors")
     write_tensors(folder / "in_memory.safetensors", model.state_dict())
     write_json(folder / "case.json", {
+        "kind": "checkpoint",
         "base": "plain",
         "comment": "Written by transformers 5.23.0. saved.safetensors: the names its save_pretrained writes "
                    "(decoder.decoder_encoder.layer.N); in_memory.safetensors: those of its state_dict (vit.layers.N, "

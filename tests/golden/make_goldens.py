@@ -5,7 +5,6 @@
     python make_goldens.py [NAME...]
 """
 
-import json
 import shutil
 import sys
 import warnings
@@ -202,7 +201,8 @@ def make_model_case(name):
         compare_with_stock(folder, pixels, ranks.float(), expected, interpolation)
     write_tensors(folder / "input.safetensors", {"pixel_values": pixels, "noise": noise})
     write_tensors(folder / "expected.safetensors", {k: v.detach() for k, v in expected.items()})
-    write_json(folder / "case.json", {"interpolate_pos_encoding": interpolation, "comment": comment})
+    write_json(folder / "case.json", {
+        "kind": "model", "interpolate_pos_encoding": interpolation, "comment": comment})
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{name}: loss {expected['loss'].item():.6f}, {len(expected)} tensors, {size // 1000} kB")
 
@@ -245,6 +245,7 @@ def make_adamw():
         write_tensors(folder / f"{file}.safetensors", result)
         print(f"adamw, {file}: losses {[round(value.item(), 4) for value in losses]}")
     write_json(folder / "case.json", {
+        "kind": "adamw",
         "interpolate_pos_encoding": None,
         "comment": "Five AdamW steps. expected.safetensors: weight decay on every trained parameter of 2 or more "
                    "dimensions but the class and the mask token; expected_tokens_decayed.safetensors: on those two as "
