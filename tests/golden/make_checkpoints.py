@@ -7,7 +7,6 @@
 
 import argparse
 import functools
-import pathlib
 import re
 import shutil
 import zlib
@@ -114,9 +113,11 @@ def make_original_forms():
     torch.save({"model": encoder_only(state)}, folder / "encoder.pth")
     # What a training run leaves behind: the reader has to get past all that is not weights.
     arguments = argparse.Namespace(
-        model="mae", input_size=16, mask_ratio=0.75, norm_pix_loss=False, blr=1.5e-4, output_dir=None,
-        data_path=pathlib.PurePosixPath("data"))
-    optimizer = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.95)}]}
+        model="mae", input_size=16, mask_ratio=0.75, norm_pix_loss=False, blr=1.5e-4, output_dir=None, data_path="data")
+    optimizer = {
+        "state": {0: {"step": 3, "exp_avg": torch.zeros(2)}},
+        "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.95)}],
+    }
     torch.save({"model": state, "optimizer": optimizer, "epoch": 7, "scaler": {"scale": 65536.0}, "args": arguments},
                folder / "training.pth")
     note(folder, "head_64",
@@ -172,8 +173,8 @@ def make_classifiers():
             model = model.double().eval()
             logits = model(pixels.double())
             comment = ("timm's VisionTransformer with global_pool=\"avg\", as the original fine-tunes: the mean over the "
-                       "patches' tokens (not the class token's), then fc_norm, then head; no `norm` before. config.json is transformers' ViTConfig of "
-                       "the same sizes.")
+                       "patches' tokens (not the class token's), then fc_norm, then head; no `norm` before. config.json "
+                       "is transformers' ViTConfig of the same sizes.")
         write_tensors(folder / "expected.safetensors", classifier_expected(logits, labels, model))
         write_json(folder / "case.json", {"kind": "classifier", "comment": comment})
 
