@@ -92,11 +92,8 @@ impl Arguments {
     /// The model's configuration: that of `--model` or of `--from`, changed by the flags.
     fn config(&self) -> anyhow::Result<MaeConfig> {
         let mut config = match (&self.model, &self.from) {
-            (Some(name), _) => match MaeConfig::by_name(name) {
-                Some(config) => config,
-                None if name.ends_with(".json") => MaeConfig::from_file(name)?,
-                None => bail!("unknown model {name}: expected tiny, small, base, large, huge or a .json file"),
-            },
+            (Some(name), _) if name.ends_with(".json") => MaeConfig::from_file(name)?,
+            (Some(name), _) => MaeConfig::by_name(name)?,
             (None, Some(from)) => Checkpoint::open(from)?.require_config()?.clone(),
             (None, None) => MaeConfig::base(),
         };
