@@ -67,7 +67,6 @@ pub trait Masking: Memory {
     ///
     /// # Errors
     /// [`Error::Shape`] for short buffers.
-    #[expect(clippy::too_many_arguments, reason = "four outputs and one input")]
     fn masking_from_noise(
         &self,
         shape: MaskingShape,
