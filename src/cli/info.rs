@@ -72,7 +72,15 @@ fn gpus(out: &mut impl Write) -> anyhow::Result<()> {
         Ok(devices) if devices.is_empty() => writeln!(out, "  cuda     no GPU found")?,
         Ok(devices) => {
             for device in devices {
-                writeln!(out, "  {device}")?;
+                let (major, minor) = device.compute_capability;
+                writeln!(
+                    out,
+                    "  cuda:{}   {}, compute capability {major}.{minor}, {:.0} GB, {} multiprocessors",
+                    device.ordinal,
+                    device.name,
+                    device.memory_bytes as f64 / 1e9,
+                    device.multiprocessors
+                )?;
             }
         }
         Err(error) => writeln!(out, "  cuda     not available: {error}")?,
@@ -87,7 +95,20 @@ fn gpus(out: &mut impl Write) -> anyhow::Result<()> {
 
 #[cfg(feature = "cuda")]
 fn kernels(out: &mut impl Write) -> anyhow::Result<()> {
-    Ok(write!(out, "{}", vitmae::cuda::embedded_kernels())?)
+    let manifest = vitmae::cuda::embedded_kernels();
+    match manifest.nvrtc {
+        Some((major, minor)) => writeln!(out, "kernels, compiled by NVRTC {major}.{minor}")?,
+        None => writeln!(out, "kernels, compiled on first use (this build had no NVRTC)")?,
+    }
+    for file in manifest.files {
+        let images: Vec<String> =
+            file.images.iter().map(|image| format!("{} {} bytes", image.arch, image.bytes.len())).collect();
+        writeln!(out, "  {:12} {}", file.name, images.join(", "))?;
+        for symbol in file.symbols {
+            writeln!(out, "    {symbol}")?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -101,7 +101,7 @@ pub(crate) fn save<B: Backend>(
             fs::remove_dir_all(&folder).map_err(|error| Error::io("replacing", &folder, error))?;
         }
         fs::rename(&temporary, &folder).map_err(|error| Error::io("renaming", &temporary, error))?;
-        crate::files::sync_folder(out)
+        crate::files::sync_folder(out).map_err(|error| Error::io("writing", out, error))
     });
     if let Err(error) = written {
         // The first error is the one to tell; what is left of the attempt is only in the way.
