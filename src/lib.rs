@@ -2,7 +2,9 @@
 #![deny(missing_docs)]
 
 pub mod cpu;
+pub mod data;
 mod error;
 pub mod ops;
+pub mod picture;
 
 pub use error::{Error, Result};
