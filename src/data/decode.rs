@@ -1,9 +1,9 @@
 //! Picture files to bytes `[H, W, C]`.
 //!
-//! The format is told from the content, never from the name. Differences to `Pillow`'s `Image.open(..).convert(..)`:
-//! 16-bit samples keep their high byte (Pillow does so for colour, but clips 16-bit grey at 255, which turns it white);
-//! the EXIF orientation is applied (`ImageOps.exif_transpose`); and JPEG is decoded by another library, whose
-//! chroma upsampling and rounding differ by a few levels.
+//! The format is told from the content, never from the name. Differences to Pillow's `Image.open(..).convert(..)`:
+//! 16-bit samples are rounded to 8 bits (Pillow cuts colour, which may be one level less, and clips 16-bit grey at 255,
+//! which turns it white); the EXIF orientation is applied (`ImageOps.exif_transpose`); and JPEG is decoded by another
+//! library, whose chroma upsampling and rounding differ by a few levels.
 
 use std::fs::File;
 use std::io::{Cursor, Read};
@@ -217,10 +217,10 @@ fn convert(decoded: DynamicImage, channels: usize) -> Vec<u8> {
         DynamicImage::ImageLumaA8(buffer) => buffer.into_raw(),
         DynamicImage::ImageRgb8(buffer) => buffer.into_raw(),
         DynamicImage::ImageRgba8(buffer) => buffer.into_raw(),
-        DynamicImage::ImageLuma16(buffer) => high_bytes(buffer.as_raw()),
-        DynamicImage::ImageLumaA16(buffer) => high_bytes(buffer.as_raw()),
-        DynamicImage::ImageRgb16(buffer) => high_bytes(buffer.as_raw()),
-        DynamicImage::ImageRgba16(buffer) => high_bytes(buffer.as_raw()),
+        DynamicImage::ImageLuma16(buffer) => rounded(buffer.as_raw()),
+        DynamicImage::ImageLumaA16(buffer) => rounded(buffer.as_raw()),
+        DynamicImage::ImageRgb16(buffer) => rounded(buffer.as_raw()),
+        DynamicImage::ImageRgba16(buffer) => rounded(buffer.as_raw()),
         // Floating point, in [0, 1].
         other if found == 4 => other.into_rgba8().into_raw(),
         other => return convert(DynamicImage::ImageRgb8(other.into_rgb8()), channels),
@@ -254,6 +254,6 @@ pub(crate) fn luma(red: u8, green: u8, blue: u8) -> u8 {
     ((u32::from(red) * 19_595 + u32::from(green) * 38_470 + u32::from(blue) * 7_471 + 0x8000) >> 16) as u8
 }
 
-fn high_bytes(samples: &[u16]) -> Vec<u8> {
-    samples.iter().map(|sample| (sample >> 8) as u8).collect()
+fn rounded(samples: &[u16]) -> Vec<u8> {
+    samples.iter().map(|sample| ((u32::from(*sample) + 128) / 257) as u8).collect()
 }

@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::data::random::{Stream, words};
+use crate::data::random::words;
+use crate::ops::philox::ORDER_STREAM;
 
 /// Seeded permutations, a function of (seed, epoch) alone. The latest two are kept.
 #[derive(Debug)]
@@ -37,7 +38,7 @@ fn shuffled(count: u32, seed: u64, epoch: u32) -> Vec<u32> {
     let mut order: Vec<u32> = (0..count).collect();
     for i in (1..count).rev() {
         // Block i / 2 of the stream holds the bits of two swaps.
-        let block = words(Stream::Order, seed, epoch, 0, i / 2);
+        let block = words(ORDER_STREAM, seed, epoch, 0, i / 2);
         let half = 2 * (i % 2) as usize;
         let bits = u64::from(block[half]) << 32 | u64::from(block[half + 1]);
         let j = ((u128::from(bits) * (u128::from(i) + 1)) >> 64) as usize;

@@ -1,12 +1,12 @@
 //! The preparation of pictures that a checkpoint was trained with: `preprocessor_config.json` of transformers.
 
-use std::fs;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
 use crate::data::decode::Image;
 use crate::data::transform::{CropBox, Resample, Resizer};
+use crate::files::{read_text, write_atomically};
 use crate::{Error, Result};
 
 /// The name of the file beside a checkpoint's weights.
@@ -117,7 +117,7 @@ impl ImageProcessor {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let path = if path.is_dir() { path.join(FILE_NAME) } else { path.to_path_buf() };
-        let text = fs::read_to_string(&path).map_err(|error| Error::io("reading", &path, error))?;
+        let text = read_text(&path, 1 << 20)?;
         Self::from_json(&text).map_err(|error| match error {
             Error::Config(problem) => Error::Config(format!("{}: {problem}", path.display())),
             other => other,
@@ -303,7 +303,7 @@ impl ImageProcessor {
     /// [`Error::Io`] when it cannot be written.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         let path = folder.as_ref().join(FILE_NAME);
-        crate::picture::write_atomically(&path, format!("{:#}\n", self.to_json()).as_bytes())
+        write_atomically(&path, |file| file.bytes(format!("{:#}\n", self.to_json()).as_bytes()))
     }
 
     /// The content of `preprocessor_config.json`.

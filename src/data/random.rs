@@ -1,23 +1,11 @@
-//! Random words of the data pipeline: Philox4x32-10, addressed by what they are for and by nothing else.
+//! Random numbers of the data pipeline.
 
-use rand_philox::philox4x32_10;
+use crate::ops::philox::{RandomStream, SCENE_STREAM, philox4x32};
 
-/// What a draw is for. Streams never share a word; masks are stream 1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Stream {
-    /// Crops and flips.
-    Augment = 2,
-    /// The order of an epoch.
-    Order = 3,
-    /// Procedural scenes.
-    Scene = 4,
-}
-
-/// Four words. Key: the seed's low and high words. Counter: (block, epoch, the sample's low word, the low 24 bits of its
-/// high word with the stream in the top byte).
-pub(crate) fn words(stream: Stream, seed: u64, epoch: u32, sample: u64, block: u32) -> [u32; 4] {
-    let high = ((sample >> 32) as u32 & 0x00ff_ffff) | ((stream as u32) << 24);
-    philox4x32_10([block, epoch, sample as u32, high], [seed as u32, (seed >> 32) as u32])
+/// The four words of block `block` of a sample's stream in an epoch; see [`crate::ops::philox`].
+pub(crate) fn words(stream: u8, seed: u64, epoch: u32, sample: u64, block: u32) -> [u32; 4] {
+    let high = ((sample >> 32) as u32 & 0x00ff_ffff) | (u32::from(stream) << 24);
+    philox4x32([block, epoch, sample as u32, high], [seed as u32, (seed >> 32) as u32])
 }
 
 /// A word as a number in `[0, 1)`, exact in f64.
@@ -30,35 +18,22 @@ pub(crate) fn below(word: u32, bound: u32) -> u32 {
     ((u64::from(word) * u64::from(bound)) >> 32) as u32
 }
 
-/// Draws one after the other from one sample's stream.
+/// The draws that make one scene.
 #[derive(Clone, Debug)]
-pub(crate) struct Draws {
-    stream: Stream,
-    seed: u64,
-    sample: u64,
-    block: u32,
-    buffer: [u32; 4],
-    used: usize,
-}
+pub(crate) struct Draws(RandomStream);
 
 impl Draws {
-    pub(crate) fn new(stream: Stream, seed: u64, sample: u64) -> Self {
-        Self { stream, seed, sample, block: 0, buffer: [0; 4], used: 4 }
+    pub(crate) fn new(seed: u64, sample: u64) -> Self {
+        Self(RandomStream::new(seed, 0, sample, SCENE_STREAM))
     }
 
     pub(crate) fn word(&mut self) -> u32 {
-        if self.used == 4 {
-            self.buffer = words(self.stream, self.seed, 0, self.sample, self.block);
-            self.block = self.block.wrapping_add(1);
-            self.used = 0;
-        }
-        self.used += 1;
-        self.buffer[self.used - 1]
+        self.0.next_u32()
     }
 
     /// Uniform in `[low, high)`.
     pub(crate) fn range(&mut self, low: f32, high: f32) -> f32 {
-        low + (high - low) * unit(self.word()) as f32
+        low + (high - low) * self.0.next_f32()
     }
 
     /// Uniform in `0..bound`.
@@ -67,7 +42,21 @@ impl Draws {
     }
 
     /// True with the given probability.
-    pub(crate) fn chance(&mut self, probability: f64) -> bool {
-        unit(self.word()) < probability
+    pub(crate) fn chance(&mut self, probability: f32) -> bool {
+        self.0.next_f32() < probability
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_those_of_the_stream() {
+        let mut stream = RandomStream::new(0x1234_5678_9abc, 7, 0x0011_2233_4455_6677, 2);
+        for block in 0..5 {
+            let expected: Vec<u32> = stream.by_ref().take(4).collect();
+            assert_eq!(words(2, 0x1234_5678_9abc, 7, 0x0011_2233_4455_6677, block), expected[..]);
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Generated scenes.
 
 use crate::data::decode::{Image, luma};
-use crate::data::random::{Draws, Stream};
+use crate::data::random::Draws;
 use crate::data::source::Pictures;
 use crate::{Error, Result};
 use std::path::PathBuf;
@@ -63,7 +63,7 @@ impl Pictures for Synthetic {
     }
 
     fn read(&self, index: usize, _: &mut Vec<u8>) -> Result<Image> {
-        let mut draws = Draws::new(Stream::Scene, self.seed, index as u64);
+        let mut draws = Draws::new(self.seed, index as u64);
         let (r, g, b) = (draws.below(256) as u8, draws.below(256) as u8, draws.below(256) as u8);
         let mut pixels = Vec::new();
         for y in 0..self.height {

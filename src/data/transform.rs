@@ -6,7 +6,8 @@ use fir::{FilterType, PixelType, ResizeAlg, ResizeOptions};
 
 use crate::data::ImageProcessor;
 use crate::data::decode::Image;
-use crate::data::random::{Stream, below, unit, words};
+use crate::data::random::{below, unit, words};
+use crate::ops::philox::AUGMENTATION_STREAM;
 use crate::{Error, Result};
 
 /// How pixels are interpolated; the names and numbers are Pillow's. All but `Nearest` average over the covered area when
@@ -213,7 +214,7 @@ impl Training {
     /// flip.
     #[must_use]
     pub fn draw(&self, height: usize, width: usize, seed: u64, epoch: u32, sample: u64) -> (CropBox, bool) {
-        let block = |number| words(Stream::Augment, seed, epoch, sample, number);
+        let block = |number| words(AUGMENTATION_STREAM, seed, epoch, sample, number);
         let flip = unit(block(TRIES)[0]) < self.flip;
         let area = height as f64 * width as f64;
         let (low, high) = (self.ratio.0.ln(), self.ratio.1.ln());

@@ -14,6 +14,7 @@ use embedded_graphics::text::{Baseline, Text};
 use embedded_graphics::{Drawable, prelude::WebColors};
 use image::ImageEncoder;
 
+use crate::files::write_atomically;
 use crate::{Error, Result};
 
 /// Fonts from large to small.
@@ -109,7 +110,7 @@ impl Canvas {
                 path: path.to_path_buf(),
                 problem: format!("cannot be encoded: {error}"),
             })?;
-        super::write_atomically(path, bytes.get_ref())
+        write_atomically(path, |file| file.bytes(bytes.get_ref()))
     }
 }
 

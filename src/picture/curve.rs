@@ -5,6 +5,7 @@ use std::path::Path;
 use plotters::coord::ranged1d::{AsRangedCoord, Ranged, ValueFormatter};
 use plotters::prelude::*;
 
+use crate::files::write_atomically;
 use crate::{Error, Result};
 
 /// The vertical axis of a curve.
@@ -68,7 +69,7 @@ impl<'a> Curve<'a> {
             path: path.to_path_buf(),
             problem: format!("cannot be drawn: {problem}"),
         })?;
-        super::write_atomically(path, svg.as_bytes())
+        write_atomically(path, |file| file.bytes(svg.as_bytes()))
     }
 
     fn to_svg(&self) -> std::result::Result<String, String> {

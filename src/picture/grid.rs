@@ -188,14 +188,14 @@ struct Cell {
 pub struct Grid {
     columns: Vec<String>,
     rows: Vec<(String, Vec<Cell>)>,
-    footer: String,
+    footer: Vec<String>,
 }
 
 impl Grid {
     /// A sheet with these captions and no rows yet.
     #[must_use]
     pub fn new(columns: &[&str]) -> Self {
-        Self { columns: columns.iter().map(ToString::to_string).collect(), rows: Vec::new(), footer: String::new() }
+        Self { columns: columns.iter().map(ToString::to_string).collect(), rows: Vec::new(), footer: Vec::new() }
     }
 
     /// Adds a row, of at most as many pictures as there are columns.
@@ -217,9 +217,9 @@ impl Grid {
         Ok(self)
     }
 
-    /// Says below the pictures how they were made.
+    /// Adds a note below the pictures on how they were made; each begins a line.
     pub fn footer(&mut self, text: &str) -> &mut Self {
-        text.clone_into(&mut self.footer);
+        self.footer.push(text.to_owned());
         self
     }
 
@@ -257,7 +257,8 @@ impl Grid {
 
         let width = 2 * MARGIN + gutter + columns * cell_width + columns.saturating_sub(1) * GAP;
         let footer_font = FONTS[2];
-        let footer = wrap(&self.footer, (width - 2 * MARGIN) / cell(footer_font).0, 6);
+        let footer_columns = (width - 2 * MARGIN) / cell(footer_font).0;
+        let footer: Vec<String> = self.footer.iter().flat_map(|note| wrap(note, footer_columns, 6)).collect();
         let row_height =
             |row: &(String, Vec<Cell>)| row.1.iter().map(|cell| cell.height * cell.factor).max().unwrap_or(line);
         let rows_height: usize = self.rows.iter().map(|row| row_height(row) + GAP).sum();
