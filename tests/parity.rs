@@ -33,7 +33,9 @@ fn read(path: &Path) -> BTreeMap<String, Tensor> {
         .map(|(name, view)| {
             let data = view.data();
             let values = match view.dtype() {
-                Dtype::F32 => data.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect(),
+                Dtype::F32 => {
+                    data.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect()
+                }
                 Dtype::F64 => data.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect(),
                 Dtype::I64 => data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as f64).collect(),
                 other => panic!("{name} has type {other:?}"),
@@ -218,10 +220,7 @@ fn features_without_masking_are_those_of_transformers() {
         let Some(expected) = case.expected.get("encoded") else { continue };
         let pixels = case.pixels.f32();
         let encoder = MaeEncoder::from_pretrained(&case.folder, Cpu::<f32>::new()).unwrap();
-        let result = encoder
-            .view()
-            .encode_with(&case.images(&pixels), case.interpolation, Extras::default())
-            .unwrap();
+        let result = encoder.view().encode_with(&case.images(&pixels), case.interpolation, Extras::default()).unwrap();
         assert_close(&case.name, "encoded", &result.last_hidden_state, expected, OUTPUT_BOUND);
         compared += 1;
     }

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use vitmae::data::{Loader, LoaderOptions, Source, SourceOptions, Transform};
+use vitmae::files::write_atomically;
 use vitmae::model::{Extras, ImageValues, Images, MaeEncoder, Masking, PositionInterpolation};
 use vitmae::ops::Backend;
-use vitmae::files::write_atomically;
 use vitmae::weights::{Checkpoint, Tensor, Values, write_tensors};
 
 use crate::cli::arguments::{Size, at_least_one, processor_for};
@@ -56,8 +56,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
     let (mean, deviation) = processor.normalization();
     let source = Source::parse(&arguments.data, &SourceOptions::new(image.channels, height, width)?)?;
     let total = source.len();
-    let options =
-        LoaderOptions { batch_size: arguments.batch_size, workers: threads, ..LoaderOptions::default() };
+    let options = LoaderOptions { batch_size: arguments.batch_size, workers: threads, ..LoaderOptions::default() };
     let mut loader = Loader::evaluation(source, Transform::Inference(processor), &options)?;
 
     let view = encoder.view();
@@ -147,7 +146,8 @@ impl Features {
     fn write_safetensors(self, path: &Path) -> vitmae::Result<()> {
         let count = self.samples.len();
         let shape = self.shape();
-        let labels = (self.labels.len() == count).then(|| Tensor::new([count], Values::I64(self.labels))).transpose()?;
+        let labels =
+            (self.labels.len() == count).then(|| Tensor::new([count], Values::I64(self.labels))).transpose()?;
         let features = Tensor::new(shape, Values::F32(self.values))?;
         let samples = Tensor::new([count], Values::I64(self.samples))?;
         let mut tensors = vec![("features", &features), ("samples", &samples)];

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use anyhow::bail;
-use vitmae::model::{Extras, Gradients, ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation, Reconstruction};
+use vitmae::model::{
+    Extras, Gradients, ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation, Reconstruction,
+};
 use vitmae::ops::Backend;
 use vitmae::weights::{Tensor, TensorFile, Values, write_tensors};
 

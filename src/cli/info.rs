@@ -35,7 +35,11 @@ fn devices(out: &mut impl Write, device: DeviceChoice) -> anyhow::Result<()> {
     writeln!(out, "devices")?;
     writeln!(out, "  cpu      {threads} threads, {}", vector_unit())?;
     gpus(out)?;
-    writeln!(out, "  --device {device} is {}", device.resolve().map_or_else(|error| error.to_string(), |d| d.to_string()))?;
+    writeln!(
+        out,
+        "  --device {device} is {}",
+        device.resolve().map_or_else(|error| error.to_string(), |d| d.to_string())
+    )?;
     writeln!(out)?;
     kernels(out)?;
     let families: Vec<&str> = OPS.iter().map(|op| op.family).fold(Vec::new(), |mut seen, family| {

@@ -89,8 +89,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         bail!("the model does not run on {device} in this version; use --device cpu");
     }
     let threads = threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), |n| n);
-    let pool =
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("starting the worker threads")?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("starting the worker threads")?;
     let backend = Cpu::<f32>::new();
     pool.install(|| match cli.command {
         Command::Pretrain(arguments) => pretrain::run(backend, arguments, threads, quiet),
@@ -103,7 +102,5 @@ fn run(cli: Cli) -> anyhow::Result<()> {
 
 /// `vitmae info | head` is not a failure.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error
-        .downcast_ref::<std::io::Error>()
-        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }

@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use crate::config::MaeConfig;
+use crate::model::Masking;
 use crate::model::images::Images;
 use crate::model::layers::Handles;
 use crate::model::parameters::Parameters;
 use crate::model::positions::PositionInterpolation;
 use crate::model::transformer::{self, Observer};
 use crate::model::workspace::{EncoderWeights, Matrix, Purpose, Vector, Workspace, WorkspaceShape};
-use crate::model::Masking;
 use crate::ops::{AttentionShape, Backend, LayerNormShape, LinearShape, TokensShape};
 use crate::weights::{Checkpoint, ENCODER_POSITIONS, Parts};
 use crate::{Error, Result};
@@ -129,11 +129,7 @@ impl<B: Backend> EncoderView<'_, B> {
     ///
     /// # Errors
     /// As [`EncoderView::encode`].
-    pub fn workspace(
-        &self,
-        images: &Images<'_>,
-        interpolation: Option<PositionInterpolation>,
-    ) -> Result<Workspace<B>> {
+    pub fn workspace(&self, images: &Images<'_>, interpolation: Option<PositionInterpolation>) -> Result<Workspace<B>> {
         let image = images.check(self.config)?;
         let keep = image.patches();
         let shape = WorkspaceShape { batch: images.batch, image, keep, purpose: Purpose::Encode, interpolation };
@@ -251,12 +247,7 @@ impl<B: Backend> Observer<B> for Collector<'_, B> {
         Ok(())
     }
 
-    fn attention(
-        &mut self,
-        shape: AttentionShape,
-        qkv: &Matrix<B>,
-        log_sum_exp: &Vector<B>,
-    ) -> Result<()> {
+    fn attention(&mut self, shape: AttentionShape, qkv: &Matrix<B>, log_sum_exp: &Vector<B>) -> Result<()> {
         if self.extras.attentions {
             let length = shape.batch * shape.heads * shape.tokens * shape.tokens;
             let mut probabilities = self.backend.buffer(length)?;

@@ -6,8 +6,8 @@ use crate::Result;
 use crate::config::MaeConfig;
 use crate::model::parameters::Parameters;
 use crate::model::positions::sin_cos_table;
-use crate::ops::philox::{INITIALIZATION_STREAM, RandomStream};
 use crate::ops::Backend;
+use crate::ops::philox::{INITIALIZATION_STREAM, RandomStream};
 use crate::weights::{ENCODER_POSITIONS, ParameterKind, ParameterSpec};
 
 /// Xavier-uniform matrices (query, key and value as the one matrix that they are in the original; the patch embedding seen as

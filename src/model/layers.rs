@@ -78,7 +78,8 @@ pub(crate) trait Handles {
 
     /// The block whose parameters' names start with `name`.
     fn block(&self, name: &str, qkv_bias: bool) -> Result<BlockLayers<Self::Matrix, Self::Vector>> {
-        let packed = |what: &str| ["query", "key", "value"].map(|part| format!("{name}.attention.attention.{part}.{what}"));
+        let packed =
+            |what: &str| ["query", "key", "value"].map(|part| format!("{name}.attention.attention.{part}.{what}"));
         Ok(BlockLayers {
             norm1: self.norm(&format!("{name}.layernorm_before"))?,
             qkv: LinearLayer {

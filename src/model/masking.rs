@@ -43,7 +43,12 @@ impl Masking<'_> {
             Self::None => Ok(MaskingShape { batch, patches, keep: patches }),
             Self::Noise { ratio, noise } => {
                 if noise.len() != batch * patches {
-                    return Err(Error::shape("noise", "[images, patches]", format!("[{batch}, {patches}]"), noise.len()));
+                    return Err(Error::shape(
+                        "noise",
+                        "[images, patches]",
+                        format!("[{batch}, {patches}]"),
+                        noise.len(),
+                    ));
                 }
                 if let Some(place) = noise.iter().position(|value| !value.is_finite()) {
                     let problem = format!("number {place} is {}; all must be finite", noise[place]);

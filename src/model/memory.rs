@@ -1,9 +1,9 @@
 //! How much memory a model takes, counted from the plan of its buffers.
 
+use crate::Result;
 use crate::config::MaeConfig;
 use crate::model::workspace::{Purpose, WorkspaceShape};
 use crate::weights::{ParameterKind, ParameterSpec, Parts};
-use crate::Result;
 
 /// Bytes that a model needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,7 +51,8 @@ impl MemoryUse {
         let mut stacks = vec![encoder];
         if !encodes_only {
             numbers += stack(&decoder, config.decoder_num_hidden_layers);
-            numbers += (encoder.rows() * decoder_width + batch * predicted * (2 * decoder_width + 2 * length + 3)) as u64;
+            numbers +=
+                (encoder.rows() * decoder_width + batch * predicted * (2 * decoder_width + 2 * length + 3)) as u64;
             stacks.push(decoder);
         }
         let largest = |numbers: &dyn Fn(&crate::model::transformer::StackShape) -> usize| {

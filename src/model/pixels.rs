@@ -12,11 +12,12 @@ impl Images<'_> {
             ImageValues::Bytes { values, mean, deviation } => {
                 let (channels, plane) = (self.channels, self.height * self.width);
                 let mut output = vec![0.0; values.len()];
-                for (image, bytes) in output.chunks_exact_mut(channels * plane).zip(values.chunks_exact(channels * plane)) {
+                for (image, bytes) in
+                    output.chunks_exact_mut(channels * plane).zip(values.chunks_exact(channels * plane))
+                {
                     for (place, &byte) in bytes.iter().enumerate() {
                         let (pixel, channel) = (place / channels, place % channels);
-                        image[channel * plane + pixel] =
-                            (f32::from(byte) / 255.0 - mean[channel]) / deviation[channel];
+                        image[channel * plane + pixel] = (f32::from(byte) / 255.0 - mean[channel]) / deviation[channel];
                     }
                 }
                 output

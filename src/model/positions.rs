@@ -89,8 +89,16 @@ mod tests {
         assert_eq!(table.len(), 7 * 8);
         assert!(table[..8].iter().all(|&value| value == 0.0));
         // Row 1, column 2 is patch 5: sin w, cos w of w = 2 at frequencies 1 and 1/100, then those of h = 1.
-        let expected =
-            [2f64.sin(), 0.02f64.sin(), 2f64.cos(), 0.02f64.cos(), 1f64.sin(), 0.01f64.sin(), 1f64.cos(), 0.01f64.cos()];
+        let expected = [
+            2f64.sin(),
+            0.02f64.sin(),
+            2f64.cos(),
+            0.02f64.cos(),
+            1f64.sin(),
+            0.01f64.sin(),
+            1f64.cos(),
+            0.01f64.cos(),
+        ];
         for (value, expected) in table[6 * 8..].iter().zip(expected) {
             assert!((f64::from(*value) - expected).abs() < 1e-7);
         }

@@ -321,13 +321,7 @@ pub(crate) fn backward<B: Backend>(
             &norm1.gamma,
             &norm1.beta,
         )?;
-        backend.linear_backward_weight(
-            packed,
-            &mut gradients.qkv.weight,
-            gradients.qkv.bias.as_mut(),
-            dwide,
-            norm,
-        )?;
+        backend.linear_backward_weight(packed, &mut gradients.qkv.weight, gradients.qkv.bias.as_mut(), dwide, norm)?;
         backend.linear_backward_input(packed, Write::Assign, dnarrow, dwide, &weights.qkv.weight)?;
         backend.layernorm_backward(
             shape.norm(),

@@ -1,11 +1,11 @@
 //! Everything a forward and a backward pass write to, allocated once for a batch and an image size.
 
 use crate::config::MaeConfig;
+use crate::model::images::{ImageValues, Images};
 use crate::model::layers::{DecoderLayers, EncoderLayers};
 use crate::model::positions::{PositionInterpolation, interpolate_flat, interpolate_grid};
 use crate::model::transformer::{Scratch, StackActivations, StackShape};
 use crate::ops::{Backend, ImageShape, MaskingShape, Memory, Pixels};
-use crate::model::images::{ImageValues, Images};
 use crate::{Error, Result};
 
 /// What a workspace is for.

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::ImageProcessor;
 use crate::ops::Backend;
-use crate::train::pretrain::PretrainSettings;
 use crate::train::Trainer;
+use crate::train::pretrain::PretrainSettings;
 use crate::{Error, Result};
 
 const STATE: &str = "trainer_state.json";

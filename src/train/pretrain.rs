@@ -17,10 +17,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::MaeConfig;
 use crate::data::{ImageProcessor, Loader, LoaderOptions, Position, Source, SourceOptions, Training, Transform};
+use crate::files::write_json;
 use crate::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking, Purpose, WorkspaceShape};
 use crate::ops::{Backend, MaskingShape, RandomMask};
 use crate::picture::{Curve, reconstruction_grid};
-use crate::files::write_json;
 use crate::train::checkpoint::{self, TrainerState};
 use crate::train::metrics::{Metrics, MetricsFile};
 use crate::train::{OptimizerSettings, Schedule, Trainer};
@@ -172,11 +172,7 @@ struct Run<'s, B: Backend> {
 }
 
 impl<'s, B: Backend> Run<'s, B> {
-    fn start(
-        backend: B,
-        settings: &'s PretrainSettings,
-        watch: &mut dyn FnMut(Event<'_>) -> bool,
-    ) -> Result<Self> {
+    fn start(backend: B, settings: &'s PretrainSettings, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<Self> {
         let PretrainSettings { out, config, seed, batch_size, accumulate, .. } = settings;
         config.validate()?;
         config.check_trainable()?;
@@ -409,13 +405,8 @@ impl<'s, B: Backend> Run<'s, B> {
         };
         let masking = Masking::random(config.mask_ratio, self.settings.seed);
         let keep = MaskingShape::new(batch, image.patches(), config.mask_ratio)?.keep;
-        let mut workspace = model.workspace(WorkspaceShape {
-            batch,
-            image,
-            keep,
-            purpose: Purpose::Predict,
-            interpolation: None,
-        })?;
+        let mut workspace =
+            model.workspace(WorkspaceShape { batch, image, keep, purpose: Purpose::Predict, interpolation: None })?;
         let result = model.reconstruct_in(&mut workspace, &images, &masking, Extras::default())?;
         let labels: Vec<String> = (1..=batch).map(|index| format!("picture {index}")).collect();
         let mut grid = reconstruction_grid(config, image, &images, &result, (&mean, &deviation), &labels)?;

@@ -5,7 +5,8 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use crate::model::{
-    Gradients, Images, MaeForPreTraining, Masking, PositionInterpolation, Purpose, Workspace, WorkspaceShape, download_part,
+    Gradients, Images, MaeForPreTraining, Masking, PositionInterpolation, Purpose, Workspace, WorkspaceShape,
+    download_part,
 };
 use crate::ops::{AdamWSettings, Backend, MaskingShape};
 use crate::weights::{TensorFile, write_f32, write_stream};

@@ -35,7 +35,8 @@ fn a_checkpoint_that_is_not_there_is_named() {
     let place = Place::new();
     let pictures = place.pictures(1);
     let missing = Path::new("/no/such/checkpoint");
-    run("embed --from {} --data {} --out {}", &[missing, &pictures, &place.path("x.npy")]).failed(1, &["/no/such/checkpoint"]);
+    run("embed --from {} --data {} --out {}", &[missing, &pictures, &place.path("x.npy")])
+        .failed(1, &["/no/such/checkpoint"]);
     run("info {}", &[missing]).failed(1, &["/no/such/checkpoint"]);
 }
 
@@ -65,7 +66,8 @@ fn a_few_bad_pictures_are_skipped_counted_and_named() {
     for word in ["zero.png", "cut.png", "2 pictures could not be decoded"] {
         assert!(ran.err.contains(word), "{word} is not in {}", ran.err);
     }
-    let ran = run("embed --from {} --data {} --out {}", &[&place.checkpoint(), &pictures, &place.path("f.safetensors")]);
+    let ran =
+        run("embed --from {} --data {} --out {}", &[&place.checkpoint(), &pictures, &place.path("f.safetensors")]);
     let ran = ran.succeeded();
     assert!(ran.err.contains("2 pictures could not be decoded"), "{}", ran.err);
     assert_eq!(tensor(&place.path("f.safetensors"), "features").0, [30, 32]);
@@ -144,11 +146,13 @@ fn tensors_that_do_not_fit_the_model_are_explained() {
 fn wrong_numbers_are_wrong_usage() {
     let place = Place::new();
     let pictures = place.pictures(1);
-    for more in ["--blr nan", "--mask-ratio 1.0", "--mask-ratio=-0.1", "--accumulate 0", "--epochs 0", "--no-such-flag"] {
+    for more in ["--blr nan", "--mask-ratio 1.0", "--mask-ratio=-0.1", "--accumulate 0", "--epochs 0", "--no-such-flag"]
+    {
         pretrain(&place, &pictures, more).failed(2, &["error"]);
     }
     run("pretrain --data {} --out {} --batch-size 0", &[&pictures, &place.path("run")]).failed(2, &["--batch-size"]);
-    run("pretrain --data {} --out {} --model enormous", &[&pictures, &place.path("run")]).failed(1, &["enormous", "tiny"]);
+    run("pretrain --data {} --out {} --model enormous", &[&pictures, &place.path("run")])
+        .failed(1, &["enormous", "tiny"]);
     run("--device gpu info", &[]).failed(2, &["--device"]);
     run("", &[]).failed(2, &["Usage"]);
     assert!(!place.path("run").exists());
@@ -234,7 +238,8 @@ fn an_encoder_alone_cannot_reconstruct() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases/encoder_only");
     let place = Place::new();
     let picture = place.pictures(1).join("picture 00.png");
-    run("reconstruct --from {} {} --out {}", &[&folder, &picture, &place.path("x.png")]).failed(1, &["decoder", "embed"]);
+    run("reconstruct --from {} {} --out {}", &[&folder, &picture, &place.path("x.png")])
+        .failed(1, &["decoder", "embed"]);
     assert!(!place.path("x.png").exists());
     run("embed --from {} --data {} --out {}", &[&folder, &picture, &place.path("x.npy")]).succeeded();
 }

@@ -22,10 +22,8 @@ fn forward_writes_everything_that_was_asked_for() {
     let place = Place::new();
     let pixels: Vec<f32> = (0..2 * 3 * 32 * 32).map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0).collect();
     let noise: Vec<f32> = (0..32).map(|i| ((i * 13) % 32) as f32 / 32.0).collect();
-    let input = place.tensors(
-        "input.safetensors",
-        &[("pixel_values", &[2, 3, 32, 32], &pixels), ("noise", &[2, 16], &noise)],
-    );
+    let input =
+        place.tensors("input.safetensors", &[("pixel_values", &[2, 3, 32, 32], &pixels), ("noise", &[2, 16], &noise)]);
     let output = place.path("output.safetensors");
     let checkpoint = place.checkpoint();
     run(

@@ -68,11 +68,14 @@ impl Place {
 
     /// Writes a safetensors file of f32 tensors.
     fn tensors(&self, name: &str, tensors: &[(&str, &[usize], &[f32])]) -> PathBuf {
-        let bytes: Vec<Vec<u8>> =
-            tensors.iter().map(|(_, _, values)| values.iter().flat_map(|value| value.to_le_bytes()).collect()).collect();
-        let views = tensors.iter().zip(&bytes).map(|((name, shape, _), bytes)| {
-            (*name, TensorView::new(Dtype::F32, shape.to_vec(), bytes).unwrap())
-        });
+        let bytes: Vec<Vec<u8>> = tensors
+            .iter()
+            .map(|(_, _, values)| values.iter().flat_map(|value| value.to_le_bytes()).collect())
+            .collect();
+        let views = tensors
+            .iter()
+            .zip(&bytes)
+            .map(|((name, shape, _), bytes)| (*name, TensorView::new(Dtype::F32, shape.to_vec(), bytes).unwrap()));
         let path = self.path(name);
         fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
         path
