@@ -3,9 +3,15 @@
 
 pub mod config;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod data;
 mod error;
 pub mod files;
+pub mod model;
 pub mod ops;
+pub mod picture;
+pub mod train;
 pub mod weights;
 
 pub use error::{Error, Result};

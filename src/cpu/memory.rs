@@ -14,8 +14,8 @@ const ALIGNMENT: usize = 64;
 
 /// One zeroed allocation. The pages of a large one are only touched when they are first written.
 #[derive(Debug)]
-struct Allocation {
-    start: NonNull<u8>,
+pub(super) struct Allocation {
+    pub(super) start: NonNull<u8>,
     layout: Layout,
 }
 
@@ -25,12 +25,17 @@ unsafe impl Send for Allocation {}
 unsafe impl Sync for Allocation {}
 
 impl Allocation {
-    fn zeroed(bytes: usize) -> Result<Self> {
+    pub(super) fn zeroed(bytes: usize) -> Result<Self> {
         let failed = || Error::Device(format!("out of memory: {bytes} bytes could not be allocated"));
         let layout = Layout::from_size_align(bytes.max(ALIGNMENT), ALIGNMENT).map_err(|_| failed())?;
         // SAFETY: the layout's size is not zero.
         let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(failed)?;
         Ok(Self { start, layout })
+    }
+
+    /// How large it is.
+    pub(super) fn bytes(&self) -> usize {
+        self.layout.size()
     }
 }
 

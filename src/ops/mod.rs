@@ -21,6 +21,7 @@ mod loss;
 mod masking;
 mod memory;
 mod patchify;
+pub mod philox;
 mod spec;
 mod tokens;
 
