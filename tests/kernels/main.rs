@@ -119,8 +119,11 @@ fn a_missing_nvrtc_is_an_error_that_says_what_to_do() {
     assert!(matches!(error, NvrtcError::Unusable { .. }), "{error:?}");
 }
 
+/// What a planted kernel wrote and was given, or the fault.
+type Planted = Result<(Vec<u32>, Vec<u32>), String>;
+
 /// Launches a planted kernel with `out` and `in` of one element per thread.
-fn run_planted(symbol: &str, seed: u64, words_per_thread: usize) -> Option<Result<(Vec<u32>, Vec<u32>), String>> {
+fn run_planted(symbol: &str, seed: u64, words_per_thread: usize) -> Option<Planted> {
     let emulator = emulator(seed)?;
     let stream = emulator.stream();
     let grid = Grid { blocks: 3, threads: 64, shared_bytes: 64 * 4 * words_per_thread as u32 };
@@ -196,9 +199,9 @@ fn the_emulator_runs_right_kernels_right() {
         let (out, input) = run_planted("fault_none_warp", seed, 1).expect("as before").expect("no fault");
         assert!((0..out.len()).all(|index| out[index] == input[index ^ 1]));
         let (out, input) = run_planted("fault_none_copy", seed, 4).expect("as before").expect("no fault");
-        for index in 0..out.len() {
+        for (index, &value) in out.iter().enumerate() {
             let (block, word, part) = (index / 256, index % 256 / 4, index % 4);
-            assert_eq!(out[index], input[256 * block + 4 * (63 - word) + part]);
+            assert_eq!(value, input[256 * block + 4 * (63 - word) + part]);
         }
     }
 }
