@@ -1,0 +1,51 @@
+//! The contract between the model and whatever runs it.
+//!
+//! A backend is a value of a type that implements [`Backend`]: memory plus one small trait per op family, forward and
+//! backward side by side. The model in [`crate::model`] is written once over these traits.
+//!
+//! Conventions, for every op unless its own page says otherwise:
+//!
+//! - Outputs come first (`&mut`), then inputs (`&`). A buffer may be longer than the shape needs; the rest is untouched.
+//!   A shorter one is an [`Error::Shape`](crate::Error::Shape).
+//! - Tensors are dense and row-major. Gradients are called `d` + the name of what they belong to.
+//! - Gradients of activations **assign**; gradients of parameters **accumulate** (so that micro-batches add up).
+//! - `Element` is the type of activations and weight matrices (f32, f64 or bf16); `Master` that of master weights, vectors
+//!   (biases, LayerNorm scales, tokens), statistics and gradients of parameters (f32, or f64 for gradient checks).
+//! - Same device, same inputs: bitwise the same outputs.
+
+mod adamw;
+mod attention;
+mod layernorm;
+mod linear;
+mod loss;
+mod masking;
+mod memory;
+mod patchify;
+pub mod philox;
+mod spec;
+mod tokens;
+
+pub use adamw::{AdamW, AdamWSettings};
+pub use attention::{Attention, AttentionShape};
+pub use layernorm::{LayerNorm, LayerNormShape};
+pub use linear::{Activation, Linear, LinearShape};
+pub use loss::{Loss, LossShape};
+pub use masking::{Masking, MaskingShape, RandomMask};
+pub use memory::{Element, Memory};
+pub use patchify::{ImageShape, Patchify, Pixels};
+pub use spec::{Cost, OPS, OpSpec};
+pub use tokens::{Tokens, TokensShape};
+
+/// Everything the model needs of a device.
+pub trait Backend: Masking + Patchify + Linear + Tokens + LayerNorm + Attention + Loss + AdamW {}
+
+impl<T: Masking + Patchify + Linear + Tokens + LayerNorm + Attention + Loss + AdamW> Backend for T {}
+
+/// Whether a gradient replaces what the output holds or is added to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// The output's old content is not read.
+    Assign,
+    /// The result is added to the output's content.
+    Accumulate,
+}

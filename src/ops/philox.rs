@@ -1,0 +1,73 @@
+//! Philox4x32-10 (Salmon et al. 2011): random words that depend on nothing but what they are for.
+//!
+//! Key: the seed's low and high words. Counter: (block, epoch, the sample's low word, the low 24 bits of its high word with
+//! the stream in the top byte). The CUDA kernels draw the same words.
+
+use rand_philox::philox4x32_10;
+
+/// The noise that shuffles patches.
+pub const MASKING_STREAM: u8 = 1;
+/// Crops, flips and other augmentation of pictures.
+pub const AUGMENTATION_STREAM: u8 = 2;
+/// The weights of a fresh model; the sample is the parameter's number.
+pub const INITIALIZATION_STREAM: u8 = 3;
+/// The order of the samples of an epoch.
+pub const ORDER_STREAM: u8 = 4;
+/// Procedural pictures; the seed is that of the set.
+pub const SCENE_STREAM: u8 = 5;
+
+/// The block function: four words for a counter and a key.
+#[must_use]
+pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    philox4x32_10(counter, key)
+}
+
+/// The words of one sample in one epoch and stream, one after the other; they never end.
+#[derive(Clone, Debug)]
+pub struct RandomStream {
+    key: [u32; 2],
+    counter: [u32; 4],
+    words: [u32; 4],
+    used: usize,
+}
+
+impl RandomStream {
+    /// The stream `stream` of `sample` (of which 56 bits count) in `epoch`, from its start.
+    #[must_use]
+    pub fn new(seed: u64, epoch: u32, sample: u64, stream: u8) -> Self {
+        let high = (sample >> 32) as u32 & 0x00ff_ffff | u32::from(stream) << 24;
+        Self {
+            key: [seed as u32, (seed >> 32) as u32],
+            counter: [0, epoch, sample as u32, high],
+            words: [0; 4],
+            used: 4,
+        }
+    }
+
+    /// The next word.
+    #[inline]
+    pub fn next_u32(&mut self) -> u32 {
+        if self.used == 4 {
+            self.words = philox4x32(self.counter, self.key);
+            self.counter[0] = self.counter[0].wrapping_add(1);
+            self.used = 0;
+        }
+        let word = self.words[self.used];
+        self.used += 1;
+        word
+    }
+
+    /// The 24 high bits of the next word as a number in `[0, 1)`, exact in f32.
+    #[inline]
+    pub fn next_f32(&mut self) -> f32 {
+        (self.next_u32() >> 8) as f32 * (1.0 / 16_777_216.0)
+    }
+}
+
+impl Iterator for RandomStream {
+    type Item = u32;
+
+    fn next(&mut self) -> Option<u32> {
+        Some(self.next_u32())
+    }
+}

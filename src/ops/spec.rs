@@ -1,0 +1,76 @@
+//! The table of ops, and what each costs.
+
+/// What one call of an op moves and computes, at least.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Bytes that must be read and written once each.
+    pub bytes: u64,
+    /// Floating-point operations; a multiply-add counts as two.
+    pub flops: u64,
+}
+
+impl Cost {
+    /// The cost of two calls after each other.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self { bytes: self.bytes + other.bytes, flops: self.flops + other.flops }
+    }
+
+    /// The cost of `count` equal calls.
+    #[must_use]
+    pub fn times(self, count: u64) -> Self {
+        Self { bytes: self.bytes * count, flops: self.flops * count }
+    }
+}
+
+/// One op of the contract.
+#[derive(Clone, Copy, Debug)]
+pub struct OpSpec {
+    /// The file in `kernels/`, `src/ops/`, `src/cpu/`, `tests/` and `benches/` that has it.
+    pub family: &'static str,
+    /// The trait method.
+    pub name: &'static str,
+    /// The `extern "C"` kernels that compute it on a GPU; empty where there is none yet.
+    pub symbols: &'static [&'static str],
+}
+
+const fn op(family: &'static str, name: &'static str, symbols: &'static [&'static str]) -> OpSpec {
+    OpSpec { family, name, symbols }
+}
+
+/// Every op, in the order in which a step calls them first.
+pub const OPS: &[OpSpec] = &[
+    op("masking", "masking_from_noise", &["masking_forward_noise_f32"]),
+    op("masking", "masking_random", &["masking_forward_random"]),
+    op(
+        "patchify",
+        "patchify_visible_forward",
+        &[
+            "patchify_visible_forward_u8_f32",
+            "patchify_visible_forward_u8_bf16",
+            "patchify_visible_forward_f32_f32",
+            "patchify_visible_forward_f32_bf16",
+        ],
+    ),
+    op("linear", "linear_forward", &[]),
+    op("linear", "linear_residual_forward", &[]),
+    op("linear", "linear_activation_forward", &[]),
+    op("linear", "activation_forward", &[]),
+    op("linear", "linear_backward_input", &[]),
+    op("linear", "linear_activation_backward_input", &[]),
+    op("linear", "linear_backward_weight", &[]),
+    op("tokens", "tokens_assemble_forward", &[]),
+    op("tokens", "tokens_assemble_backward", &[]),
+    op("tokens", "tokens_unshuffle_forward", &[]),
+    op("tokens", "tokens_unshuffle_backward", &[]),
+    op("tokens", "tokens_gather_forward", &[]),
+    op("tokens", "tokens_gather_backward", &[]),
+    op("layernorm", "layernorm_forward", &[]),
+    op("layernorm", "layernorm_backward", &[]),
+    op("attention", "attention_forward", &[]),
+    op("attention", "attention_backward", &[]),
+    op("attention", "attention_probabilities", &[]),
+    op("loss", "loss_forward_backward", &[]),
+    op("adamw", "gradient_norm", &[]),
+    op("adamw", "adamw_step", &[]),
+];
