@@ -8,6 +8,9 @@
 //!
 //! Nothing is downloaded and no program is run, except a C++ compiler with the feature `emulator`.
 
+#[cfg(feature = "emulator")]
+#[path = "build/emulator.rs"]
+mod emulator;
 #[cfg(feature = "cuda")]
 #[path = "build/hash.rs"]
 mod hash;
@@ -17,6 +20,10 @@ mod manifest;
 #[cfg(feature = "cuda")]
 #[path = "build/nvrtc.rs"]
 mod nvrtc;
+#[cfg(feature = "cuda")]
+#[path = "build/units.rs"]
+#[cfg_attr(not(feature = "emulator"), allow(dead_code, reason = "only the emulator has units"))]
+mod units;
 
 fn main() {
     // Without this line cargo reruns the script when any file of the package changes.
@@ -32,7 +39,10 @@ fn main() {
 #[cfg(feature = "cuda")]
 fn run() -> Result<(), String> {
     let kernels = manifest::read_kernels()?;
-    manifest::embed(&kernels)
+    manifest::embed(&kernels)?;
+    #[cfg(feature = "emulator")]
+    emulator::compile(&kernels)?;
+    Ok(())
 }
 
 /// Without the feature `cuda` there is nothing to do.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::hash::hash;
 use crate::nvrtc::{Nvrtc, NvrtcError, OPTIONS, SEARCH_VARIABLES, Source, Target};
+use crate::units::definitions;
 
 /// Architectures that are compiled for unless `VITMAE_CUDA_ARCHS` says otherwise.
 const DEFAULT_TARGETS: &str = "sm_80,sm_90a";
@@ -93,7 +94,7 @@ fn write_manifest(kernels: &Kernels, nvrtc: Option<&Nvrtc>, targets: &[Target], 
     for (name, text) in &kernels.files {
         let source = Source { name, text };
         line(format!("        KernelFile {{ name: {name:?}, text: {},", include_source(kernels, name)));
-        line(format!("            symbols: &{:?},", kernel_symbols(text)));
+        line(format!("            symbols: &{:?},", symbols(text)));
         line("            images: &[".into());
         for &target in targets.iter().filter(|_| nvrtc.is_some()) {
             let image = compile(nvrtc, source, &headers, target)?;
@@ -136,13 +137,6 @@ fn rust_target(target: Target) -> String {
     text
 }
 
-/// The names of the kernels in a `.cu` file, in the order they appear: `KERNEL(threads)` opens each, at the start of a line.
-pub fn kernel_symbols(text: &str) -> Vec<String> {
-    let mut symbols = Vec::new();
-    for definition in text.split("\nKERNEL(").skip(1) {
-        let after_threads = definition.split_once(')').map_or("", |(_, rest)| rest);
-        let name = after_threads.split('(').next().unwrap_or("").trim();
-        symbols.push(name.to_string());
-    }
-    symbols
+fn symbols(text: &str) -> Vec<String> {
+    definitions(text).into_iter().map(|definition| definition.symbol).collect()
 }

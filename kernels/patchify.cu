@@ -178,7 +178,7 @@ DEVICE void write_from_lines(T* rows, const Lines<STAGED>& lines, const float* m
         Normaliser normalise(mean, deviation, channel);
         bool exists = lines.exists(line);
         const u8* source = exists ? lines.line(line, shape) + place.q * shape.channels + channel : nullptr;
-#pragma unroll
+        UNROLL
         for (u32 k = 0; k < VECTOR; ++k) {
             values[k] = exists ? normalise(*source) : not_a_patch();
             source += shape.channels;
@@ -263,7 +263,7 @@ DEVICE void patchify_visible_f32(T* rows, const float* pixels, const u32* ids_ke
     for (u32 vector = thread_index(); vector < vectors; vector += block_threads()) {
         float values[VECTOR];
         if (in_fours) {
-#pragma unroll
+            UNROLL
             for (u32 k = 0; k < VECTOR; k += 4) {
                 const Place place(vector * VECTOR + k, shape);
                 const float* patch = reinterpret_cast<const float*>(patches[place.row]);
@@ -277,7 +277,7 @@ DEVICE void patchify_visible_f32(T* rows, const float* pixels, const u32* ids_ke
             }
         } else {
             Place place(vector * VECTOR, shape);
-#pragma unroll
+            UNROLL
             for (u32 k = 0; k < VECTOR; ++k) {
                 const float* patch = reinterpret_cast<const float*>(patches[place.row]);
                 const u32 offset = (place.channel * shape.height + place.p) * shape.width + place.q;

@@ -6,6 +6,8 @@
 // A kernel that uses nothing but plain C++ and the names below therefore runs on both. No CUDA header is included, so that
 // NVRTC needs no include path. What each name promises, for both implementations:
 //
+//   UNROLL                                        before a loop: with a fixed count, it is unrolled, so that arrays indexed in
+//                                                 it stay in registers
 //   thread_index, block_index, block_threads      position in a one-dimensional block and grid
 //   lane_index, warp_index                        thread_index modulo and over 32
 //   shared_memory<T>()                            start of the launch's dynamic shared memory, 16-byte aligned; the only
@@ -50,6 +52,8 @@ struct alignas(16) u32x4 {
 #define DEVICE __device__ __forceinline__
 // A kernel that is launched with at most `threads` threads per block.
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+
+#define UNROLL _Pragma("unroll")
 
 DEVICE u32 thread_index() { return threadIdx.x; }
 DEVICE u32 block_index() { return blockIdx.x; }

@@ -32,14 +32,17 @@ pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String> {
 
 /// Where [`write_atomically`] puts bytes; errors name the file that is being written.
 #[derive(Debug)]
-pub(crate) struct AtomicWriter<'a, W: Write = File> {
+pub struct AtomicWriter<'a, W: Write = File> {
     writer: BufWriter<W>,
     path: &'a Path,
 }
 
 impl<W: Write> AtomicWriter<'_, W> {
     /// Appends `bytes`.
-    pub(crate) fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Io`] that names the file.
+    pub fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
         self.writer.write_all(bytes).map_err(|source| Error::io("writing", self.path, source))
     }
 }
@@ -58,7 +61,10 @@ impl<W: Write> Write for AtomicWriter<'_, W> {
 ///
 /// `write` fills a temporary file in the same folder, which is flushed to the disk and renamed; when anything fails it is
 /// removed again.
-pub(crate) fn write_atomically(path: &Path, write: impl FnOnce(&mut AtomicWriter<'_>) -> Result<()>) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Io`]; what `write` returns.
+pub fn write_atomically(path: &Path, write: impl FnOnce(&mut AtomicWriter<'_>) -> Result<()>) -> Result<()> {
     let create = |temporary: &Path| OpenOptions::new().write(true).create_new(true).open(temporary);
     replace(path, create, File::sync_all, write)
 }
@@ -116,9 +122,19 @@ impl Drop for Temporary {
     }
 }
 
+/// Writes a value as indented JSON, as [`write_atomically`].
+///
+/// # Errors
+/// [`Error::Io`], also for a value that is not JSON, such as a map whose keys are not strings.
+pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|error| Error::io("writing", path, io::Error::new(io::ErrorKind::InvalidData, error)))?;
+    write_atomically(path, |file| file.bytes(text.as_bytes()).and_then(|()| file.bytes(b"\n")))
+}
+
 /// Makes a rename last through a power failure.
 #[cfg(unix)]
-fn sync_folder(folder: &Path) -> io::Result<()> {
+pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     match File::open(folder)?.sync_all() {
         // Some network file systems cannot do this for folders.
         Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
@@ -127,7 +143,7 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
 }
 
 #[cfg(not(unix))]
-fn sync_folder(_: &Path) -> io::Result<()> {
+pub(crate) fn sync_folder(_: &Path) -> io::Result<()> {
     Ok(())
 }
 
@@ -172,11 +188,8 @@ mod tests {
             let error =
                 replace(&path, create, |_| Ok(()), |writer| bytes.chunks(1000).try_for_each(|part| writer.bytes(part)))
                     .unwrap_err();
-            assert!(
-                matches!(&error, Error::Io { action: "writing", path: named, source }
-                if *named == path && source.kind() == io::ErrorKind::StorageFull),
-                "{error}"
-            );
+            let Error::Io { action: "writing", path: named, source } = error else { panic!("{error}") };
+            assert_eq!((named, source.kind()), (path.clone(), io::ErrorKind::StorageFull));
             assert_eq!(fs::read(&path).unwrap(), b"before");
             assert_eq!(names(folder.path()), ["file"]);
         }

@@ -148,9 +148,16 @@ impl Stream {
         self.driver.limits()
     }
 
+    /// Reserves memory for `len` elements with undefined content, for what a launch writes in full.
+    pub fn uninitialised<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
+        let bytes = len.checked_mul(size_of::<T>()).ok_or(CudaError::OutOfMemory { bytes: usize::MAX })?;
+        let address = if bytes == 0 { 0 } else { self.driver.allocate(bytes)? };
+        Ok(Buffer { address, len, driver: Arc::clone(&self.driver), element: PhantomData })
+    }
+
     /// Reserves memory for `len` elements and sets its bits to zero.
     pub fn zeros<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
-        let buffer = self.reserve(len)?;
+        let buffer = self.uninitialised(len)?;
         if len > 0 {
             // SAFETY: the buffer has exactly this many bytes.
             unsafe { self.driver.fill(buffer.address, 0, len * size_of::<T>())? };
@@ -160,7 +167,7 @@ impl Stream {
 
     /// Reserves memory and copies a host slice into it.
     pub fn upload<T: Pod>(&self, values: &[T]) -> Result<Buffer<T>> {
-        let mut buffer = self.reserve(values.len())?;
+        let mut buffer = self.uninitialised(values.len())?;
         self.write(&mut buffer.as_mut_slice(), values)?;
         Ok(buffer)
     }
@@ -240,12 +247,6 @@ impl Stream {
         within(kernel.symbol(), "shared memory in bytes", grid.shared_bytes.into(), 0..=shared)?;
         // SAFETY: what the caller promises.
         unsafe { self.driver.launch(kernel, grid, arguments) }
-    }
-
-    fn reserve<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
-        let bytes = len.checked_mul(size_of::<T>()).ok_or(CudaError::OutOfMemory { bytes: usize::MAX })?;
-        let address = if bytes == 0 { 0 } else { self.driver.allocate(bytes)? };
-        Ok(Buffer { address, len, driver: Arc::clone(&self.driver), element: PhantomData })
     }
 
     fn check(&self, op: &'static str, expected: usize, found: usize, device: DeviceId) -> Result<()> {

@@ -4,6 +4,8 @@
 //! [`Stream`], and each op family has one module of launchers. Nothing here panics where the driver or NVRTC is missing.
 
 pub mod driver;
+#[cfg(feature = "emulator")]
+pub mod emulator;
 pub mod error;
 #[path = "../../build/hash.rs"]
 mod hash;

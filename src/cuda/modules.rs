@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::hash::hash;
 pub use super::nvrtc::Target;
-use super::nvrtc::{Nvrtc, Source};
+use super::nvrtc::{Nvrtc, NvrtcError, Source};
 
 /// A kernel, by its place in [`KERNELS`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -139,12 +139,20 @@ impl KernelFile {
     }
 
     /// Compiles the file for one GPU with an NVRTC that is found now, or takes it from the cache folder.
-    pub(crate) fn compile(&self, target: Target) -> std::result::Result<Vec<u8>, super::nvrtc::NvrtcError> {
-        let nvrtc = Nvrtc::find()?;
+    pub(crate) fn compile(&self, target: Target) -> std::result::Result<Vec<u8>, NvrtcError> {
+        self.compile_with(&Nvrtc::find()?, target, cache_folder().as_deref())
+    }
+
+    fn compile_with(
+        &self,
+        nvrtc: &Nvrtc,
+        target: Target,
+        cache: Option<&Path>,
+    ) -> std::result::Result<Vec<u8>, NvrtcError> {
         let headers: Vec<_> =
             MANIFEST.headers.iter().map(|header| Source { name: header.name, text: header.text }).collect();
         let source = Source { name: self.name, text: self.text };
-        let cached = cache_folder().map(|folder| folder.join(cache_name(&nvrtc, source, &headers, target)));
+        let cached = cache.map(|folder| folder.join(cache_name(nvrtc, source, &headers, target)));
         if let Some(image) = cached.as_deref().and_then(read_cached) {
             return Ok(image);
         }
@@ -243,6 +251,34 @@ mod tests {
         assert_eq!(choice(10, 0), ["compute_90"]);
         assert_eq!(choice(12, 1), ["compute_90"]);
         assert!(choice(7, 5).is_empty());
+    }
+
+    #[test]
+    fn a_file_is_compiled_at_run_time_once() {
+        let nvrtc = match Nvrtc::find() {
+            Ok(nvrtc) => nvrtc,
+            Err(error) => {
+                assert!(std::env::var("VITMAE_REQUIRE_NVRTC").as_deref() != Ok("1"), "{error}");
+                println!("skipped: {error}");
+                return;
+            }
+        };
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let file = &embedded_kernels().files[0];
+        let target = Target::parse("sm_86").expect("a good name");
+        let first = file.compile_with(&nvrtc, target, Some(folder.path())).expect("compiled");
+        let entries: Vec<_> = std::fs::read_dir(folder.path()).expect("read").collect();
+        assert_eq!(entries.len(), 1);
+        let path = entries[0].as_ref().expect("an entry").path();
+        assert_eq!(read_cached(&path).as_deref(), Some(first.as_slice()));
+        // Whatever the entry holds is what comes back: nothing is compiled the second time.
+        write_cached(&path, b"from the cache").expect("written");
+        assert_eq!(file.compile_with(&nvrtc, target, Some(folder.path())).expect("cached"), b"from the cache");
+        let other = Target::parse("sm_80").expect("a good name");
+        assert!(file.compile_with(&nvrtc, other, Some(folder.path())).expect("compiled").starts_with(b"\x7fELF"));
+        // A folder that cannot be written is no error.
+        let nowhere = path.join("no folder");
+        assert!(file.compile_with(&nvrtc, other, Some(&nowhere)).is_ok());
     }
 
     #[test]

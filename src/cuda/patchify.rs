@@ -239,7 +239,7 @@ mod tests {
         for row_length in [1, 2, 3, 12, 588, 768, 1000, 3072, 12_289, 1 << 20] {
             for vector in [4, 8] {
                 let tile = rows_per_tile(row_length, vector);
-                assert!(tile > 0 && tile * row_length % vector == 0, "{row_length} {vector} {tile}");
+                assert!(tile > 0 && (tile * row_length).is_multiple_of(vector), "{row_length} {vector} {tile}");
             }
         }
         assert_eq!(rows_per_tile(768, 8), 8);

@@ -6,7 +6,6 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 
 use crate::config::MaeConfig;
-use crate::weights::tensors::FLOATS;
 use crate::weights::{ParameterKind, ParameterSpec, TensorFile, listed, names};
 use crate::{Error, Result};
 
@@ -142,11 +141,15 @@ impl Checkpoint {
         mut put: impl FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
         self.check(specs)?;
+        for spec in specs {
+            let (file, entry) = self.find(&spec.name)?;
+            self.files[file].check_float(entry)?;
+        }
         let mut values = Vec::new();
         for (index, spec) in specs.iter().enumerate() {
             let (file, entry) = self.find(&spec.name)?;
             let file = &mut self.files[file];
-            file.read_f32(entry, &mut values, FLOATS)?;
+            file.read_f32(entry, &mut values)?;
             if let Some(place) = values.iter().position(|value| !value.is_finite()) {
                 return Err(Error::checkpoint(
                     file.path(),
@@ -186,8 +189,8 @@ impl Checkpoint {
         if with_decoder && !self.has_decoder() && missing.iter().all(|name| names::is_decoder(name)) {
             return Err(Error::checkpoint(
                 &self.path,
-                "this is an encoder without the decoder: features, linear probing and fine-tuning work with it, but \
-                 reconstruction and pre-training need a checkpoint of the whole autoencoder (ViTMAEForPreTraining)",
+                "this is an encoder without the decoder: it can embed pictures and be probed or fine-tuned, but reconstruction \
+                 and pre-training need a checkpoint of the whole autoencoder (ViTMAEForPreTraining)",
             ));
         }
         let unexpected: Vec<&str> = self
@@ -195,31 +198,27 @@ impl Checkpoint {
             .filter(|name| !wanted.contains(name))
             .filter(|name| with_decoder || !(names::is_decoder(name) || names::is_head(name)))
             .collect();
-        let mut shapes = Vec::new();
-        let mut positions = false;
-        for spec in specs {
-            if let Some(found) = self.shape(&spec.name).filter(|&found| found != spec.shape) {
-                shapes.push(format!("{} (expected {:?}, found {found:?})", spec.name, spec.shape));
-                positions |= spec.kind == ParameterKind::Position;
-            }
-        }
+        let shapes = specs.iter().filter_map(|spec| {
+            let found = self.shape(&spec.name).filter(|&found| found != spec.shape)?;
+            Some((spec, format!("{} (expected {:?}, found {found:?})", spec.name, spec.shape)))
+        });
+        let (shaped, shapes): (Vec<&ParameterSpec>, Vec<String>) = shapes.unzip();
         if missing.is_empty() && unexpected.is_empty() && shapes.is_empty() {
             return Ok(());
         }
         let mut problem = String::from("its tensors are not those of the model");
-        for (what, list) in [
-            ("missing", missing.iter().map(|&name| name.to_owned()).collect()),
-            ("unexpected", unexpected.iter().map(|&name| name.to_owned()).collect()),
-            ("of another shape", shapes),
-        ] {
+        let shapes: Vec<&str> = shapes.iter().map(String::as_str).collect();
+        for (what, mut list) in [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)] {
             if !list.is_empty() {
+                // As data flows: embeddings, encoder, decoder.
+                list.sort_unstable_by_key(|name| (names::is_decoder(name), *name));
                 problem += &format!("; {what}: {}", listed(&list));
             }
         }
-        if positions {
+        if shaped.iter().any(|spec| spec.kind == ParameterKind::Position) {
             problem += "; the position tables differ because image_size or patch_size are not those of the model";
         }
-        if unexpected.iter().any(|name| names::is_original(name)) {
+        if self.names().any(names::is_original) {
             problem += "; these are the names of the original implementation or of timm: convert the file with \
                         `vitmae convert SRC DST --to hf`";
         }

@@ -12,9 +12,10 @@ mod save;
 mod tensors;
 
 pub use checkpoint::Checkpoint;
-pub use parameters::{ParameterKind, ParameterSpec, Parts, parameters};
+pub use parameters::{DECODER_POSITIONS, ENCODER_POSITIONS, ParameterKind, ParameterSpec, Parts, parameters};
 pub use save::{save_preprocessor, save_pretrained};
 pub use tensors::{Tensor, TensorFile, Values, write_tensors};
+pub(crate) use tensors::{write_f32, write_stream};
 
 /// Names for a message: the first ten, and how many more there are.
 fn listed(names: &[impl AsRef<str>]) -> String {

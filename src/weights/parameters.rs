@@ -53,9 +53,9 @@ impl ParameterSpec {
 }
 
 /// The published name of the encoder's position table `[1, 1 + L, D]`.
-const ENCODER_POSITIONS: &str = "vit.embeddings.position_embeddings";
+pub const ENCODER_POSITIONS: &str = "vit.embeddings.position_embeddings";
 /// The published name of the decoder's position table `[1, 1 + L, D]`.
-const DECODER_POSITIONS: &str = "decoder.decoder_pos_embed";
+pub const DECODER_POSITIONS: &str = "decoder.decoder_pos_embed";
 
 /// Every parameter of a model under its published (transformers 4) name, in the arena's order: matrices, then vectors and
 /// tokens, then the position tables.

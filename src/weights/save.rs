@@ -7,8 +7,7 @@ use serde_json::Value;
 
 use crate::config::MaeConfig;
 use crate::files::write_atomically;
-use crate::weights::tensors::{write_f32, write_stream};
-use crate::weights::{ParameterSpec, names};
+use crate::weights::{ParameterSpec, names, write_f32, write_stream};
 use crate::{Error, Result};
 
 /// Writes `model.safetensors` and then `config.json` into a folder, which is created where it is not there. `values` returns

@@ -141,11 +141,12 @@ impl TensorFile {
             Dtype::F64 => Values::F64(self.numbers(index, length, f64::from_le_bytes)?),
             Dtype::I64 => Values::I64(self.numbers(index, length, i64::from_le_bytes)?),
             Dtype::U8 => Values::U8(self.numbers(index, length, |[byte]: [u8; 1]| byte)?),
-            _ => {
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 => {
                 let mut values = Vec::new();
-                self.read_f32(index, &mut values, "F32, F16, BF16, F64, I64 and U8")?;
+                self.read_f32(index, &mut values)?;
                 Values::F32(values)
             }
+            other => return Err(self.wrong_type(name, other, "F32, F16, BF16, F64, I64 and U8")),
         };
         Ok(Tensor { shape, values })
     }
@@ -157,7 +158,7 @@ impl TensorFile {
     pub fn read_as_f32(&mut self, name: &str) -> Result<Vec<f32>> {
         let index = self.find(name)?;
         let mut values = Vec::new();
-        self.read_f32(index, &mut values, FLOATS)?;
+        self.read_f32(index, &mut values)?;
         Ok(values)
     }
 
@@ -168,23 +169,33 @@ impl TensorFile {
         })
     }
 
+    fn wrong_type(&self, name: &str, found: Dtype, expected: &str) -> Error {
+        Error::checkpoint(&self.path, format!("tensor {name} has the type {found}; {expected} can be read here"))
+    }
+
     pub(crate) fn entries(&self) -> &[Entry] {
         &self.entries
     }
 
-    /// Reads entry `index` into `values`, which is overwritten. `accepted` lists the types for the message.
-    pub(crate) fn read_f32(&mut self, index: usize, values: &mut Vec<f32>, accepted: &str) -> Result<()> {
-        let Entry { name, dtype, bytes, .. } = &self.entries[index];
+    /// Checks that entry `index` has a type that [`TensorFile::read_f32`] converts.
+    pub(crate) fn check_float(&self, index: usize) -> Result<()> {
+        let Entry { name, dtype, .. } = &self.entries[index];
+        if matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64) {
+            return Ok(());
+        }
+        Err(self.wrong_type(name, *dtype, "F32, F16, BF16 and F64"))
+    }
+
+    /// Reads entry `index` into `values`, which is overwritten.
+    pub(crate) fn read_f32(&mut self, index: usize, values: &mut Vec<f32>) -> Result<()> {
+        let Entry { dtype, bytes, .. } = &self.entries[index];
         let length = bytes * 8 / dtype.bitsize();
         match dtype {
             Dtype::F32 => self.numbers_into(index, length, values, f32::from_le_bytes),
             Dtype::F16 => self.numbers_into(index, length, values, |bytes| f16::from_le_bytes(bytes).to_f32()),
             Dtype::BF16 => self.numbers_into(index, length, values, |bytes| bf16::from_le_bytes(bytes).to_f32()),
             Dtype::F64 => self.numbers_into(index, length, values, |bytes| f64::from_le_bytes(bytes) as f32),
-            _ => {
-                let problem = format!("tensor {name} has the type {dtype}; {accepted} can be read");
-                Err(Error::checkpoint(&self.path, problem))
-            }
+            _ => self.check_float(index),
         }
     }
 
@@ -224,9 +235,6 @@ impl TensorFile {
         Ok(())
     }
 }
-
-/// The types that weights are read from.
-pub(crate) const FLOATS: &str = "F32, F16, BF16 and F64";
 
 /// Writes tensors into a safetensors file, which is replaced whole or not at all.
 ///
