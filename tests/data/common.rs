@@ -52,3 +52,22 @@ pub fn save_png(image: &Image, path: &Path) {
     let (width, height) = (image.width as u32, image.height as u32);
     image::save_buffer_with_format(path, &image.pixels, width, height, color, image::ImageFormat::Png).unwrap();
 }
+
+/// The committed golden values (`tests/golden/README.md`).
+pub fn golden(folder: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases").join(folder)
+}
+
+pub fn manifest(folder: &str) -> Vec<serde_json::Value> {
+    serde_json::from_str(&std::fs::read_to_string(golden(folder).join("manifest.json")).unwrap()).unwrap()
+}
+
+/// The largest difference of two bytes.
+pub fn difference(a: &[u8], b: &[u8]) -> u8 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| a.abs_diff(*b)).max().unwrap_or(0)
+}
+
+pub fn text<'a>(entry: &'a serde_json::Value, field: &str) -> Option<&'a str> {
+    entry.get(field)?.as_str()
+}
