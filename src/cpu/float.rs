@@ -4,9 +4,10 @@ use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
 
 use crate::cpu::math;
+use crate::cpu::simd::Lanes;
 use crate::ops::Element;
 
-/// f32 or f64.
+/// f32 or f64, and nothing else.
 pub trait Float:
     Element
     + Copy
@@ -20,6 +21,7 @@ pub trait Float:
     + SubAssign
     + MulAssign
     + Sum
+    + Lanes
 {
     /// 0.
     const ZERO: Self;

@@ -5,6 +5,7 @@ mod attention;
 mod check;
 mod float;
 mod gemm;
+mod kernel;
 mod layernorm;
 mod linear;
 mod loss;
@@ -14,6 +15,7 @@ mod memory;
 mod parallel;
 mod patchify;
 mod scratch;
+mod simd;
 mod tokens;
 
 pub use float::Float;

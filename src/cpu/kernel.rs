@@ -1,0 +1,207 @@
+//! The inner loops of matrix products: a tile of the output stays in registers while it is summed up.
+//!
+//! Rows of the left factor are broadcast, columns of the right one are loaded as vectors. Both come in panels: as many rows or
+//! columns as a tile has, next to each other for every step along the depth.
+
+use pulp::{Arch, Simd, WithSimd};
+
+use crate::cpu::Float;
+use crate::cpu::gemm::Matrix;
+use crate::ops::Write;
+
+/// Vectors of a tile's row.
+const VECTORS: usize = 2;
+
+/// Rows and columns of a tile in registers of the instruction set `S`.
+#[inline(always)]
+const fn tile_sizes<S: Simd, F: Float>() -> (usize, usize) {
+    let vector = size_of::<F::Vector<S>>();
+    // 24 sums in 32 registers with AVX-512, 12 in 16 elsewhere.
+    (if vector == 64 { 12 } else { 6 }, VECTORS * vector / size_of::<F>())
+}
+
+/// Rows and columns of a tile on this machine.
+pub(super) fn panels<F: Float>() -> (usize, usize) {
+    struct Ask<F>(std::marker::PhantomData<F>);
+    impl<F: Float> WithSimd for Ask<F> {
+        type Output = (usize, usize);
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> (usize, usize) {
+            tile_sizes::<S, F>()
+        }
+    }
+    Arch::new().dispatch(Ask::<F>(std::marker::PhantomData))
+}
+
+/// The left factor: row `i` at depth `k` is `i / tile rows * panel + i % tile rows * row + k * step` after the start.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Left<F> {
+    pub(super) start: *const F,
+    pub(super) panel: usize,
+    pub(super) row: usize,
+    pub(super) step: usize,
+}
+
+/// The right factor: column `j` at depth `k` is `j / tile columns * panel + j % tile columns + k * step` after the start, and
+/// the last panel is readable to its full width.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Right<F> {
+    pub(super) start: *const F,
+    pub(super) panel: usize,
+    pub(super) step: usize,
+}
+
+/// A block of the output: `out (+)= left right`, with rows of `stride` elements.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Block<F> {
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) depth: usize,
+    pub(super) left: Left<F>,
+    pub(super) right: Right<F>,
+    pub(super) out: *mut F,
+    pub(super) stride: usize,
+    pub(super) write: Write,
+}
+
+impl<F: Float> Block<F> {
+    /// Computes it on this thread.
+    ///
+    /// # Safety
+    /// What the factors and the output say can be read and written, and nobody else uses the output.
+    #[inline(always)]
+    pub(super) unsafe fn multiply(self) {
+        Arch::new().dispatch(self);
+    }
+
+    /// All tiles with `R` rows that fit below `row`; the row that comes next.
+    #[inline(always)]
+    unsafe fn tiles<S: Simd, const R: usize>(&self, simd: S, row: usize, column: usize) -> usize {
+        let (tile_rows, tile_columns) = tile_sizes::<S, F>();
+        let columns = tile_columns.min(self.columns - column);
+        let mut row = row;
+        while row + R <= self.rows {
+            // SAFETY: the tile is inside the block.
+            unsafe {
+                let left = self.left.start.add(row / tile_rows * self.left.panel + row % tile_rows * self.left.row);
+                let right = self.right.start.add(column / tile_columns * self.right.panel);
+                let out = self.out.add(row * self.stride + column);
+                self.tile::<S, R>(simd, left, right, out, columns);
+            }
+            row += R;
+        }
+        row
+    }
+
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const R: usize>(
+        &self,
+        simd: S,
+        mut left: *const F,
+        mut right: *const F,
+        out: *mut F,
+        columns: usize,
+    ) {
+        let (_, tile_columns) = tile_sizes::<S, F>();
+        let lanes = tile_columns / VECTORS;
+        let zero = F::splat(simd, F::ZERO);
+        let mut sums = [[zero; VECTORS]; R];
+        // SAFETY: the caller's promise: `R` rows and a whole panel of columns can be read at every depth, and `columns` of
+        // `R` rows written.
+        unsafe {
+            for _ in 0..self.depth {
+                let columns: [F::Vector<S>; VECTORS] =
+                    std::array::from_fn(|vector| right.add(vector * lanes).cast::<F::Vector<S>>().read_unaligned());
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let value = F::splat(simd, *left.add(row * self.left.row));
+                    for (sum, &column) in sums.iter_mut().zip(&columns) {
+                        *sum = F::multiply_add(simd, value, column, *sum);
+                    }
+                }
+                left = left.add(self.left.step);
+                right = right.add(self.right.step);
+            }
+            for (row, sums) in sums.iter().enumerate() {
+                let out = out.add(row * self.stride);
+                if columns == tile_columns {
+                    for (vector, &sum) in sums.iter().enumerate() {
+                        let out = out.add(vector * lanes).cast::<F::Vector<S>>();
+                        let sum = match self.write {
+                            Write::Assign => sum,
+                            Write::Accumulate => F::plus(simd, out.read_unaligned(), sum),
+                        };
+                        out.write_unaligned(sum);
+                    }
+                } else {
+                    let sums = sums.as_ptr().cast::<F>();
+                    for column in 0..columns {
+                        let sum = *sums.add(column);
+                        *out.add(column) = match self.write {
+                            Write::Assign => sum,
+                            Write::Accumulate => *out.add(column) + sum,
+                        };
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl<F: Float> WithSimd for Block<F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (tile_rows, tile_columns) = tile_sizes::<S, F>();
+        let mut column = 0;
+        while column < self.columns {
+            // SAFETY: whoever made the block promised that all of it is there.
+            unsafe {
+                let mut row = 0;
+                if tile_rows == 12 {
+                    row = self.tiles::<S, 12>(simd, row, column);
+                }
+                row = self.tiles::<S, 6>(simd, row, column);
+                row = self.tiles::<S, 5>(simd, row, column);
+                row = self.tiles::<S, 4>(simd, row, column);
+                row = self.tiles::<S, 3>(simd, row, column);
+                row = self.tiles::<S, 2>(simd, row, column);
+                self.tiles::<S, 1>(simd, row, column);
+            }
+            column += tile_columns;
+        }
+    }
+}
+
+/// Copies `count` rows of `source`, to a depth of `depth`, to a panel of `width` rows: `[depth, width]`; the rows that are
+/// missing become zero.
+///
+/// # Safety
+/// That much of `source` can be read, and `depth * width` elements of `panel` written.
+#[inline(always)]
+pub(super) unsafe fn pack<F: Float>(panel: *mut F, width: usize, count: usize, depth: usize, source: Matrix<F>) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if source.row == 1 {
+            for k in 0..depth {
+                let (to, from) = (panel.add(k * width), source.start.add(k * source.column));
+                for row in 0..count {
+                    *to.add(row) = *from.add(row);
+                }
+            }
+        } else {
+            for row in 0..count {
+                let from = source.start.add(row * source.row);
+                for k in 0..depth {
+                    *panel.add(k * width + row) = *from.add(k * source.column);
+                }
+            }
+        }
+        for k in 0..depth {
+            for row in count..width {
+                *panel.add(k * width + row) = F::ZERO;
+            }
+        }
+    }
+}
