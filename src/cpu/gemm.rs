@@ -137,7 +137,7 @@ fn wait_for(ready: impl Fn() -> bool) {
 }
 
 /// From one index to another.
-type Range = (usize, usize);
+pub(super) type Range = (usize, usize);
 
 /// How a product is cut into pieces.
 #[derive(Clone, Copy, Debug)]

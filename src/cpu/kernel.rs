@@ -192,7 +192,8 @@ pub(super) unsafe fn pack<F: Float>(panel: *mut F, width: usize, count: usize, d
                 _ => copy_elements(panel, width, count, 0, depth, source),
             }
         } else {
-            let transposed = if source.column == 1 { F::transpose(panel, width, count, depth, source) } else { 0 };
+            let transposed =
+                if source.column == 1 { F::transpose(panel, width, count, depth, source.start, source.row) } else { 0 };
             copy_elements(panel, width, count, transposed, depth, source);
         }
     }

@@ -4,8 +4,6 @@ use std::fmt::Debug;
 
 use pulp::Simd;
 
-use crate::cpu::gemm::Matrix;
-
 /// What the inner loop of a matrix product does with vector registers of the instruction set `S`.
 pub trait Lanes: Copy + Debug {
     /// A register full of numbers, in the order of memory.
@@ -16,7 +14,14 @@ pub trait Lanes: Copy + Debug {
     ///
     /// # Safety
     /// As there.
-    unsafe fn transpose(panel: *mut Self, width: usize, count: usize, depth: usize, source: Matrix<Self>) -> usize;
+    unsafe fn transpose(
+        panel: *mut Self,
+        width: usize,
+        count: usize,
+        depth: usize,
+        source: *const Self,
+        row: usize,
+    ) -> usize;
     /// `a + b`.
     fn plus<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     /// `a * b + c`.
@@ -26,13 +31,20 @@ pub trait Lanes: Copy + Debug {
 impl Lanes for f32 {
     type Vector<S: Simd> = S::f32s;
 
-    unsafe fn transpose(panel: *mut f32, width: usize, count: usize, depth: usize, source: Matrix<f32>) -> usize {
+    unsafe fn transpose(
+        panel: *mut f32,
+        width: usize,
+        count: usize,
+        depth: usize,
+        source: *const f32,
+        row: usize,
+    ) -> usize {
         #[cfg(target_arch = "x86_64")]
         if width.is_multiple_of(2) && std::arch::is_x86_feature_detected!("avx") {
             // SAFETY: the instructions are there; the rest is the caller's promise.
-            return unsafe { x86::transpose(panel, width, count, depth, source) };
+            return unsafe { x86::transpose(panel, width, count, depth, source, row) };
         }
-        let _ = (panel, width, count, depth, source);
+        let _ = (panel, width, count, depth, source, row);
         0
     }
 
@@ -55,7 +67,7 @@ impl Lanes for f32 {
 impl Lanes for f64 {
     type Vector<S: Simd> = S::f64s;
 
-    unsafe fn transpose(_: *mut f64, _: usize, _: usize, _: usize, _: Matrix<f64>) -> usize {
+    unsafe fn transpose(_: *mut f64, _: usize, _: usize, _: usize, _: *const f64, _: usize) -> usize {
         0
     }
 
@@ -79,8 +91,6 @@ impl Lanes for f64 {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use crate::cpu::gemm::Matrix;
-
     /// [`Lanes::transpose`](super::Lanes::transpose) in blocks of 8 by 8; `width` is even.
     #[target_feature(enable = "avx")]
     pub(super) unsafe fn transpose(
@@ -88,15 +98,16 @@ mod x86 {
         width: usize,
         count: usize,
         depth: usize,
-        source: Matrix<f32>,
+        source: *const f32,
+        row: usize,
     ) -> usize {
         let whole = depth / 8 * 8;
         for k in (0..whole).step_by(8) {
             for first in (0..width).step_by(8) {
                 let mut rows = [_mm256_setzero_ps(); 8];
-                for (row, to) in rows.iter_mut().enumerate().take(count.saturating_sub(first)) {
+                for (index, to) in rows.iter_mut().enumerate().take(count.saturating_sub(first)) {
                     // SAFETY: the row and eight of its steps are inside the source.
-                    *to = unsafe { _mm256_loadu_ps(source.start.add((first + row) * source.row + k)) };
+                    *to = unsafe { _mm256_loadu_ps(source.add((first + index) * row + k)) };
                 }
                 for (step, values) in transposed(rows).into_iter().enumerate() {
                     // SAFETY: only what is inside the panel's step is written.
