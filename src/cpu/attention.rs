@@ -5,7 +5,7 @@
 
 use crate::cpu::gemm::Matrix;
 use crate::cpu::kernel::{self, Block, Left, Right};
-use crate::cpu::math::{reduce, vectorized};
+use crate::cpu::math::{LANES, add_up, sum_over, vectorized};
 use crate::cpu::parallel::{self, Shared};
 use crate::cpu::{Cpu, CpuBuffer, Float, check, scratch};
 use crate::ops::{Attention, AttentionShape, Write};
@@ -39,14 +39,12 @@ impl<F: Float> Attention for Cpu<F> {
                 let (value, scores) = room.split_at_mut(sizes.rows());
                 let [q, k, v] = head_of(shape, qkv.as_ptr(), head);
                 let out = out_of(shape, out.pointer(), head);
-                vectorized(|| {
-                    // SAFETY: the head is inside `qkv`.
-                    unsafe {
-                        sizes.copy_rows(query, q, F::from_f64(shape.scale()));
-                        sizes.copy_columns(key_columns, k);
-                        sizes.copy_rows(value, v, F::ONE);
-                    }
-                });
+                // SAFETY: the head is inside `qkv`.
+                unsafe {
+                    sizes.copy_rows(query, q, F::from_f64(shape.scale()));
+                    sizes.copy_columns(key_columns, k);
+                    sizes.copy_rows(value, v, F::ONE);
+                }
                 for from in (0..tokens).step_by(sizes.tile) {
                     let queries = sizes.tile.min(tokens - from);
                     let first = head * tokens + from;
@@ -57,21 +55,13 @@ impl<F: Float> Attention for Cpu<F> {
                     // SAFETY: the factors are as large as their sizes say, and this head's output is this block's alone.
                     unsafe {
                         sizes.scores_of(queries, scores, &query[from * sizes.width..], key_columns);
-                        vectorized(|| {
-                            for (row, log_sum_exp) in log_sum_exp.iter_mut().enumerate() {
-                                (*log_sum_exp, factors[row]) = softmax(&mut scores[row * sizes.stride..][..tokens]);
-                            }
-                        });
+                        softmax(&sizes, &mut *scores, log_sum_exp, &mut factors[..queries]);
                         let left = sizes.by_query(scores);
                         sizes.out_of(queries, tokens, left, value, out, Write::Assign);
-                        vectorized(|| {
-                            for (row, &factor) in factors[..queries].iter().enumerate() {
-                                let out = out.start.add(row * out.row).cast_mut();
-                                for out in std::slice::from_raw_parts_mut(out, head_dim) {
-                                    *out *= factor;
-                                }
-                            }
-                        });
+                        for (row, &factor) in factors[..queries].iter().enumerate() {
+                            let out = out.start.add(row * out.row).cast_mut();
+                            multiply(std::slice::from_raw_parts_mut(out, head_dim), factor);
+                        }
                     }
                 }
             });
@@ -109,16 +99,14 @@ impl<F: Float> Attention for Cpu<F> {
                 let [q, k, v] = head_of(shape, qkv.as_ptr(), head);
                 let [dq, dk, dv] = head_of(shape, dqkv.pointer(), head);
                 let dout = out_of(shape, dout.as_ptr(), head);
-                vectorized(|| {
-                    // SAFETY: the head is inside `qkv` and `dout`. With scaled queries and keys, nothing else needs scaling.
-                    unsafe {
-                        sizes.copy_rows(query, q, scale);
-                        sizes.copy_rows(key, k, scale);
-                        sizes.copy_rows(gradient, dout, F::ONE);
-                        sizes.copy_columns(key_columns, k);
-                        sizes.copy_columns(value_columns, v);
-                    }
-                });
+                // SAFETY: the head is inside `qkv` and `dout`. With scaled queries and keys, nothing else needs scaling.
+                unsafe {
+                    sizes.copy_rows(query, q, scale);
+                    sizes.copy_rows(key, k, scale);
+                    sizes.copy_rows(gradient, dout, F::ONE);
+                    sizes.copy_columns(key_columns, k);
+                    sizes.copy_columns(value_columns, v);
+                }
                 for from in (0..tokens).step_by(sizes.tile) {
                     let queries = sizes.tile.min(tokens - from);
                     let log_sum_exp = &log_sum_exp[head * tokens + from..][..queries];
@@ -128,13 +116,8 @@ impl<F: Float> Attention for Cpu<F> {
                     unsafe {
                         sizes.scores_of(queries, p, query, key_columns);
                         sizes.scores_of(queries, ds, gradient, value_columns);
-                        vectorized(|| {
-                            for (row, &log_sum_exp) in log_sum_exp.iter().enumerate() {
-                                let p = &mut p[row * sizes.stride..][..tokens];
-                                probabilities(p, log_sum_exp);
-                                score_gradients(&mut ds[row * sizes.stride..][..tokens], p);
-                            }
-                        });
+                        probabilities(&sizes, &mut *p, log_sum_exp);
+                        score_gradients(&sizes, &mut *ds, &*p, queries);
                         sizes.out_of(queries, tokens, sizes.by_query(ds), key, dq.skip(from, 0), Write::Assign);
                         sizes.out_of(tokens, queries, sizes.by_key(ds), query, dk, later);
                         sizes.out_of(tokens, queries, sizes.by_key(p), gradient, dv, later);
@@ -174,18 +157,13 @@ impl<F: Float> Attention for Cpu<F> {
                 let [q, k, _] = head_of(shape, qkv.as_ptr(), head);
                 let sizes = HeadSizes { stride: tokens, ..sizes };
                 // SAFETY: the head is inside `qkv`.
-                vectorized(|| unsafe {
+                unsafe {
                     sizes.copy_rows(query, q, scale);
                     sizes.copy_columns(key_columns, k);
-                });
+                }
                 // SAFETY: the factors are as large as their sizes say.
                 unsafe { sizes.scores_of(tokens, out, query, key_columns) };
-                vectorized(|| {
-                    for row in 0..tokens {
-                        let log_sum_exp = log_sum_exp[head * tokens + row];
-                        self::probabilities(&mut out[row * tokens..][..tokens], log_sum_exp);
-                    }
-                });
+                self::probabilities(&sizes, out, &log_sum_exp[head * tokens..][..tokens]);
             });
         })
     }
@@ -240,20 +218,15 @@ impl HeadSizes {
     }
 
     /// Copies rows, scaled, to rows of `width` elements.
-    #[inline(always)]
     unsafe fn copy_rows<F: Float>(&self, to: &mut [F], from: Matrix<F>, scale: F) {
         for (row, to) in to.chunks_exact_mut(self.width).enumerate() {
             // SAFETY: the caller's promise that `from` has all rows of the head.
             let from = unsafe { std::slice::from_raw_parts(from.start.add(row * from.row), self.head_dim) };
-            for (to, &from) in to.iter_mut().zip(from) {
-                *to = from * scale;
-            }
-            to[self.head_dim..].fill(F::ZERO);
+            copy_scaled(to, from, scale);
         }
     }
 
     /// Copies rows to panels of columns.
-    #[inline(always)]
     unsafe fn copy_columns<F: Float>(&self, to: &mut [F], from: Matrix<F>) {
         let width = self.panel.1;
         for (panel, to) in to.chunks_exact_mut(width * self.head_dim).enumerate() {
@@ -327,41 +300,87 @@ fn out_of<F>(shape: AttentionShape, out: *const F, head: usize) -> Matrix<F> {
     Matrix::rows(out.wrapping_add(first), shape.width())
 }
 
-/// Scores to probabilities times a number; the natural log-sum-exp of the scores, and 1 / that number.
-#[inline(always)]
-fn softmax<F: Float>(scores: &mut [F]) -> (F, F) {
-    let largest = largest(scores);
-    for score in scores.iter_mut() {
-        *score = (*score - largest).exp();
-    }
-    let sum = reduce([scores], |[p]| p);
-    (largest + F::from_f64(sum.to_f64().ln()), F::ONE / sum)
-}
-
-/// Scores to probabilities, from their log-sum-exp.
-#[inline(always)]
-fn probabilities<F: Float>(scores: &mut [F], log_sum_exp: F) {
-    for score in scores {
-        *score = (*score - log_sum_exp).exp();
+vectorized! {
+    /// Copies a row, scaled; what is beyond its end becomes zero.
+    fn copy_scaled<'a, F: Float>(to: &'a mut [F], from: &'a [F], scale: F) {
+        let (to, rest) = to.split_at_mut(from.len());
+        for (to, &from) in to.iter_mut().zip(from) {
+            *to = from * scale;
+        }
+        rest.fill(F::ZERO);
     }
 }
 
-/// The gradient of the scores from that of the probabilities: `p (dp - sum(p dp))`.
-#[inline(always)]
-fn score_gradients<F: Float>(dp: &mut [F], p: &[F]) {
-    let delta = reduce([&*dp, p], |[dp, p]| dp * p);
-    for (dp, &p) in dp.iter_mut().zip(p) {
-        *dp = (*dp - delta) * p;
+vectorized! {
+    fn multiply<'a, F: Float>(values: &'a mut [F], factor: F) {
+        for value in values {
+            *value *= factor;
+        }
     }
+}
+
+vectorized! {
+    /// A tile's scores to probabilities times a number; each row's natural log-sum-exp, and 1 / that number.
+    fn softmax<'a, F: Float>(sizes: &'a HeadSizes, scores: &'a mut [F], log_sum_exp: &'a mut [F], factors: &'a mut [F]) {
+        for (row, (log_sum_exp, factor)) in log_sum_exp.iter_mut().zip(factors).enumerate() {
+            let scores = &mut scores[row * sizes.stride..][..sizes.tokens];
+            let largest = largest(scores);
+            let sum = exp_all(scores, largest);
+            *log_sum_exp = largest + F::from_f64(sum.to_f64().ln());
+            *factor = F::ONE / sum;
+        }
+    }
+}
+
+vectorized! {
+    /// A tile's scores to probabilities, from their log-sum-exp.
+    fn probabilities<'a, F: Float>(sizes: &'a HeadSizes, scores: &'a mut [F], log_sum_exp: &'a [F]) {
+        for (row, &log_sum_exp) in log_sum_exp.iter().enumerate() {
+            for score in &mut scores[row * sizes.stride..][..sizes.tokens] {
+                *score = (*score - log_sum_exp).exp_bounded();
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// The gradient of a tile's scores from that of the probabilities: `p (dp - sum(p dp))`.
+    fn score_gradients<'a, F: Float>(sizes: &'a HeadSizes, dp: &'a mut [F], p: &'a [F], queries: usize) {
+        for row in 0..queries {
+            let dp = &mut dp[row * sizes.stride..][..sizes.tokens];
+            let p = &p[row * sizes.stride..][..sizes.tokens];
+            let delta = sum_over(dp, p, |dp, p| dp * p);
+            for (dp, &p) in dp.iter_mut().zip(p) {
+                *dp = (*dp - delta) * p;
+            }
+        }
+    }
+}
+
+/// Replaces scores by their exponentials, less the largest one; their sum.
+#[inline(always)]
+fn exp_all<F: Float>(scores: &mut [F], largest: F) -> F {
+    let mut lanes = [F::ZERO; LANES];
+    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for (score, sum) in chunk.iter_mut().zip(&mut lanes) {
+            *score = (*score - largest).exp_bounded();
+            *sum += *score;
+        }
+    }
+    for (score, sum) in rest.iter_mut().zip(&mut lanes) {
+        *score = (*score - largest).exp_bounded();
+        *sum += *score;
+    }
+    add_up(lanes)
 }
 
 /// The largest number.
 #[inline(always)]
 fn largest<F: Float>(values: &[F]) -> F {
-    const LANES: usize = 32;
     let mut lanes = [F::from_f64(f64::NEG_INFINITY); LANES];
-    let chunks = values.chunks_exact(LANES);
-    for (lane, &value) in lanes.iter_mut().zip(chunks.remainder()) {
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for (lane, &value) in lanes.iter_mut().zip(rest) {
         *lane = lane.larger(value);
     }
     for chunk in chunks {

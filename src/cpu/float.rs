@@ -39,6 +39,8 @@ pub trait Float:
     fn sqrt(self) -> Self;
     /// The exponential, to about one unit in the last place; 0 where it would be below the smallest normal number.
     fn exp(self) -> Self;
+    /// The exponential of a number that is not above 88, or NaN.
+    fn exp_bounded(self) -> Self;
     /// The error function, to about one unit in the last place of 1.
     fn erf(self) -> Self;
     /// The larger of two numbers; `other` where either is NaN.
@@ -83,6 +85,11 @@ impl Float for f32 {
     }
 
     #[inline(always)]
+    fn exp_bounded(self) -> Self {
+        math::exp_bounded(self)
+    }
+
+    #[inline(always)]
     fn erf(self) -> Self {
         math::erf(self)
     }
@@ -119,6 +126,11 @@ impl Float for f64 {
 
     #[inline(always)]
     fn exp(self) -> Self {
+        self.exp()
+    }
+
+    #[inline(always)]
+    fn exp_bounded(self) -> Self {
         self.exp()
     }
 

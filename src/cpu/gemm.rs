@@ -12,15 +12,17 @@ use crate::cpu::{Float, scratch};
 use crate::ops::Write;
 
 /// Steps along the depth between two uses of the output: a panel of columns fits into the first-level cache.
-const DEPTH: usize = 256;
+const DEPTH: usize = 512;
 /// Steps along the depth that are in panels at the same time.
-const PACKED_DEPTH: usize = 3072;
+const PACKED_DEPTH: usize = 1024;
 /// Rows of an output block, at most: they fit into the second-level cache at [`DEPTH`].
 const BLOCK_ROWS: usize = 96;
 /// Columns of an output block, at most.
-const BLOCK_COLUMNS: usize = 256;
+const BLOCK_COLUMNS: usize = 128;
 /// Panels that one thread fills at a time.
-const PANELS: usize = 4;
+const PANELS: usize = 8;
+/// Steps of one panel that are filled before those of the next one.
+const STEPS: usize = 32;
 
 /// Sizes of a product `[rows, depth] x [depth, columns]`.
 #[derive(Clone, Copy, Debug)]
@@ -135,7 +137,7 @@ fn wait_for(ready: impl Fn() -> bool) {
 }
 
 /// From one index to another.
-type Range = (usize, usize);
+pub(super) type Range = (usize, usize);
 
 /// How a product is cut into pieces.
 #[derive(Clone, Copy, Debug)]
@@ -208,11 +210,19 @@ impl Plan {
         } else {
             (piece - self.left_packs, sizes.columns, self.tile_columns, right.transposed(), packed_right)
         };
-        for panel in piece * PANELS..count.div_ceil(width).min((piece + 1) * PANELS) {
-            let first = panel * width;
-            let to = packed.start.wrapping_add(first * self.packed).cast_mut();
-            // SAFETY: the panel is inside the packed factor, its source inside the factor.
-            unsafe { kernel::pack(to, width, width.min(count - first), sizes.depth, source.skip(first, 0)) };
+        let panels = piece * PANELS..count.div_ceil(width).min((piece + 1) * PANELS);
+        // Where a step's elements are next to each other, several panels share what a page and a cache line have of it.
+        let chunk = if source.row == 1 { STEPS } else { sizes.depth };
+        let mut from = 0;
+        while from < sizes.depth {
+            let depth = chunk.min(sizes.depth - from);
+            for panel in panels.clone() {
+                let first = panel * width;
+                let to = packed.start.wrapping_add(first * self.packed + from * width).cast_mut();
+                // SAFETY: the panel is inside the packed factor, its source inside the factor.
+                unsafe { kernel::pack(to, width, width.min(count - first), depth, source.skip(first, from)) };
+            }
+            from += depth;
         }
     }
 

@@ -179,28 +179,54 @@ impl<F: Float> WithSimd for Block<F> {
 ///
 /// # Safety
 /// That much of `source` can be read, and `depth * width` elements of `panel` written.
-#[inline(always)]
 pub(super) unsafe fn pack<F: Float>(panel: *mut F, width: usize, count: usize, depth: usize, source: Matrix<F>) {
     // SAFETY: the caller's promise.
     unsafe {
-        if source.row == 1 {
-            for k in 0..depth {
-                let (to, from) = (panel.add(k * width), source.start.add(k * source.column));
-                for row in 0..count {
-                    *to.add(row) = *from.add(row);
-                }
+        if source.row == 1 && count == width {
+            match width {
+                6 => copy_steps::<F, 6>(panel, depth, source),
+                8 => copy_steps::<F, 8>(panel, depth, source),
+                12 => copy_steps::<F, 12>(panel, depth, source),
+                16 => copy_steps::<F, 16>(panel, depth, source),
+                32 => copy_steps::<F, 32>(panel, depth, source),
+                _ => copy_elements(panel, width, count, 0, depth, source),
             }
         } else {
-            for row in 0..count {
-                let from = source.start.add(row * source.row);
-                for k in 0..depth {
-                    *panel.add(k * width + row) = *from.add(k * source.column);
-                }
-            }
+            let transposed =
+                if source.column == 1 { F::transpose(panel, width, count, depth, source.start, source.row) } else { 0 };
+            copy_elements(panel, width, count, transposed, depth, source);
         }
-        for k in 0..depth {
-            for row in count..width {
-                *panel.add(k * width + row) = F::ZERO;
+    }
+}
+
+/// [`pack`] for steps whose `W` elements are next to each other.
+#[inline(always)]
+unsafe fn copy_steps<F: Float, const W: usize>(panel: *mut F, depth: usize, source: Matrix<F>) {
+    for k in 0..depth {
+        // SAFETY: as for `pack`.
+        unsafe {
+            let step = source.start.add(k * source.column).cast::<[F; W]>().read_unaligned();
+            panel.add(k * W).cast::<[F; W]>().write_unaligned(step);
+        }
+    }
+}
+
+/// [`pack`] for the steps from `from` on, element by element.
+#[inline(always)]
+unsafe fn copy_elements<F: Float>(
+    panel: *mut F,
+    width: usize,
+    count: usize,
+    from: usize,
+    depth: usize,
+    source: Matrix<F>,
+) {
+    for k in from..depth {
+        for row in 0..width {
+            // SAFETY: as for `pack`.
+            unsafe {
+                let value = if row < count { *source.start.add(row * source.row + k * source.column) } else { F::ZERO };
+                *panel.add(k * width + row) = value;
             }
         }
     }

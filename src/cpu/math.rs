@@ -1,38 +1,62 @@
 //! Functions without branches and sums in a fixed order, written so that compilers turn loops over them into vector code.
 
-use pulp::Arch;
-
 use crate::cpu::Float;
 
-/// Partial sums of [`reduce`].
-const LANES: usize = 32;
+/// Partial sums of a sum.
+pub(super) const LANES: usize = 16;
 
-/// Runs `work`, compiled for the widest vectors that the machine has.
+/// Makes a function that is compiled for the widest vectors that the machine has.
 ///
-/// What `work` calls must be inlined into it.
-#[inline(always)]
-pub(super) fn vectorized<R>(work: impl FnOnce() -> R) -> R {
-    Arch::new().dispatch(work)
+/// What it calls must be `#[inline(always)]`, and closures in it small: what is not inlined is compiled for the narrowest
+/// vectors, and multiply-adds become calls. (That is why this is a macro: closures cannot be told to be inlined.)
+macro_rules! vectorized {
+    (@output) => { () };
+    (@output $output:ty) => { $output };
+    (
+        $(#[$meta:meta])*
+        fn $name:ident<$life:lifetime $(, $generic:ident: $bound:path)*>($($argument:ident: $type:ty),* $(,)?)
+        $(-> $output:ty)? $body:block
+    ) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments, reason = "a row of everything")]
+        #[inline(always)]
+        fn $name<$life $(, $generic: $bound)*>($($argument: $type),*) $(-> $output)? {
+            struct Job<$life $(, $generic: $bound)*>($($type,)* std::marker::PhantomData<(&$life (), $($generic),*)>);
+            impl<$life $(, $generic: $bound)*> pulp::WithSimd for Job<$life $(, $generic)*> {
+                type Output = vectorized!(@output $($output)?);
+
+                #[inline(always)]
+                fn with_simd<S: pulp::Simd>(self, _: S) -> Self::Output {
+                    let Self($($argument,)* _) = self;
+                    $body
+                }
+            }
+            pulp::Arch::new().dispatch(Job::<$life $(, $generic)*>($($argument,)* std::marker::PhantomData))
+        }
+    };
 }
 
-/// The sum of `term([parts[0][i], …])` over `i`, in an order that depends on the length alone. The parts are equally long.
+pub(super) use vectorized;
+
+/// The sum of `term(x[i], y[i])` over all of `x`, in an order that depends on the length alone. `y` is at least as long.
 #[inline(always)]
-pub(super) fn reduce<T: Copy, F: Float, const N: usize>(parts: [&[T]; N], term: impl Fn([T; N]) -> F) -> F {
-    let length = parts[0].len();
-    let parts = parts.map(|part| &part[..length]);
+pub(super) fn sum_over<T: Copy, F: Float>(x: &[T], y: &[T], term: impl Fn(T, T) -> F) -> F {
     let mut lanes = [F::ZERO; LANES];
-    let whole = length / LANES * LANES;
-    let mut start = 0;
-    while start < whole {
-        let chunk = parts.map(|part| &part[start..start + LANES]);
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += term(chunk.map(|part| part[lane]));
+    let ((x_chunks, x_rest), (y_chunks, y_rest)) = (x.as_chunks::<LANES>(), y[..x.len()].as_chunks::<LANES>());
+    for (x, y) in x_chunks.iter().zip(y_chunks) {
+        for lane in 0..LANES {
+            lanes[lane] += term(x[lane], y[lane]);
         }
-        start += LANES;
     }
-    for (lane, index) in (whole..length).enumerate() {
-        lanes[lane] += term(parts.map(|part| part[index]));
+    for (lane, (&x, &y)) in lanes.iter_mut().zip(x_rest.iter().zip(y_rest)) {
+        *lane += term(x, y);
     }
+    add_up(lanes)
+}
+
+/// The sum of partial sums, by halves.
+#[inline(always)]
+pub(super) fn add_up<F: Float>(mut lanes: [F; LANES]) -> F {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -43,16 +67,37 @@ pub(super) fn reduce<T: Copy, F: Float, const N: usize>(parts: [&[T]; N], term: 
     lanes[0]
 }
 
-/// `e^x`, to 2e-7 of itself; 0 below the logarithm of the smallest normal number. (Range reduction and polynomial: Cephes.)
+/// Below the logarithm of the smallest normal number, [`exp`] is 0.
+const SMALLEST: f32 = -87.336_54;
+
+/// `e^x`, to 2e-7 of itself; 0 where it would be below the smallest normal number.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    const SMALLEST: f32 = -87.336_54;
     const LARGEST: f32 = 88.722_83;
+    let inside = if x > LARGEST { LARGEST } else { x };
+    let (p, n) = exp_parts(inside);
+    // 2^n in two factors, for n = 128.
+    let half = n >> 1;
+    let result = p * power_of_two(half) * power_of_two(n - half);
+    let result = if x < SMALLEST { 0.0 } else { result };
+    if x > LARGEST { f32::INFINITY } else { result }
+}
+
+/// [`exp`] of a number that is not above 88, or NaN.
+#[inline(always)]
+pub(super) fn exp_bounded(x: f32) -> f32 {
+    let (p, n) = exp_parts(x);
+    let result = p * power_of_two(n);
+    if x < SMALLEST { 0.0 } else { result }
+}
+
+/// `e^x = p 2^n`. (Range reduction and polynomial: Cephes.)
+#[inline(always)]
+fn exp_parts(x: f32) -> (f32, i32) {
     const ROUND: f32 = 12_582_912.0;
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     let inside = if x < SMALLEST { SMALLEST } else { x };
-    let inside = if inside > LARGEST { LARGEST } else { inside };
     // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
     let shifted = inside.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
@@ -63,13 +108,7 @@ pub(super) fn exp(x: f32) -> f32 {
         .mul_add(r, 4.166_579_6e-2)
         .mul_add(r, 0.166_666_66)
         .mul_add(r, 0.5);
-    let p = p.mul_add(r * r, r) + 1.0;
-    // 2^n in two factors, for n = 128.
-    let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
-    let half = exponent >> 1;
-    let scaled = p * power_of_two(half) * power_of_two(exponent - half);
-    let scaled = if x < SMALLEST { 0.0 } else { scaled };
-    if x > LARGEST { f32::INFINITY } else { scaled }
+    (p.mul_add(r * r, r) + 1.0, (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32))
 }
 
 /// `2^n` for n in -126..=127.
@@ -101,6 +140,6 @@ pub(super) fn erf(x: f32) -> f32 {
         .mul_add(t, -0.633_219_86)
         .mul_add(t, -1.129_578_4)
         .mul_add(t, 1.880_431e-4);
-    let large = (1.0 - exp(logarithm)).copysign(x);
+    let large = (1.0 - exp_bounded(logarithm)).copysign(x);
     if magnitude < 1.0 { small } else { large }
 }

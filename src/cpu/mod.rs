@@ -1,5 +1,6 @@
 //! The CPU backend: f32 for use, f64 for gradient checks.
 
+mod activation;
 mod adamw;
 mod attention;
 mod check;
