@@ -66,6 +66,10 @@ pub enum Error {
     /// A device that is not there or cannot do what was asked.
     #[error("device: {0}")]
     Device(String),
+    /// The CUDA driver, NVRTC or a kernel launcher refused.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] crate::cuda::CudaError),
     /// Training went wrong in a way that repeating the step does not mend.
     #[error("training: {0}")]
     Training(String),

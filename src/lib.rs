@@ -1,8 +1,17 @@
 //! Masked autoencoders (He et al., arXiv 2111.06377; `ViTMAE` in Hugging Face transformers).
 #![deny(missing_docs)]
 
+pub mod config;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod data;
 mod error;
+pub mod files;
+pub mod model;
 pub mod ops;
+pub mod picture;
+pub mod train;
+pub mod weights;
 
 pub use error::{Error, Result};

@@ -20,22 +20,15 @@ pub struct MaskingShape {
 impl MaskingShape {
     /// `keep = int(patches * (1 - ratio))`, computed in f64 and truncated as Python does (`L = 100` at 0.9 keeps 9).
     ///
+    /// With few patches that can be none: the encoder then sees the class token alone, as in transformers.
+    ///
     /// # Errors
-    /// [`Error::Value`] unless `0 <= ratio < 1`, or when no patch would be left.
+    /// [`Error::Value`] unless `0 <= ratio < 1`.
     pub fn new(batch: usize, patches: usize, ratio: f64) -> Result<Self> {
         if !(0.0..1.0).contains(&ratio) {
-            return Err(Error::value(
-                "mask ratio",
-                format!("{ratio} is not in [0, 1): at least one patch must stay visible"),
-            ));
+            return Err(Error::value("mask ratio", format!("{ratio} is not in [0, 1)")));
         }
         let keep = (patches as f64 * (1.0 - ratio)) as usize;
-        if keep == 0 {
-            return Err(Error::value(
-                "mask ratio",
-                format!("{ratio} of {patches} patches leaves none visible; use a smaller ratio or smaller patches"),
-            ));
-        }
         Ok(Self { batch, patches, keep })
     }
 

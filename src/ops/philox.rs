@@ -11,6 +11,10 @@ pub const MASKING_STREAM: u8 = 1;
 pub const AUGMENTATION_STREAM: u8 = 2;
 /// The weights of a fresh model; the sample is the parameter's number.
 pub const INITIALIZATION_STREAM: u8 = 3;
+/// The order of the samples of an epoch.
+pub const ORDER_STREAM: u8 = 4;
+/// Procedural pictures; the seed is that of the set.
+pub const SCENE_STREAM: u8 = 5;
 
 /// The block function: four words for a counter and a key.
 #[must_use]

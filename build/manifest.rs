@@ -1,0 +1,142 @@
+//! Reads the kernels, compiles them, and writes the manifest that `src/cuda/modules.rs` includes.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use crate::hash::hash;
+use crate::nvrtc::{Nvrtc, NvrtcError, OPTIONS, SEARCH_VARIABLES, Source, Target};
+use crate::units::definitions;
+
+/// Architectures that are compiled for unless `VITMAE_CUDA_ARCHS` says otherwise.
+const DEFAULT_TARGETS: &str = "sm_80,sm_90a";
+
+/// The kernels folder in memory.
+pub struct Kernels {
+    /// The folder.
+    pub folder: PathBuf,
+    /// Name and text of each `.cu` file.
+    pub files: Vec<(String, String)>,
+    /// Name and text of each `.cuh` file.
+    pub headers: Vec<(String, String)>,
+}
+
+/// Reads kernels/*.cu and *.cuh in a fixed order.
+pub fn read_kernels() -> Result<Kernels, String> {
+    let root = std::env::var("CARGO_MANIFEST_DIR").map_err(|error| format!("CARGO_MANIFEST_DIR: {error}"))?;
+    let folder = Path::new(&root).join("kernels");
+    for watched in ["kernels", "build"] {
+        println!("cargo::rerun-if-changed={watched}");
+    }
+    let fail = |path: &Path, error: std::io::Error| format!("cannot read {}: {error}", path.display());
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(&folder).map_err(|error| fail(&folder, error))? {
+        paths.push(entry.map_err(|error| fail(&folder, error))?.path());
+    }
+    paths.sort();
+    let (mut files, mut headers) = (Vec::new(), Vec::new());
+    for path in paths {
+        let list = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("cu") => &mut files,
+            Some("cuh") => &mut headers,
+            _ => continue,
+        };
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let text = std::fs::read_to_string(&path).map_err(|error| fail(&path, error))?;
+        list.push((name, text));
+    }
+    Ok(Kernels { folder, files, headers })
+}
+
+/// Compiles the kernels where NVRTC is found, and writes the manifest.
+pub fn embed(kernels: &Kernels) -> Result<(), String> {
+    for variable in SEARCH_VARIABLES.iter().chain(&["VITMAE_CUDA_ARCHS", "VITMAE_REQUIRE_NVRTC"]) {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    let names = std::env::var("VITMAE_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_TARGETS.to_string());
+    let targets = Target::parse_list(&names).map_err(|error| error.to_string())?;
+    let required = std::env::var("VITMAE_REQUIRE_NVRTC").is_ok_and(|value| value == "1");
+    let nvrtc = match Nvrtc::find() {
+        Ok(nvrtc) => Some(nvrtc),
+        Err(error) if required => return Err(format!("VITMAE_REQUIRE_NVRTC=1: {error}")),
+        Err(error) => {
+            println!("cargo::warning=CUDA kernels are not compiled now but at run time, on first use: {error}");
+            None
+        }
+    };
+    let manifest = write_manifest(kernels, nvrtc.as_ref(), &targets, &out)?;
+    let path = out.join("manifest.rs");
+    std::fs::write(&path, manifest).map_err(|error| format!("cannot write {}: {error}", path.display()))
+}
+
+/// Compiles each file for each target into `out`, and returns the manifest's Rust source.
+fn write_manifest(kernels: &Kernels, nvrtc: Option<&Nvrtc>, targets: &[Target], out: &Path) -> Result<String, String> {
+    let headers: Vec<Source> = kernels.headers.iter().map(|(name, text)| Source { name, text }).collect();
+    let mut parts: Vec<&[u8]> = OPTIONS.iter().map(|option| option.as_bytes()).collect();
+    for (name, text) in kernels.files.iter().chain(&kernels.headers) {
+        parts.extend([name.as_bytes(), text.as_bytes()]);
+    }
+    let mut rust = String::new();
+    let mut line = |text: String| {
+        rust.push_str(&text);
+        rust.push('\n');
+    };
+    line("Manifest {".into());
+    line(format!("    nvrtc: {:?},", nvrtc.map(|nvrtc| nvrtc.version)));
+    line(format!("    options: &{OPTIONS:?},"));
+    line(format!("    source_hash: {:#034x},", hash(&parts)));
+    line("    headers: &[".into());
+    for (name, _) in &kernels.headers {
+        line(format!("        Header {{ name: {name:?}, text: {} }},", include_source(kernels, name)));
+    }
+    line("    ],".into());
+    line("    files: &[".into());
+    for (name, text) in &kernels.files {
+        let source = Source { name, text };
+        line(format!("        KernelFile {{ name: {name:?}, text: {},", include_source(kernels, name)));
+        line(format!("            symbols: &{:?},", symbols(text)));
+        line("            images: &[".into());
+        for &target in targets.iter().filter(|_| nvrtc.is_some()) {
+            let image = compile(nvrtc, source, &headers, target)?;
+            let path = out.join(format!("{}.{target}", name.trim_end_matches(".cu")));
+            std::fs::write(&path, image).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+            line(format!(
+                "                Image {{ target: {}, bytes: include_bytes!({path:?}) }},",
+                rust_target(target)
+            ));
+        }
+        line("            ],".into());
+        line("        },".into());
+    }
+    line("    ],".into());
+    line("}".into());
+    Ok(rust)
+}
+
+fn compile(nvrtc: Option<&Nvrtc>, source: Source, headers: &[Source], target: Target) -> Result<Vec<u8>, String> {
+    let nvrtc = nvrtc.ok_or_else(|| NvrtcError::NotFound { searched: Vec::new() }.to_string())?;
+    let compiled = nvrtc.compile(source, headers, target).map_err(|error| error.to_string())?;
+    for line in compiled.log.lines() {
+        println!("cargo::warning={} for {target}: {line}", source.name);
+    }
+    Ok(compiled.image)
+}
+
+fn include_source(kernels: &Kernels, name: &str) -> String {
+    format!("include_str!({:?})", kernels.folder.join(name))
+}
+
+fn rust_target(target: Target) -> String {
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = write!(
+        text,
+        "Target {{ capability: {}, suffix: {:?}, ptx: {} }}",
+        target.capability, target.suffix, target.ptx
+    );
+    text
+}
+
+fn symbols(text: &str) -> Vec<String> {
+    definitions(text).into_iter().map(|definition| definition.symbol).collect()
+}

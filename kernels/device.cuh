@@ -1,0 +1,80 @@
+// Helpers that several kernels share: division by launch constants, Philox, element types. Plain C++ over ptx.cuh.
+#ifndef VITMAE_DEVICE_CUH
+#define VITMAE_DEVICE_CUH
+
+#include "ptx.cuh"
+
+DEVICE u32 minimum(u32 a, u32 b) { return a < b ? a : b; }
+
+DEVICE u32 multiply_high(u32 a, u32 b) { return static_cast<u32>((static_cast<u64>(a) * b) >> 32); }
+
+// Division by a number that is known at launch, in three instructions instead of about twenty (Granlund and Montgomery,
+// "Division by Invariant Integers using Multiplication", 1994). Exact for dividends below 2^31. The launcher fills it in
+// (`Divider` in src/cuda/launch.rs, same layout); the divisor is not 0.
+struct Divider {
+    u32 divisor;
+    u32 multiplier;
+    u32 shift;
+
+    DEVICE u32 quotient(u32 dividend) const { return (multiply_high(dividend, multiplier) + dividend) >> shift; }
+};
+
+// Quotient and remainder; the remainder replaces the dividend.
+DEVICE u32 divide(u32& dividend, const Divider& by) {
+    const u32 quotient = by.quotient(dividend);
+    dividend -= quotient * by.divisor;
+    return quotient;
+}
+
+// Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): four random words from a counter and
+// a key. The CPU side uses the rand_philox crate; both are held against Random123's known answers.
+DEVICE u32x4 philox(u32x4 counter, u32 key_low, u32 key_high) {
+    for (u32 round = 0; round < 10; ++round) {
+        const u64 product_0 = static_cast<u64>(0xD2511F53u) * counter.x;
+        const u64 product_1 = static_cast<u64>(0xCD9E8D57u) * counter.z;
+        counter = {static_cast<u32>(product_1 >> 32) ^ counter.y ^ key_low, static_cast<u32>(product_1),
+                   static_cast<u32>(product_0 >> 32) ^ counter.w ^ key_high, static_cast<u32>(product_0)};
+        key_low += 0x9E3779B9u;
+        key_high += 0xBB67AE85u;
+    }
+    return counter;
+}
+
+// What a random number is for: the top byte of the counter's last word, so that no two uses share a number.
+constexpr u32 STREAM_MASKING = 1;
+
+// Block `block` of the random numbers of one sample in one epoch.
+DEVICE u32x4 philox_of_sample(u32 block, u32 stream, u64 sample, u32 epoch, u64 seed) {
+    const u32 sample_high = static_cast<u32>(sample >> 32) & 0x00ffffffu;
+    const u32x4 counter = {block, epoch, static_cast<u32>(sample), sample_high | (stream << 24)};
+    return philox(counter, static_cast<u32>(seed), static_cast<u32>(seed >> 32));
+}
+
+// An output element type: how many make 16 bytes, and how to store one and sixteen bytes of them.
+template <typename T>
+struct Element;
+
+template <>
+struct Element<float> {
+    static constexpr u32 PER_16_BYTES = 4;
+
+    DEVICE static void store(float* address, float value) { *address = value; }
+
+    DEVICE static void store_vector(float* address, const float* values) {
+        store_16(address, {float_bits(values[0]), float_bits(values[1]), float_bits(values[2]), float_bits(values[3])});
+    }
+};
+
+template <>
+struct Element<bf16> {
+    static constexpr u32 PER_16_BYTES = 8;
+
+    DEVICE static void store(bf16* address, float value) { address->bits = round_bf16(value); }
+
+    DEVICE static void store_vector(bf16* address, const float* values) {
+        store_16(address, {pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]),
+                           pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7])});
+    }
+};
+
+#endif

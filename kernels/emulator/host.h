@@ -1,0 +1,89 @@
+// The host half of ptx.cuh: the same names, declared for a C++20 compiler and defined in runtime.cpp.
+//
+// Kernel files are compiled with -fsanitize=thread, which makes the compiler report every access to memory that is not a
+// plain local variable through __tsan_* calls. runtime.cpp defines those calls itself (the sanitizer's own library is not
+// linked) and checks each access. That is why the kernels need no wrapper types, and why everything here that touches
+// memory is defined out of line, in a file that is compiled without the option.
+#ifndef VITMAE_EMULATOR_HOST_H
+#define VITMAE_EMULATOR_HOST_H
+
+#include <cstddef>
+#include <type_traits>
+#include <utility>
+
+#define DEVICE inline __attribute__((always_inline))
+#define KERNEL(threads) extern "C" void
+#define UNROLL
+
+u32 thread_index();
+u32 block_index();
+u32 block_threads();
+u32 lane_index();
+u32 warp_index();
+
+void block_barrier();
+void warp_barrier();
+u32 shuffle(u32 value, u32 lane);
+float shuffle(float value, u32 lane);
+u32 shuffle_xor(u32 value, u32 mask);
+float shuffle_xor(float value, u32 mask);
+u32 ballot(bool predicate);
+
+u32x4 load_16(const void* address);
+// By reference: the compiler does not report reads of structures that it passes by value.
+void store_16(void* address, const u32x4& value);
+u32x4 load_shared_16(const void* address);
+void copy_async_16(void* shared, const void* global);
+void copy_async_wait();
+
+float multiply_rn(float a, float b);
+float add_rn(float a, float b);
+float subtract_rn(float a, float b);
+float divide_rn(float a, float b);
+float multiply_add_rn(float a, float b, float c);
+u32 float_bits(float value);
+float bits_float(u32 bits);
+u16 round_bf16(float value);
+u32 pack_bf16(float low, float high);
+
+namespace emulator {
+
+void* shared_memory();
+
+// A kernel as the launcher sees it: a name, a limit, and a call with untyped arguments.
+struct Entry {
+    const char* symbol;
+    u32 max_threads;
+    void (*call)(void* const* arguments);
+    const std::size_t* sizes;
+    std::size_t count;
+};
+
+// Turns `void f(A, B, ...)` into an Entry.
+template <auto FUNCTION>
+struct Thunk;
+
+template <typename... A, void (*FUNCTION)(A...)>
+struct Thunk<FUNCTION> {
+    static constexpr std::size_t sizes[] = {sizeof(A)...};
+
+    static void call(void* const* arguments) { call_with(arguments, std::index_sequence_for<A...>{}); }
+
+    template <std::size_t... I>
+    static void call_with(void* const* arguments, std::index_sequence<I...>) {
+        FUNCTION(*static_cast<const std::remove_cv_t<A>*>(arguments[I])...);
+    }
+
+    static constexpr Entry entry(const char* symbol, u32 max_threads) {
+        return {symbol, max_threads, call, sizes, sizeof...(A)};
+    }
+};
+
+}  // namespace emulator
+
+template <typename T>
+DEVICE T* shared_memory() {
+    return static_cast<T*>(emulator::shared_memory());
+}
+
+#endif

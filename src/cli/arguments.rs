@@ -1,0 +1,147 @@
+//! Types and checks of flags that several commands share.
+
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::bail;
+
+/// `--device`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DeviceChoice {
+    Auto,
+    Cpu,
+    Cuda(usize),
+    Emulator,
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            "emulator" => Ok(Self::Emulator),
+            _ => match text.strip_prefix("cuda:").map(str::parse) {
+                Some(Ok(ordinal)) => Ok(Self::Cuda(ordinal)),
+                _ => Err("expected auto, cpu, cuda, cuda:N or emulator".into()),
+            },
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => write!(f, "auto"),
+            Self::Cpu => write!(f, "cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            Self::Emulator => write!(f, "emulator"),
+        }
+    }
+}
+
+impl DeviceChoice {
+    /// The device that `auto` means here.
+    pub(crate) fn resolve(self) -> anyhow::Result<Self> {
+        match self {
+            Self::Auto | Self::Cpu => Ok(Self::Cpu),
+            Self::Cuda(ordinal) => {
+                #[cfg(feature = "cuda")]
+                {
+                    let devices = vitmae::cuda::devices()?;
+                    if ordinal >= devices.len() {
+                        bail!("there is no GPU {ordinal}: {} found", devices.len());
+                    }
+                    Ok(self)
+                }
+                #[cfg(not(feature = "cuda"))]
+                bail!("GPU {ordinal} cannot be used: this program was built without the feature `cuda`")
+            }
+            Self::Emulator if cfg!(feature = "emulator") => Ok(self),
+            Self::Emulator => bail!("this program was built without the feature `emulator`"),
+        }
+    }
+}
+
+/// `--precision`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Precision {
+    F32,
+    Bf16,
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if *self == Self::F32 { "f32" } else { "bf16" })
+    }
+}
+
+/// A whole number from 1.
+pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".into()),
+        Ok(number) => Ok(number),
+        Err(_) => Err("expected a whole number of at least 1".into()),
+    }
+}
+
+/// A whole number from 1, however large.
+pub(crate) fn at_least_one_u64(text: &str) -> Result<u64, String> {
+    at_least_one(text).map(|number| number as u64)
+}
+
+/// A mask ratio in [0, 1).
+pub(crate) fn mask_ratio(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(ratio) if (0.0..1.0).contains(&ratio) => Ok(ratio),
+        _ => Err("expected a number from 0 to below 1".into()),
+    }
+}
+
+/// A finite number that is not negative.
+pub(crate) fn not_negative(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number >= 0.0 => Ok(number),
+        _ => Err("expected a number of at least 0".into()),
+    }
+}
+
+/// `N` or `HxW`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size {
+    pub height: usize,
+    pub width: usize,
+}
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let expected = || "expected a number of pixels, or HEIGHTxWIDTH".to_owned();
+        let (height, width) = text.split_once(['x', 'X']).unwrap_or((text, text));
+        let parse = |text: &str| at_least_one(text).map_err(|_| expected());
+        Ok(Self { height: parse(height)?, width: parse(width)? })
+    }
+}
+
+/// How pictures are prepared for a checkpoint: by its `preprocessor_config.json` where it has one, else resized to its image
+/// size and normalised as transformers does by default.
+pub(crate) fn processor_for(
+    checkpoint: &std::path::Path,
+    config: &vitmae::config::MaeConfig,
+    size: Option<Size>,
+) -> anyhow::Result<vitmae::data::ImageProcessor> {
+    let folder = if checkpoint.is_dir() { Some(checkpoint) } else { checkpoint.parent() };
+    let file = folder.map(|folder| folder.join("preprocessor_config.json")).filter(|file| file.exists());
+    let image = config.image();
+    let processor = match file {
+        Some(file) => vitmae::data::ImageProcessor::open(file)?,
+        None => vitmae::data::ImageProcessor::new(image.height, image.width, image.channels),
+    };
+    Ok(match size {
+        Some(size) => processor.with_size(size.height, size.width),
+        None => processor,
+    })
+}

@@ -1,0 +1,213 @@
+//! `vitmae info`.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use vitmae::config::MaeConfig;
+use vitmae::model::{MemoryUse, Purpose, WorkspaceShape};
+use vitmae::ops::{MaskingShape, OPS};
+use vitmae::weights::{Checkpoint, Parts};
+
+use crate::cli::arguments::{DeviceChoice, at_least_one};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// A checkpoint, a config.json, or tiny, small, base, large, huge
+    #[arg(value_name = "CKPT")]
+    checkpoint: Option<PathBuf>,
+    /// Images that the memory is counted for [default: 1, 16 and 64]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    batch_size: Option<usize>,
+}
+
+pub(crate) fn run(arguments: &Arguments, device: DeviceChoice) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    match &arguments.checkpoint {
+        None => devices(&mut out, device),
+        Some(path) => model(&mut out, path, arguments.batch_size),
+    }
+}
+
+fn devices(out: &mut impl Write, device: DeviceChoice) -> anyhow::Result<()> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    writeln!(out, "vitmae {}", env!("CARGO_PKG_VERSION"))?;
+    writeln!(out)?;
+    writeln!(out, "devices")?;
+    writeln!(out, "  cpu      {threads} threads, {}", vector_unit())?;
+    gpus(out)?;
+    writeln!(
+        out,
+        "  --device {device} is {}",
+        device.resolve().map_or_else(|error| error.to_string(), |d| d.to_string())
+    )?;
+    writeln!(out)?;
+    kernels(out)?;
+    let families: Vec<&str> = OPS.iter().map(|op| op.family).fold(Vec::new(), |mut seen, family| {
+        if !seen.contains(&family) {
+            seen.push(family);
+        }
+        seen
+    });
+    writeln!(out)?;
+    writeln!(out, "ops: {} in {} families ({})", OPS.len(), families.len(), families.join(", "))?;
+    writeln!(out, "models: tiny, small, base, large, huge; try `vitmae info base`")?;
+    Ok(())
+}
+
+/// The widest vectors that the CPU backend uses here.
+fn vector_unit() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            return "AVX-512";
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return "AVX2";
+        }
+        "SSE2"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    std::env::consts::ARCH
+}
+
+#[cfg(feature = "cuda")]
+fn gpus(out: &mut impl Write) -> anyhow::Result<()> {
+    match vitmae::cuda::devices() {
+        Ok(devices) if devices.is_empty() => writeln!(out, "  cuda     no GPU found")?,
+        Ok(devices) => {
+            for device in devices {
+                let (major, minor) = device.compute_capability;
+                writeln!(
+                    out,
+                    "  cuda:{}   {}, compute capability {major}.{minor}, {:.0} GB, {} multiprocessors",
+                    device.ordinal,
+                    device.name,
+                    device.memory_bytes as f64 / 1e9,
+                    device.multiprocessors
+                )?;
+            }
+        }
+        Err(error) => writeln!(out, "  cuda     not available: {error}")?,
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpus(out: &mut impl Write) -> anyhow::Result<()> {
+    Ok(writeln!(out, "  cuda     built without it")?)
+}
+
+#[cfg(feature = "cuda")]
+fn kernels(out: &mut impl Write) -> anyhow::Result<()> {
+    let manifest = vitmae::cuda::embedded_kernels();
+    match manifest.nvrtc {
+        Some((major, minor)) => writeln!(out, "kernels, compiled by NVRTC {major}.{minor}")?,
+        None => writeln!(out, "kernels, compiled on first use (this build had no NVRTC)")?,
+    }
+    for file in manifest.files {
+        let images: Vec<String> =
+            file.images.iter().map(|image| format!("{} {} bytes", image.target, image.bytes.len())).collect();
+        writeln!(out, "  {:12} {}", file.name, images.join(", "))?;
+        for symbol in file.symbols {
+            writeln!(out, "    {symbol}")?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn kernels(out: &mut impl Write) -> anyhow::Result<()> {
+    Ok(writeln!(out, "kernels: none, built without the feature `cuda`")?)
+}
+
+fn model(out: &mut impl Write, path: &Path, batch_size: Option<usize>) -> anyhow::Result<()> {
+    let preset = path.to_str().and_then(|name| MaeConfig::by_name(name).ok());
+    let (config, whole) = if let Some(config) = preset {
+        (config, true)
+    } else if path.extension().is_some_and(|end| end == "json") {
+        (MaeConfig::from_file(path)?, true)
+    } else {
+        let checkpoint = Checkpoint::open(path)?;
+        let whole = checkpoint.has_decoder();
+        (checkpoint.require_config()?.clone(), whole)
+    };
+    config.validate()?;
+    let image = config.image();
+    let (rows, columns) = image.grid();
+    let keep = MaskingShape::new(1, image.patches(), config.mask_ratio)?.keep;
+    let count = |parts: Parts| -> f64 {
+        let numbers = |shape: &[usize]| shape.iter().map(|&n| n as f64).product::<f64>();
+        vitmae::weights::parameters(&config, parts).iter().map(|spec| numbers(&spec.shape)).sum()
+    };
+    let (encoder, all) = (count(Parts::EncoderOnly), count(Parts::All));
+
+    writeln!(out, "model        {}{}", path.display(), if whole { "" } else { " (encoder only)" })?;
+    writeln!(
+        out,
+        "encoder      {} blocks, width {}, {} heads, MLP {}, {}",
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.intermediate_size,
+        config.hidden_act
+    )?;
+    writeln!(
+        out,
+        "decoder      {} blocks, width {}, {} heads, MLP {}",
+        config.decoder_num_hidden_layers,
+        config.decoder_hidden_size,
+        config.decoder_num_attention_heads,
+        config.decoder_intermediate_size
+    )?;
+    writeln!(
+        out,
+        "images       {}x{}, {} channels, patches of {}x{}: {rows}x{columns} = {} of which {keep} visible (mask ratio {})",
+        image.height,
+        image.width,
+        image.channels,
+        image.patch_height,
+        image.patch_width,
+        image.patches(),
+        config.mask_ratio
+    )?;
+    writeln!(
+        out,
+        "loss         {}, LayerNorm epsilon {:e}",
+        if config.norm_pix_loss { "normalised patches" } else { "raw pixels" },
+        config.layer_norm_eps
+    )?;
+    writeln!(
+        out,
+        "parameters   {:.2} M: encoder {:.2} M, decoder {:.2} M (position tables included)",
+        all / 1e6,
+        encoder / 1e6,
+        (all - encoder) / 1e6
+    )?;
+    let flops = config.flops(config.mask_ratio)?;
+    writeln!(
+        out,
+        "GFLOP/image  {:.2} forward, {:.2} in a training step",
+        flops.forward as f64 / 1e9,
+        flops.step as f64 / 1e9
+    )?;
+    writeln!(out)?;
+    writeln!(out, "memory in f32, MB      encode    forward   training")?;
+    let batches = batch_size.map_or_else(|| vec![1, 16, 64], |batch| vec![batch]);
+    for batch in batches {
+        let shape = |purpose: Purpose| {
+            let keep = if purpose == Purpose::Encode { image.patches() } else { keep };
+            WorkspaceShape { batch, image, keep, purpose, interpolation: None }
+        };
+        let megabytes =
+            |purpose: Purpose| MemoryUse::of(&config, &shape(purpose)).map(|memory| memory.total() as f64 / 1e6);
+        writeln!(
+            out,
+            "  {batch:>4} at a time {:>12.0} {:>10.0} {:>10.0}",
+            megabytes(Purpose::Encode)?,
+            megabytes(Purpose::Predict)?,
+            megabytes(Purpose::Train)?
+        )?;
+    }
+    writeln!(out, "(training puts a batch through the model in micro-batches: 16 at a time unless told otherwise)")?;
+    Ok(())
+}

@@ -1,0 +1,106 @@
+//! The command line: one file per subcommand.
+//!
+//! Results go to standard output; progress and logs to standard error. Exit status: 0 done, 1 the work failed, 2 wrong usage.
+
+mod arguments;
+mod embed;
+mod forward;
+mod info;
+mod pretrain;
+mod progress;
+mod reconstruct;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand};
+
+use arguments::DeviceChoice;
+use vitmae::cpu::Cpu;
+
+/// Masked autoencoders: pre-training, reconstructions and features.
+#[derive(Debug, Parser)]
+#[command(name = "vitmae", version, propagate_version = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Args)]
+struct Global {
+    /// Where to run: auto, cpu, cuda, cuda:N or emulator
+    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    device: DeviceChoice,
+    /// Numbers of activations and working weights
+    #[arg(long, global = true, default_value = "f32", value_name = "TYPE")]
+    precision: arguments::Precision,
+    /// CPU threads [default: all cores]
+    #[arg(long, global = true, value_name = "N", value_parser = arguments::at_least_one)]
+    threads: Option<usize>,
+    /// Say only what went wrong
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+    /// Say more
+    #[arg(short, long, global = true)]
+    verbose: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a masked autoencoder on pictures
+    Pretrain(Box<pretrain::Arguments>),
+    /// Draw original, masked picture and reconstruction side by side
+    Reconstruct(reconstruct::Arguments),
+    /// Write features of pictures
+    Embed(embed::Arguments),
+    /// Tensors in, tensors out: loss, predictions, masks, gradients
+    Forward(forward::Arguments),
+    /// Show devices and kernels, or a model's parameters, FLOPs and memory
+    Info(info::Arguments),
+}
+
+/// Parses, runs and reports.
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    progress::start_log(cli.global.quiet, cli.global.verbose);
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            progress::clear();
+            eprintln!("error: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let Global { device, precision, threads, quiet, .. } = cli.global;
+    if let Command::Info(arguments) = &cli.command {
+        return info::run(arguments, device);
+    }
+    let device = device.resolve()?;
+    if precision == arguments::Precision::Bf16 && device == DeviceChoice::Cpu {
+        bail!("bf16 needs a GPU; on the CPU use --precision f32 (the default)");
+    }
+    if device != DeviceChoice::Cpu {
+        bail!("the model does not run on {device} in this version; use --device cpu");
+    }
+    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("starting the worker threads")?;
+    let backend = Cpu::<f32>::new();
+    pool.install(|| match cli.command {
+        Command::Pretrain(arguments) => pretrain::run(backend, *arguments, threads, quiet),
+        Command::Reconstruct(arguments) => reconstruct::run(backend, &arguments),
+        Command::Embed(arguments) => embed::run(backend, arguments, threads, quiet),
+        Command::Forward(arguments) => forward::run(backend, &arguments),
+        Command::Info(arguments) => info::run(&arguments, device),
+    })
+}
+
+/// `vitmae info | head` is not a failure.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}

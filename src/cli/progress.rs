@@ -1,0 +1,67 @@
+//! What a run says on standard error: log lines, and a progress bar where that is a terminal.
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::Mutex;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tracing::level_filters::LevelFilter;
+
+/// The bar on the screen now, so that log lines can go above it.
+static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+/// Sends log lines to standard error.
+pub(crate) fn start_log(quiet: bool, verbose: bool) {
+    let level = match (quiet, verbose) {
+        (true, _) => LevelFilter::ERROR,
+        (false, false) => LevelFilter::INFO,
+        (false, true) => LevelFilter::DEBUG,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_ansi(false)
+        .without_time()
+        .with_target(false)
+        .with_writer(|| AboveBar)
+        .init();
+}
+
+/// Writes to standard error above the bar.
+struct AboveBar;
+
+impl Write for AboveBar {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let bar = BAR.lock().ok().and_then(|bar| bar.clone());
+        match bar {
+            Some(bar) => bar.suspend(|| io::stderr().write(bytes)),
+            None => io::stderr().write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+/// A bar over `length` items that started at `position`; invisible where standard error is not a terminal, or with `quiet`.
+pub(crate) fn bar(length: u64, position: u64, quiet: bool) -> ProgressBar {
+    let target = if quiet || !io::stderr().is_terminal() {
+        ProgressDrawTarget::hidden()
+    } else {
+        ProgressDrawTarget::stderr_with_hz(5)
+    };
+    let bar = ProgressBar::with_draw_target(Some(length), target).with_position(position);
+    if let Ok(style) = ProgressStyle::with_template("{bar:28} {pos}/{len}  {msg}  {eta} left") {
+        bar.set_style(style);
+    }
+    if let Ok(mut current) = BAR.lock() {
+        *current = Some(bar.clone());
+    }
+    bar
+}
+
+/// Takes the bar off the screen.
+pub(crate) fn clear() {
+    if let Some(bar) = BAR.lock().ok().and_then(|mut bar| bar.take()) {
+        bar.finish_and_clear();
+    }
+}

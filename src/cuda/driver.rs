@@ -1,0 +1,462 @@
+//! The GPU: finding the driver without panicking, listing devices, loading kernels, and [`Driver`] over cudarc.
+
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, OnceLock};
+
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+
+use super::error::{CudaError, Result};
+use super::launch::{Argument, DeviceId, Driver, Grid, Limits, MAX_ARGUMENTS, Stream, exactly};
+use super::modules::{KERNELS, Kernel, KernelFile, Target, embedded_kernels};
+
+/// Names of the driver library that cudarc tries too.
+const DRIVER_LIBRARIES: &[&str] =
+    if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1", "libnvcuda.so"] };
+
+/// What this file calls through cudarc, which panics on a symbol that is missing.
+const DRIVER_SYMBOLS: &[&str] = &[
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuGetErrorName",
+    "cuGetErrorString",
+    "cuDeviceGet",
+    "cuDeviceGetCount",
+    "cuDeviceGetName",
+    "cuDeviceTotalMem_v2",
+    "cuDeviceGetAttribute",
+    "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuCtxSynchronize",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamSynchronize",
+    "cuStreamWaitEvent",
+    "cuEventCreate",
+    "cuEventRecord",
+    "cuEventDestroy_v2",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemsetD8Async",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyDtoDAsync_v2",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuModuleGetFunction",
+    "cuFuncSetAttribute",
+    "cuLaunchKernel",
+];
+
+/// One GPU of this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DeviceInfo {
+    /// Its number, as in `--device cuda:N`.
+    pub ordinal: usize,
+    /// Its name.
+    pub name: String,
+    /// Its compute capability: 9 and 0 for 9.0.
+    pub compute_capability: (u32, u32),
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// Its multiprocessors.
+    pub multiprocessors: u32,
+    /// Most shared memory that a block may ask for.
+    pub shared_bytes_per_block: u32,
+    /// The CUDA version of the driver: 13 and 0 for 13.0.
+    pub driver_version: (u32, u32),
+}
+
+impl DeviceInfo {
+    /// Fails with what to do about it where the GPU is too old for the kernels.
+    pub fn check_supported(&self) -> Result<()> {
+        let (major, minor) = self.compute_capability;
+        if major >= 8 {
+            return Ok(());
+        }
+        Err(CudaError::DeviceTooOld { name: self.name.clone(), major, minor })
+    }
+}
+
+/// Every GPU that the driver shows, whether the kernels support it or not. Creates no context.
+///
+/// Without a driver this is [`CudaError::DriverMissing`], and costs a few failed look-ups the first time.
+pub fn devices() -> Result<Vec<DeviceInfo>> {
+    (0..device_count()?).map(device_info).collect()
+}
+
+/// Loads and starts the driver once; everything else here comes after it.
+fn probe() -> Result<()> {
+    static PROBED: OnceLock<Result<()>> = OnceLock::new();
+    PROBED.get_or_init(|| probe_libraries(DRIVER_LIBRARIES)).clone()
+}
+
+fn probe_libraries(names: &[&str]) -> Result<()> {
+    let mut reason = String::new();
+    for name in names {
+        // SAFETY: loading the driver runs its initialisers, which have no preconditions.
+        let library = match unsafe { libloading::Library::new(*name) } {
+            Ok(library) => library,
+            Err(error) => {
+                reason = error.to_string();
+                continue;
+            }
+        };
+        for symbol in DRIVER_SYMBOLS {
+            // SAFETY: the symbol is only looked up, as an address.
+            if unsafe { library.get::<*const ()>(symbol.as_bytes()) }.is_err() {
+                return Err(CudaError::DriverUnusable { reason: format!("{name} has no {symbol}") });
+            }
+        }
+        // It stays loaded, so that cudarc gets this one.
+        std::mem::forget(library);
+        return match result::init() {
+            Ok(()) => Ok(()),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => Ok(()),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_STUB_LIBRARY)) => Err(CudaError::DriverUnusable {
+                reason: format!(
+                    "{name} is the toolkit's stub for linking, not a driver; take it out of the library path"
+                ),
+            }),
+            Err(error) => Err(CudaError::DriverUnusable { reason: format!("cuInit: {}", text_of(error)) }),
+        };
+    }
+    Err(CudaError::DriverMissing { reason })
+}
+
+fn device_count() -> Result<usize> {
+    probe()?;
+    match result::device::get_count() {
+        Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
+        // No GPU, or none visible.
+        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE | sys::CUresult::CUDA_ERROR_NOT_INITIALIZED)) => Ok(0),
+        Err(error) => Err(call("counting devices", error)),
+    }
+}
+
+fn device_info(ordinal: usize) -> Result<DeviceInfo> {
+    let device = result::device::get(ordinal as i32).map_err(|error| call("opening a device", error))?;
+    let attribute = |which| {
+        // SAFETY: the device was just returned by the driver.
+        let value = unsafe { result::device::get_attribute(device, which) };
+        value.map(i32::unsigned_abs).map_err(|error| call("reading a device's attributes", error))
+    };
+    use sys::CUdevice_attribute as Attribute;
+    let mut version = 0;
+    // SAFETY: the pointer is valid for a write.
+    unsafe { sys::cuDriverGetVersion(&mut version) }
+        .result()
+        .map_err(|error| call("reading the driver's version", error))?;
+    let version = version.unsigned_abs();
+    Ok(DeviceInfo {
+        ordinal,
+        name: result::device::get_name(device).map_err(|error| call("reading a device's name", error))?,
+        compute_capability: (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
+        // SAFETY: the device was just returned by the driver.
+        memory_bytes: unsafe { result::device::total_mem(device) }
+            .map_err(|error| call("reading a device's memory", error))? as u64,
+        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        shared_bytes_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        driver_version: (version / 1000, version % 1000 / 10),
+    })
+}
+
+/// An opened GPU with every kernel resolved. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Gpu {
+    context: Arc<CudaContext>,
+    functions: Arc<Functions>,
+    info: Arc<DeviceInfo>,
+}
+
+impl Gpu {
+    /// Opens a GPU and loads the kernels: tens of milliseconds, or seconds where they have to be compiled first.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        let count = device_count()?;
+        if ordinal >= count {
+            return Err(CudaError::NoSuchDevice { ordinal, count });
+        }
+        let info = device_info(ordinal)?;
+        info.check_supported()?;
+        let context = CudaContext::new(ordinal).map_err(|error| call("creating a context", error))?;
+        let functions = Functions::load(&context, &info)?;
+        Ok(Self { context, functions: Arc::new(functions), info: Arc::new(info) })
+    }
+
+    /// What it is.
+    #[must_use]
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// Its context, for other libraries.
+    #[must_use]
+    pub fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    /// A new stream of its own.
+    pub fn new_stream(&self) -> Result<Stream> {
+        let stream = self.context.new_stream().map_err(|error| call("creating a stream", error))?;
+        self.stream(&stream)
+    }
+
+    /// A caller's stream. It must belong to this GPU's primary context, the one that cudarc uses.
+    pub fn stream(&self, stream: &Arc<CudaStream>) -> Result<Stream> {
+        if stream.context().cu_ctx() != self.context.cu_ctx() {
+            return Err(CudaError::WrongDevice { op: "stream", argument: 0 });
+        }
+        Ok(Stream::new(Arc::new(GpuStream { gpu: self.clone(), stream: Arc::clone(stream) })))
+    }
+}
+
+/// The loaded modules and, by [`Kernel::index`], their functions.
+#[derive(Debug)]
+struct Functions {
+    functions: Vec<sys::CUfunction>,
+    modules: Vec<sys::CUmodule>,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: the handles are names that the driver accepts from any thread of the process.
+unsafe impl Send for Functions {}
+// SAFETY: as above; nothing here changes after loading.
+unsafe impl Sync for Functions {}
+
+impl Functions {
+    fn load(context: &Arc<CudaContext>, info: &DeviceInfo) -> Result<Self> {
+        let mut loaded =
+            Self { functions: Vec::with_capacity(KERNELS.len()), modules: Vec::new(), context: Arc::clone(context) };
+        let mut modules = Vec::new();
+        for file in embedded_kernels().files {
+            let module = load_module(file, info)?;
+            loaded.modules.push(module);
+            modules.push((file.name, module));
+        }
+        for &(file, symbol) in KERNELS {
+            let module = modules.iter().find(|(name, _)| *name == file).map(|&(_, module)| module);
+            loaded.functions.push(resolve(module, symbol, info)?);
+        }
+        Ok(loaded)
+    }
+}
+
+impl Drop for Functions {
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_err() {
+            return;
+        }
+        for &module in &self.modules {
+            // SAFETY: loaded by us and unloaded once. An error here means that the context is gone, and the module with it.
+            let _ = unsafe { result::module::unload(module) };
+        }
+    }
+}
+
+/// Loads the best form of a kernel file that the driver accepts. A context is current.
+fn load_module(file: &KernelFile, info: &DeviceInfo) -> Result<sys::CUmodule> {
+    let (major, minor) = info.compute_capability;
+    let mut reasons = Vec::new();
+    for image in file.images_for(major, minor) {
+        match load_image(image.bytes) {
+            Ok(module) => return Ok(module),
+            Err(error) => reasons.push(format!("{}: {}", image.target, text_of(error))),
+        }
+    }
+    let target = Target { capability: 10 * major + minor, suffix: (major == 9).then_some('a'), ptx: false };
+    let compiled = file.compile(target);
+    match compiled {
+        Ok(image) => match load_image(&image) {
+            Ok(module) => return Ok(module),
+            Err(error) => reasons.push(format!("compiled now: {}", text_of(error))),
+        },
+        // A kernel that does not compile is a fault of its own, not one more thing that was tried.
+        Err(error) if reasons.is_empty() => return Err(error.into()),
+        Err(error) => reasons.push(format!("compiled now: {error}")),
+    }
+    Err(CudaError::NoCode { file: file.name.to_string(), major, minor, reasons: reasons.join("; ") })
+}
+
+fn load_image(bytes: &[u8]) -> std::result::Result<sys::CUmodule, DriverError> {
+    // Aligned, as an ELF file in memory should be, and closed by a NUL, as PTX has to be.
+    let mut words = vec![0u64; bytes.len() / 8 + 1];
+    bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..bytes.len()].copy_from_slice(bytes);
+    // SAFETY: a whole cubin, or PTX that ends with a NUL; the driver copies what it keeps.
+    unsafe { result::module::load_data(words.as_ptr().cast()) }
+}
+
+fn resolve(module: Option<sys::CUmodule>, symbol: &'static str, info: &DeviceInfo) -> Result<sys::CUfunction> {
+    let (Some(module), Ok(name)) = (module, CString::new(symbol)) else {
+        let (major, minor) = info.compute_capability;
+        let reasons = "the file is not embedded".to_string();
+        return Err(CudaError::NoCode { file: symbol.to_string(), major, minor, reasons });
+    };
+    let resolving = |error| call("resolving a kernel", error);
+    // SAFETY: the module is loaded.
+    let function = unsafe { result::module::get_function(module, name) }.map_err(resolving)?;
+    // Once, here, and not at a launch: it may not change while a graph is captured. Kernels have no other shared memory.
+    let most = i32::try_from(info.shared_bytes_per_block).unwrap_or(48 << 10);
+    let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    // SAFETY: the function was just resolved.
+    unsafe { result::function::set_function_attribute(function, attribute, most) }.map_err(resolving)?;
+    Ok(function)
+}
+
+/// [`Driver`] over a cudarc stream.
+#[derive(Debug)]
+struct GpuStream {
+    gpu: Gpu,
+    stream: Arc<CudaStream>,
+}
+
+impl GpuStream {
+    fn bind(&self) -> Result<()> {
+        self.gpu.context.bind_to_thread().map_err(|error| call("making a context current", error))
+    }
+}
+
+impl Driver for GpuStream {
+    fn device(&self) -> DeviceId {
+        DeviceId::Gpu(self.gpu.info.ordinal)
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { shared_bytes: self.gpu.info.shared_bytes_per_block, multiprocessors: self.gpu.info.multiprocessors }
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64> {
+        self.bind()?;
+        // SAFETY: a context is current; the memory is not read before it is written.
+        unsafe { result::malloc_sync(bytes) }.map_err(|error| match error {
+            DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY) => CudaError::OutOfMemory { bytes },
+            error => call("reserving memory", error),
+        })
+    }
+
+    unsafe fn release(&self, address: u64) {
+        // A drop has nobody to tell: a failure here is a failure of earlier work, and the next call reports it.
+        if self.bind().is_ok() {
+            let _ = self.stream.synchronize();
+            // SAFETY: the caller promises that the address is ours and not used again; the work on it is done.
+            let _ = unsafe { result::free_sync(address) };
+        }
+    }
+
+    unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller promises the target; the source lives until the synchronisation below.
+        unsafe { result::memcpy_htod_async(to, bytes, self.stream.cu_stream()) }
+            .map_err(|error| call("copying to the device", error))?;
+        self.synchronize()
+    }
+
+    unsafe fn download(&self, bytes: &mut [u8], from: u64) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller promises the source; the target lives until the synchronisation below.
+        unsafe { result::memcpy_dtoh_async(bytes, from, self.stream.cu_stream()) }
+            .map_err(|error| call("copying from the device", error))?;
+        self.synchronize()
+    }
+
+    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller promises both.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }
+            .map_err(|error| call("copying on the device", error))
+    }
+
+    unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller promises the target.
+        unsafe { result::memset_d8_async(to, value, bytes, self.stream.cu_stream()) }
+            .map_err(|error| call("filling memory", error))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(|error| call("waiting for the device", error))
+    }
+
+    unsafe fn launch(&self, kernel: Kernel, grid: Grid, arguments: &[Argument<'_>]) -> Result<()> {
+        self.bind()?;
+        let mut pointers = [std::ptr::null_mut::<c_void>(); MAX_ARGUMENTS];
+        let Some(pointers) = pointers.get_mut(..arguments.len()) else {
+            return exactly(kernel.symbol(), "number of arguments", arguments.len() as u64, MAX_ARGUMENTS as u64);
+        };
+        for (pointer, argument) in pointers.iter_mut().zip(arguments) {
+            *pointer = argument.bytes().as_ptr().cast_mut().cast();
+        }
+        let function = self.gpu.functions.functions[kernel.index()];
+        // SAFETY: the caller promises that the arguments are the kernel's; the driver copies them before it returns.
+        unsafe {
+            result::launch_kernel(
+                function,
+                (grid.blocks, 1, 1),
+                (grid.threads, 1, 1),
+                grid.shared_bytes,
+                self.stream.cu_stream(),
+                pointers,
+            )
+        }
+        .map_err(|error| call("launching a kernel", error))
+    }
+}
+
+fn call(call: &'static str, error: DriverError) -> CudaError {
+    CudaError::Call { call, reason: text_of(error) }
+}
+
+fn text_of(error: DriverError) -> String {
+    let text = error.error_string().map(|text| text.to_string_lossy().into_owned()).unwrap_or_default();
+    format!("{:?} ({text})", error.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_driver_is_an_error_that_says_what_to_do() {
+        let error = probe_libraries(&["libthere-is-no-such-driver.so"]).expect_err("no such library");
+        assert!(matches!(error, CudaError::DriverMissing { .. }));
+        assert!(error.to_string().contains("--device cpu"), "{error}");
+    }
+
+    #[test]
+    fn a_library_that_is_no_driver_is_an_error() {
+        if cfg!(not(target_os = "linux")) {
+            println!("skipped: the test knows only Linux's libraries");
+            return;
+        }
+        let error = probe_libraries(&["libc.so.6"]).expect_err("no driver");
+        assert!(matches!(error, CudaError::DriverUnusable { .. }), "{error}");
+    }
+
+    #[test]
+    fn an_old_gpu_is_named() {
+        let info = DeviceInfo {
+            ordinal: 0,
+            name: "Tesla T4".into(),
+            compute_capability: (7, 5),
+            memory_bytes: 0,
+            multiprocessors: 0,
+            shared_bytes_per_block: 0,
+            driver_version: (13, 0),
+        };
+        let text = info.check_supported().expect_err("too old").to_string();
+        assert!(text.contains("Tesla T4") && text.contains("7.5") && text.contains("8.0"), "{text}");
+    }
+
+    #[test]
+    fn listing_devices_never_panics() {
+        match devices() {
+            Ok(devices) => println!("{devices:?}"),
+            Err(error) => println!("{error}"),
+        }
+        assert!(Gpu::open(usize::MAX).is_err());
+    }
+}

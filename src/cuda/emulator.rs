@@ -1,0 +1,289 @@
+//! The same kernels on the CPU, under checks: [`Driver`] over `kernels/emulator/runtime.cpp`. For tests.
+//!
+//! Slow by design: one block at a time, one fibre per CUDA thread, every access to memory checked. A fault is a
+//! [`CudaError::Emulator`] that names kernel, block, thread and what happened.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::fmt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::error::{CudaError, Result};
+use super::launch::{Argument, DeviceId, Driver, Grid, Limits, Stream};
+use super::modules::Kernel;
+
+/// The interface of runtime.cpp.
+#[derive(Clone, Copy)]
+struct Functions {
+    new: unsafe extern "C" fn(u64) -> *mut c_void,
+    delete: unsafe extern "C" fn(*mut c_void),
+    message: unsafe extern "C" fn(*mut c_void) -> *const c_char,
+    allocate: unsafe extern "C" fn(*mut c_void, u64) -> u64,
+    release: unsafe extern "C" fn(*mut c_void, u64) -> c_int,
+    upload: unsafe extern "C" fn(*mut c_void, u64, *const c_void, u64) -> c_int,
+    download: unsafe extern "C" fn(*mut c_void, *mut c_void, u64, u64) -> c_int,
+    copy: unsafe extern "C" fn(*mut c_void, u64, u64, u64) -> c_int,
+    fill: unsafe extern "C" fn(*mut c_void, u64, c_int, u64) -> c_int,
+    launch: Launch,
+}
+
+type Launch = unsafe extern "C" fn(
+    *mut c_void,
+    *const c_char,
+    c_uint,
+    c_uint,
+    c_uint,
+    *const *const c_void,
+    *const usize,
+    usize,
+) -> c_int;
+
+#[cfg(feature = "emulator")]
+mod linked {
+    use super::*;
+
+    unsafe extern "C" {
+        pub(super) fn vitmae_emulator_new(seed: u64) -> *mut c_void;
+        pub(super) fn vitmae_emulator_delete(emulator: *mut c_void);
+        pub(super) fn vitmae_emulator_message(emulator: *mut c_void) -> *const c_char;
+        pub(super) fn vitmae_emulator_allocate(emulator: *mut c_void, bytes: u64) -> u64;
+        pub(super) fn vitmae_emulator_release(emulator: *mut c_void, address: u64) -> c_int;
+        pub(super) fn vitmae_emulator_upload(emulator: *mut c_void, to: u64, from: *const c_void, bytes: u64) -> c_int;
+        pub(super) fn vitmae_emulator_download(emulator: *mut c_void, to: *mut c_void, from: u64, bytes: u64) -> c_int;
+        pub(super) fn vitmae_emulator_copy(emulator: *mut c_void, to: u64, from: u64, bytes: u64) -> c_int;
+        pub(super) fn vitmae_emulator_fill(emulator: *mut c_void, to: u64, value: c_int, bytes: u64) -> c_int;
+        pub(super) fn vitmae_emulator_launch(
+            emulator: *mut c_void,
+            symbol: *const c_char,
+            blocks: c_uint,
+            threads: c_uint,
+            shared_bytes: c_uint,
+            arguments: *const *const c_void,
+            sizes: *const usize,
+            count: usize,
+        ) -> c_int;
+    }
+}
+
+impl Functions {
+    #[cfg(feature = "emulator")]
+    const LINKED: Self = Self {
+        new: linked::vitmae_emulator_new,
+        delete: linked::vitmae_emulator_delete,
+        message: linked::vitmae_emulator_message,
+        allocate: linked::vitmae_emulator_allocate,
+        release: linked::vitmae_emulator_release,
+        upload: linked::vitmae_emulator_upload,
+        download: linked::vitmae_emulator_download,
+        copy: linked::vitmae_emulator_copy,
+        fill: linked::vitmae_emulator_fill,
+        launch: linked::vitmae_emulator_launch,
+    };
+
+    /// Takes them from a shared library, which stays loaded.
+    ///
+    /// # Safety
+    ///
+    /// The library is an emulator, built from this version of the sources.
+    unsafe fn load(path: &Path) -> std::result::Result<Self, libloading::Error> {
+        // SAFETY: what the caller promises, here and for all types below.
+        unsafe {
+            let library = libloading::Library::new(path)?;
+            let functions = Self {
+                new: *library.get(b"vitmae_emulator_new")?,
+                delete: *library.get(b"vitmae_emulator_delete")?,
+                message: *library.get(b"vitmae_emulator_message")?,
+                allocate: *library.get(b"vitmae_emulator_allocate")?,
+                release: *library.get(b"vitmae_emulator_release")?,
+                upload: *library.get(b"vitmae_emulator_upload")?,
+                download: *library.get(b"vitmae_emulator_download")?,
+                copy: *library.get(b"vitmae_emulator_copy")?,
+                fill: *library.get(b"vitmae_emulator_fill")?,
+                launch: *library.get(b"vitmae_emulator_launch")?,
+            };
+            std::mem::forget(library);
+            Ok(functions)
+        }
+    }
+}
+
+/// How an emulator runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Draws the order of blocks and threads and the moment that asynchronous copies land. 0: in order; 1: backwards.
+    pub seed: u64,
+    /// What launchers are told that a block may have in shared memory, at most 256 KiB.
+    pub shared_bytes: u32,
+}
+
+impl Default for Options {
+    /// In order, with the shared memory of the smallest GPU that is supported (sm_86 and sm_89).
+    fn default() -> Self {
+        Self { seed: 0, shared_bytes: 99 << 10 }
+    }
+}
+
+/// An emulated GPU with memory of its own.
+pub struct Emulator {
+    functions: Functions,
+    handle: Mutex<Handle>,
+    id: u64,
+    options: Options,
+}
+
+/// The emulator's address.
+struct Handle(*mut c_void);
+
+// SAFETY: an emulator may be used from any thread, by one at a time, which the mutex sees to.
+unsafe impl Send for Handle {}
+
+impl fmt::Debug for Emulator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Emulator").field("id", &self.id).field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+impl Emulator {
+    /// An emulator that is part of this program.
+    #[cfg(feature = "emulator")]
+    pub fn new(options: Options) -> Result<Arc<Self>> {
+        Self::start(Functions::LINKED, options)
+    }
+
+    /// An emulator from a shared library.
+    ///
+    /// # Safety
+    ///
+    /// The library is an emulator, built from this version of the sources.
+    pub unsafe fn load(path: &Path, options: Options) -> Result<Arc<Self>> {
+        // SAFETY: what the caller promises.
+        let functions = unsafe { Functions::load(path) };
+        Self::start(functions.map_err(|error| CudaError::Emulator(error.to_string()))?, options)
+    }
+
+    fn start(functions: Functions, options: Options) -> Result<Arc<Self>> {
+        static CREATED: AtomicU64 = AtomicU64::new(0);
+        // SAFETY: vitmae_emulator_new has no preconditions.
+        let handle = unsafe { (functions.new)(options.seed) };
+        if handle.is_null() {
+            return Err(CudaError::Emulator("cannot reserve address space".to_string()));
+        }
+        let id = CREATED.fetch_add(1, Ordering::Relaxed);
+        Ok(Arc::new(Self { functions, handle: Mutex::new(Handle(handle)), id, options }))
+    }
+
+    /// A stream for launchers.
+    #[must_use]
+    pub fn stream(self: &Arc<Self>) -> Stream {
+        Stream::new(Arc::clone(self) as Arc<dyn Driver>)
+    }
+
+    /// Runs a kernel by name, also one that only tests have.
+    ///
+    /// # Safety
+    ///
+    /// Addresses among the arguments are of this emulator's memory, or null. What the kernel makes of them is checked.
+    pub unsafe fn launch_named(&self, symbol: &str, grid: Grid, arguments: &[Argument<'_>]) -> Result<()> {
+        let name = CString::new(symbol).map_err(|error| CudaError::Emulator(error.to_string()))?;
+        let pointers: Vec<*const c_void> = arguments.iter().map(|argument| argument.bytes().as_ptr().cast()).collect();
+        let sizes: Vec<usize> = arguments.iter().map(|argument| argument.bytes().len()).collect();
+        let Grid { blocks, threads, shared_bytes } = grid;
+        self.call(|functions, handle| {
+            let (pointers, sizes) = (pointers.as_ptr(), sizes.as_ptr());
+            // SAFETY: the emulator is locked; the arrays have `count` entries. It checks number and sizes of the arguments
+            // itself; the caller promises the addresses.
+            unsafe {
+                (functions.launch)(
+                    handle,
+                    name.as_ptr(),
+                    blocks,
+                    threads,
+                    shared_bytes,
+                    pointers,
+                    sizes,
+                    arguments.len(),
+                )
+            }
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Handle> {
+        // Nothing in C++ is left half done by a Rust panic.
+        self.handle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Calls a function that returns 1 where all is well.
+    fn call(&self, function: impl FnOnce(&Functions, *mut c_void) -> c_int) -> Result<()> {
+        let handle = self.lock();
+        if function(&self.functions, handle.0) == 1 {
+            return Ok(());
+        }
+        // SAFETY: the message is NUL-terminated and lives until the next call, which the lock keeps away.
+        let message = unsafe { CStr::from_ptr((self.functions.message)(handle.0)) };
+        Err(CudaError::Emulator(message.to_string_lossy().into_owned()))
+    }
+}
+
+impl Drop for Emulator {
+    fn drop(&mut self) {
+        let handle = self.lock();
+        // SAFETY: created by `new` and deleted once.
+        unsafe { (self.functions.delete)(handle.0) };
+    }
+}
+
+impl Driver for Emulator {
+    fn device(&self) -> DeviceId {
+        DeviceId::Emulator(self.id)
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { shared_bytes: self.options.shared_bytes, multiprocessors: 4 }
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64> {
+        let handle = self.lock();
+        // SAFETY: the emulator is locked.
+        match unsafe { (self.functions.allocate)(handle.0, bytes as u64) } {
+            0 => Err(CudaError::OutOfMemory { bytes }),
+            address => Ok(address),
+        }
+    }
+
+    unsafe fn release(&self, address: u64) {
+        // SAFETY: the emulator is locked. A drop has nobody to tell of an address that is not its own.
+        let _ = self.call(|functions, handle| unsafe { (functions.release)(handle, address) });
+    }
+
+    unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<()> {
+        let (from, count) = (bytes.as_ptr().cast(), bytes.len() as u64);
+        // SAFETY: the emulator is locked and checks the target; the source is a slice.
+        self.call(|functions, handle| unsafe { (functions.upload)(handle, to, from, count) })
+    }
+
+    unsafe fn download(&self, bytes: &mut [u8], from: u64) -> Result<()> {
+        let (to, count) = (bytes.as_mut_ptr().cast(), bytes.len() as u64);
+        // SAFETY: the emulator is locked and checks the source; the target is a slice.
+        self.call(|functions, handle| unsafe { (functions.download)(handle, to, from, count) })
+    }
+
+    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        // SAFETY: the emulator is locked and checks both.
+        self.call(|functions, handle| unsafe { (functions.copy)(handle, to, from, bytes as u64) })
+    }
+
+    unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<()> {
+        // SAFETY: the emulator is locked and checks the target.
+        self.call(|functions, handle| unsafe { (functions.fill)(handle, to, value.into(), bytes as u64) })
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
+    unsafe fn launch(&self, kernel: Kernel, grid: Grid, arguments: &[Argument<'_>]) -> Result<()> {
+        // SAFETY: the caller promises that the arguments are the kernel's.
+        unsafe { self.launch_named(kernel.symbol(), grid, arguments) }
+    }
+}

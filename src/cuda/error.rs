@@ -1,0 +1,97 @@
+//! What can go wrong between a launcher and a GPU.
+
+use super::nvrtc::NvrtcError;
+
+/// An error of the CUDA backend: what was expected, what was found, what to do.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum CudaError {
+    /// There is no CUDA driver on this machine.
+    #[error("no CUDA driver was found ({reason}); install NVIDIA's driver, or use the CPU with --device cpu")]
+    DriverMissing {
+        /// What the loader said.
+        reason: String,
+    },
+    /// A driver library is there and lacks something or does not start.
+    #[error("the CUDA driver cannot be used: {reason}; update NVIDIA's driver, or use the CPU with --device cpu")]
+    DriverUnusable {
+        /// What is wrong.
+        reason: String,
+    },
+    /// The driver works and the machine has no such GPU.
+    #[error("there is no CUDA device {ordinal}: the driver sees {count}; check the number and CUDA_VISIBLE_DEVICES")]
+    NoSuchDevice {
+        /// The number asked for.
+        ordinal: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The GPU lacks bf16 matrix instructions.
+    #[error(
+        "{name} has compute capability {major}.{minor}, and 8.0 or newer is needed (bf16 matrix instructions); \
+         use another GPU, or the CPU with --device cpu"
+    )]
+    DeviceTooOld {
+        /// The GPU.
+        name: String,
+        /// Major compute capability.
+        major: u32,
+        /// Minor compute capability.
+        minor: u32,
+    },
+    /// A driver call failed.
+    #[error("{call} failed: {reason}")]
+    Call {
+        /// The call, in words.
+        call: &'static str,
+        /// The driver's name for the error, and its text.
+        reason: String,
+    },
+    /// GPU memory ran out.
+    #[error("the GPU has no {bytes} bytes left; use a smaller batch, or free memory that other programs hold")]
+    OutOfMemory {
+        /// How much was asked for at once.
+        bytes: usize,
+    },
+    /// No form of a kernel file runs on the GPU.
+    #[error("{file} has no code for a GPU of compute capability {major}.{minor}: {reasons}")]
+    NoCode {
+        /// The kernel file.
+        file: String,
+        /// Major compute capability.
+        major: u32,
+        /// Minor compute capability.
+        minor: u32,
+        /// What was tried.
+        reasons: String,
+    },
+    /// Compiling a kernel failed.
+    #[error(transparent)]
+    Nvrtc(#[from] NvrtcError),
+    /// A shape is outside what a kernel takes.
+    #[error("{op}: {what} is {found}, expected {expected}")]
+    Shape {
+        /// The operation.
+        op: &'static str,
+        /// The dimension or buffer.
+        what: &'static str,
+        /// What it is.
+        found: u64,
+        /// What it should be.
+        expected: String,
+    },
+    /// A buffer lives on another device than the stream.
+    #[error("{op}: argument {argument} lives on another device than the stream; copy it there first")]
+    WrongDevice {
+        /// The operation or kernel.
+        op: &'static str,
+        /// Which argument, from 0.
+        argument: usize,
+    },
+    /// The emulator found a fault in a kernel.
+    #[error("emulator: {0}")]
+    Emulator(String),
+}
+
+/// A result of the CUDA backend.
+pub type Result<T> = std::result::Result<T, CudaError>;

@@ -1,0 +1,22 @@
+//! The CUDA backend: launchers that check shapes and run the kernels of `kernels/*.cu`.
+//!
+//! [`devices`] lists GPUs, [`Gpu::open`] opens one, [`Gpu::new_stream`] or [`Gpu::stream`] (a caller's cudarc stream) gives a
+//! [`Stream`], and each op family has one module of launchers. Nothing here panics where the driver or NVRTC is missing.
+
+pub mod driver;
+#[cfg(feature = "emulator")]
+pub mod emulator;
+pub mod error;
+#[path = "../../build/hash.rs"]
+mod hash;
+pub mod launch;
+pub mod masking;
+pub mod modules;
+#[path = "../../build/nvrtc.rs"]
+pub mod nvrtc;
+pub mod patchify;
+
+pub use driver::{DeviceInfo, Gpu, devices};
+pub use error::{CudaError, Result};
+pub use launch::{Buffer, DeviceId, Slice, SliceMut, Stream};
+pub use modules::{Manifest, embedded_kernels};

@@ -1,0 +1,259 @@
+//! Picture files to bytes `[H, W, C]`.
+//!
+//! The format is told from the content, never from the name. Differences to Pillow's `Image.open(..).convert(..)`:
+//! 16-bit samples are rounded to 8 bits (Pillow cuts colour, which may be one level less, and clips 16-bit grey at 255,
+//! which turns it white); the EXIF orientation is applied (`ImageOps.exif_transpose`); and JPEG is decoded by another
+//! library, whose chroma upsampling and rounding differ by a few levels.
+
+use std::fs::File;
+use std::io::{Cursor, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+
+use crate::{Error, Result};
+
+/// The number of pixels above which Pillow, too, takes a picture for a decompression bomb.
+pub const MAX_PIXELS: u64 = 178_956_970;
+
+/// A picture: bytes, rows from the top, `[height, width, channels]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Image {
+    /// Columns of pixels.
+    pub width: usize,
+    /// Rows of pixels.
+    pub height: usize,
+    /// 1 (luma), 3 (RGB) or 4 (RGBA) for pictures that were decoded here.
+    pub channels: usize,
+    /// `height * width * channels` bytes, interleaved.
+    pub pixels: Vec<u8>,
+}
+
+impl Image {
+    /// Wraps bytes `[height, width, channels]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the lengths disagree, [`Error::Value`] for a picture without pixels.
+    pub fn new(width: usize, height: usize, channels: usize, pixels: Vec<u8>) -> Result<Self> {
+        if width == 0 || height == 0 || channels == 0 {
+            return Err(Error::value(
+                "picture",
+                format!("{width}x{height} with {channels} channels has no pixels; every size must be at least 1"),
+            ));
+        }
+        let expected = width.checked_mul(height).and_then(|n| n.checked_mul(channels));
+        if expected != Some(pixels.len()) {
+            return Err(Error::shape(
+                "Image::new",
+                "pixels",
+                format!("{height}x{width}x{channels} bytes"),
+                format!("{} bytes", pixels.len()),
+            ));
+        }
+        Ok(Self { width, height, channels, pixels })
+    }
+}
+
+/// Decodes JPEG, PNG, WebP, BMP and TIFF to one number of channels.
+///
+/// Grey-scale, palette, CMYK, 16-bit and alpha pictures are all accepted. With 3 channels alpha is dropped as Pillow's
+/// `convert("RGB")` does (the colour under transparent pixels shows); 1 channel is the luma of its `convert("L")`; with 4
+/// channels opaque pictures get alpha 255.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decoder {
+    channels: usize,
+    max_pixels: u64,
+}
+
+impl Decoder {
+    /// A decoder to `channels` (1, 3 or 4) that refuses pictures of more than [`MAX_PIXELS`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] for other numbers of channels: picture files hold luma, RGB or RGBA.
+    pub fn new(channels: usize) -> Result<Self> {
+        if !matches!(channels, 1 | 3 | 4) {
+            return Err(Error::Config(format!(
+                "picture files are read as 1 (grey), 3 (RGB) or 4 (RGBA) channels, found num_channels = {channels}; \
+                 other data can be given to the library as tensors"
+            )));
+        }
+        Ok(Self { channels, max_pixels: MAX_PIXELS })
+    }
+
+    /// Refuses pictures of more pixels than this; a guard against decompression bombs.
+    #[must_use]
+    pub fn max_pixels(mut self, pixels: u64) -> Self {
+        self.max_pixels = pixels;
+        self
+    }
+
+    /// Channels of the pictures.
+    #[must_use]
+    pub fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// Reads and decodes a file.
+    ///
+    /// # Errors
+    /// [`Error::Picture`] when it cannot be read or decoded.
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<Image> {
+        self.open_with(path.as_ref(), &mut Vec::new())
+    }
+
+    /// As [`Decoder::open`], with a buffer for the file's bytes that can be used again.
+    pub(crate) fn open_with(&self, path: &Path, bytes: &mut Vec<u8>) -> Result<Image> {
+        bytes.clear();
+        File::open(path)
+            .and_then(|mut file| file.read_to_end(bytes))
+            .map_err(|error| picture(path, format!("cannot be read: {error}")))?;
+        self.decode(bytes, path)
+    }
+
+    /// Decodes the bytes of a file; `name` is for the error.
+    ///
+    /// # Errors
+    /// [`Error::Picture`] for empty, truncated, damaged, unsupported or too large pictures.
+    pub fn decode(&self, bytes: &[u8], name: impl AsRef<Path>) -> Result<Image> {
+        let name = name.as_ref();
+        // The decoders are other people's code over bytes from anywhere, and they do use `unwrap` and slices. A run of
+        // days must not end because one file in a million trips over that: a panic is this file's problem.
+        match catch_unwind(AssertUnwindSafe(|| self.decode_inner(bytes))) {
+            Ok(Ok(image)) => Ok(image),
+            Ok(Err(problem)) => Err(picture(name, problem)),
+            Err(_) => Err(picture(name, "the decoder failed on it; the file is most likely damaged".to_owned())),
+        }
+    }
+
+    fn decode_inner(&self, bytes: &[u8]) -> std::result::Result<Image, String> {
+        if bytes.is_empty() {
+            return Err("the file is empty".to_owned());
+        }
+        let format = image::guess_format(bytes).map_err(|_| {
+            let start: Vec<String> = bytes.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+            format!("not a JPEG, PNG, WebP, BMP or TIFF picture (it starts with the bytes {})", start.join(" "))
+        })?;
+        if !format.reading_enabled() {
+            return Err(format!("{format:?} is not supported; convert it to JPEG, PNG, WebP, BMP or TIFF"));
+        }
+        if format == ImageFormat::Jpeg && !jpeg_is_complete(bytes) {
+            return Err("the JPEG is truncated: it ends before its end-of-image marker".to_owned());
+        }
+        let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+        let mut limits = Limits::no_limits();
+        // Eight bytes hold a 16-bit RGBA pixel; decoders also keep a little beside the picture.
+        limits.max_alloc = Some(self.max_pixels.saturating_mul(8).saturating_add(64 << 20));
+        reader.limits(limits);
+        let mut decoder = reader.into_decoder().map_err(|error| describe(&error, format))?;
+        let (width, height) = decoder.dimensions();
+        if width == 0 || height == 0 {
+            return Err(format!("a picture of {width}x{height} has no pixels"));
+        }
+        if u64::from(width) * u64::from(height) > self.max_pixels {
+            return Err(format!(
+                "{width}x{height} pixels are more than the limit of {} (a decompression bomb?)",
+                self.max_pixels
+            ));
+        }
+        // A damaged EXIF block does not make a picture unreadable.
+        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        let mut decoded = DynamicImage::from_decoder(decoder).map_err(|error| describe(&error, format))?;
+        decoded.apply_orientation(orientation);
+        let (width, height) = (decoded.width() as usize, decoded.height() as usize);
+        let pixels = convert(decoded, self.channels);
+        if pixels.len() != width * height * self.channels {
+            return Err("the decoder returned fewer pixels than the header announces".to_owned());
+        }
+        Ok(Image { width, height, channels: self.channels, pixels })
+    }
+}
+
+fn picture(path: &Path, problem: String) -> Error {
+    Error::Picture { path: path.to_path_buf(), problem }
+}
+
+fn describe(error: &image::ImageError, format: ImageFormat) -> String {
+    match error {
+        image::ImageError::IoError(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            format!("the {format:?} is truncated: {error}")
+        }
+        image::ImageError::Limits(error) => format!("the {format:?} needs too much memory to decode: {error}"),
+        error => format!("cannot be decoded as {format:?}: {error}"),
+    }
+}
+
+/// Whether the marker segments of a JPEG reach its end-of-image marker. The decoder fills what is missing with grey and
+/// reports success; Pillow, whose judgement users know, calls such a file truncated.
+fn jpeg_is_complete(bytes: &[u8]) -> bool {
+    let mut at = 2;
+    while at + 1 < bytes.len() {
+        if bytes[at] != 0xff {
+            at += 1;
+            continue;
+        }
+        match bytes[at + 1] {
+            0xd9 => return true,
+            // Fill bytes, stuffed zeros in entropy-coded data, restart markers and other markers without a length.
+            0xff => at += 1,
+            0x00 | 0x01 | 0xd0..=0xd8 => at += 2,
+            _ => {
+                let Some(&[high, low]) = bytes.get(at + 2..at + 4).and_then(|b| b.first_chunk::<2>()) else {
+                    return false;
+                };
+                at += 2 + usize::from(u16::from_be_bytes([high, low])).max(2);
+            }
+        }
+    }
+    false
+}
+
+/// To 8 bits and `channels` channels.
+fn convert(decoded: DynamicImage, channels: usize) -> Vec<u8> {
+    let found = usize::from(decoded.color().channel_count());
+    let samples = match decoded {
+        DynamicImage::ImageLuma8(buffer) => buffer.into_raw(),
+        DynamicImage::ImageLumaA8(buffer) => buffer.into_raw(),
+        DynamicImage::ImageRgb8(buffer) => buffer.into_raw(),
+        DynamicImage::ImageRgba8(buffer) => buffer.into_raw(),
+        DynamicImage::ImageLuma16(buffer) => rounded(buffer.as_raw()),
+        DynamicImage::ImageLumaA16(buffer) => rounded(buffer.as_raw()),
+        DynamicImage::ImageRgb16(buffer) => rounded(buffer.as_raw()),
+        DynamicImage::ImageRgba16(buffer) => rounded(buffer.as_raw()),
+        // Floating point, in [0, 1].
+        other if found == 4 => other.into_rgba8().into_raw(),
+        other => return convert(DynamicImage::ImageRgb8(other.into_rgb8()), channels),
+    };
+    match (found, channels) {
+        (1, 1) | (3, 3) | (4, 4) => samples,
+        (1, 3) => map::<1, 3>(&samples, |[l]| [l, l, l]),
+        (1, 4) => map::<1, 4>(&samples, |[l]| [l, l, l, 255]),
+        (2, 1) => map::<2, 1>(&samples, |[l, _]| [l]),
+        (2, 3) => map::<2, 3>(&samples, |[l, _]| [l, l, l]),
+        (2, 4) => map::<2, 4>(&samples, |[l, a]| [l, l, l, a]),
+        (3, 1) => map::<3, 1>(&samples, |[r, g, b]| [luma(r, g, b)]),
+        (3, 4) => map::<3, 4>(&samples, |[r, g, b]| [r, g, b, 255]),
+        (4, 1) => map::<4, 1>(&samples, |[r, g, b, _]| [luma(r, g, b)]),
+        (4, 3) => map::<4, 3>(&samples, |[r, g, b, _]| [r, g, b]),
+        // No other layouts exist; the caller notices the wrong length.
+        _ => Vec::new(),
+    }
+}
+
+fn map<const FROM: usize, const TO: usize>(samples: &[u8], pixel: impl Fn([u8; FROM]) -> [u8; TO]) -> Vec<u8> {
+    let mut out = vec![0; samples.len() / FROM * TO];
+    for (to, from) in out.as_chunks_mut::<TO>().0.iter_mut().zip(samples.as_chunks::<FROM>().0) {
+        *to = pixel(*from);
+    }
+    out
+}
+
+/// Pillow's fixed-point ITU-R 601 luma.
+pub(crate) fn luma(red: u8, green: u8, blue: u8) -> u8 {
+    ((u32::from(red) * 19_595 + u32::from(green) * 38_470 + u32::from(blue) * 7_471 + 0x8000) >> 16) as u8
+}
+
+fn rounded(samples: &[u16]) -> Vec<u8> {
+    samples.iter().map(|sample| ((u32::from(*sample) + 128) / 257) as u8).collect()
+}

@@ -1,0 +1,594 @@
+//! Batches, built ahead of the step that needs them.
+//!
+//! Which pictures a batch holds, and their crops, depend on (seed, epoch, batch) and the set alone: not on the number
+//! of workers, on timing, or on where a run was resumed.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rayon::prelude::*;
+
+use crate::data::order::Order;
+use crate::data::source::Source;
+use crate::data::transform::{Resizer, Transform};
+use crate::{Error, Result};
+
+/// Two batches are built at a time, so that the last pictures of one do not leave workers idle.
+const LANES: usize = 2;
+/// A slot that meets this many bad pictures in a row gives up: the set is bad.
+const CHAIN: usize = 64;
+/// The share of bad pictures above which a set is refused.
+const BAD_SHARE: f64 = 0.1;
+
+/// A place in training.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    /// Passes over the set before this one.
+    pub epoch: u32,
+    /// Batches of this epoch before this one.
+    pub batch: usize,
+}
+
+/// Which part of every batch is built here, when several processes train together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// This process, from 0.
+    pub rank: usize,
+    /// All processes.
+    pub world: usize,
+}
+
+impl Default for Shard {
+    fn default() -> Self {
+        Self { rank: 0, world: 1 }
+    }
+}
+
+/// How batches are made.
+#[derive(Clone, Copy, Debug)]
+pub struct LoaderOptions {
+    /// Pictures per batch and process.
+    pub batch_size: usize,
+    /// The run's seed: order, crops and flips.
+    pub seed: u64,
+    /// Threads that read and decode; 0 is one for each core.
+    pub workers: usize,
+    /// Finished batches that wait to be taken, at most (rounded up to an even number).
+    pub prefetch: usize,
+    /// The first batch.
+    pub start: Position,
+    /// This process' part of each batch.
+    pub shard: Shard,
+}
+
+impl Default for LoaderOptions {
+    fn default() -> Self {
+        Self {
+            batch_size: 64,
+            seed: 0,
+            workers: 0,
+            prefetch: LANES,
+            start: Position::default(),
+            shard: Shard::default(),
+        }
+    }
+}
+
+/// Pictures for one step. Dropping it hands its memory back to the loader.
+#[derive(Debug)]
+pub struct Batch {
+    /// `[B, height, width, channels]`.
+    pub pixels: Vec<u8>,
+    /// The index of each picture in the source `[B]`.
+    pub samples: Vec<u64>,
+    /// The class of each picture `[B]`, if the source has classes.
+    pub labels: Option<Vec<u32>>,
+    /// Rows of a picture.
+    pub height: usize,
+    /// Columns of a picture.
+    pub width: usize,
+    /// Channels of a picture.
+    pub channels: usize,
+    /// Passes over the set before this one.
+    pub epoch: u32,
+    /// Batches of this epoch before this one.
+    pub index: usize,
+    /// Bad pictures met while this batch was built.
+    pub skipped: usize,
+    /// How long [`Loader::next_batch`] waited for it.
+    pub data_wait: Duration,
+    slots: Vec<Slot>,
+    failure: Option<Error>,
+    home: Option<SyncSender<Buffers>>,
+}
+
+impl Batch {
+    /// How many pictures it holds.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.samples.len()
+    }
+
+    /// Whether it holds none, which does not happen.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.samples.is_empty()
+    }
+
+    /// One picture `[height, width, channels]`.
+    #[must_use]
+    pub fn picture(&self, index: usize) -> Option<&[u8]> {
+        self.pixels.chunks_exact(self.height * self.width * self.channels).nth(index)
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        if let Some(home) = self.home.take() {
+            let buffers = Buffers {
+                pixels: std::mem::take(&mut self.pixels),
+                samples: std::mem::take(&mut self.samples),
+                labels: self.labels.take().unwrap_or_default(),
+                slots: std::mem::take(&mut self.slots),
+            };
+            // Full, or nobody left to use it: then it is freed.
+            let _ = home.try_send(buffers);
+        }
+    }
+}
+
+/// The memory of a batch, between two uses.
+#[derive(Debug, Default)]
+struct Buffers {
+    pixels: Vec<u8>,
+    samples: Vec<u64>,
+    labels: Vec<u32>,
+    slots: Vec<Slot>,
+}
+
+/// What became of one place in a batch.
+#[derive(Debug, Default)]
+struct Slot {
+    sample: Option<usize>,
+    /// Bad pictures that were tried here.
+    bad: Vec<(usize, Error)>,
+    /// Anything that is not a matter of one picture.
+    fatal: Option<Error>,
+}
+
+/// What lanes and workers share.
+#[derive(Debug)]
+struct Shared {
+    source: Source,
+    transform: Transform,
+    options: LoaderOptions,
+    training: bool,
+    order: Order,
+    channels: usize,
+    pool: rayon::ThreadPool,
+    scratch: Vec<Mutex<Scratch>>,
+    returned: Mutex<Receiver<Buffers>>,
+    home: SyncSender<Buffers>,
+    stop: AtomicBool,
+}
+
+/// A worker's buffers.
+#[derive(Debug, Default)]
+struct Scratch {
+    file: Vec<u8>,
+    resizer: Resizer,
+}
+
+/// Yields batches, read and decoded on threads of its own.
+///
+/// **Training** ([`Loader::new`]) never ends. Each epoch has its own order. Batches are always full: the pictures that are
+/// left over at the end of an epoch are left out of it, and a set smaller than a batch is repeated until it fills one. A
+/// picture that cannot be decoded is logged and replaced by the next good one in the epoch's order.
+///
+/// **Evaluation** ([`Loader::evaluation`]) passes over the set once, in order, without randomness; the last batch may be
+/// smaller, and a picture that cannot be decoded is logged and left out.
+///
+/// More than 10 % of bad pictures end either with an error: at once when it cannot be chance, else when the whole set, or an
+/// epoch of it, was seen.
+#[derive(Debug)]
+pub struct Loader {
+    shared: Arc<Shared>,
+    lanes: Vec<Receiver<Batch>>,
+    threads: Vec<JoinHandle<()>>,
+    /// The number of the next batch, counted from epoch 0.
+    next: u64,
+    /// The number after the last one, in evaluation.
+    end: u64,
+    /// How many have been taken.
+    taken: usize,
+    health: Health,
+    waited: Duration,
+    failed: Option<String>,
+}
+
+impl Loader {
+    /// Endless batches for training.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for impossible settings, [`Error::Data`] for an empty source, [`Error::Io`] when threads cannot
+    /// be started.
+    pub fn new(source: Source, transform: Transform, options: &LoaderOptions) -> Result<Self> {
+        Self::start(source, transform, options, true)
+    }
+
+    /// One pass in order. `seed` does not matter; `start` may skip batches.
+    ///
+    /// # Errors
+    /// As [`Loader::new`]; [`Error::Config`] for a random transform.
+    pub fn evaluation(source: Source, transform: Transform, options: &LoaderOptions) -> Result<Self> {
+        if matches!(transform, Transform::Training(_)) {
+            return Err(Error::Config("evaluation takes Transform::Inference: random crops would not repeat".into()));
+        }
+        Self::start(source, transform, options, false)
+    }
+
+    fn start(source: Source, transform: Transform, options: &LoaderOptions, training: bool) -> Result<Self> {
+        transform.check()?;
+        let Shard { rank, world } = options.shard;
+        if options.batch_size == 0 || rank >= world {
+            return Err(Error::Config(format!(
+                "a loader needs a batch size of at least 1 and rank < world, found {} and {rank} of {world}",
+                options.batch_size
+            )));
+        }
+        let empty = |problem: &str| Error::Data { source_name: source.description().into(), problem: problem.into() };
+        let count = u32::try_from(source.len()).map_err(|_| empty("more than 2^32 - 1 pictures"))?;
+        if count == 0 {
+            return Err(empty("there are no pictures in it"));
+        }
+        let channels = source.channels();
+        let (height, width) = transform.size();
+        let length = [options.batch_size, height, width, channels].iter().try_fold(1_usize, |n, m| n.checked_mul(*m));
+        if length.is_none_or(|length| length > isize::MAX as usize / 2) {
+            return Err(Error::Config(format!(
+                "a batch of {} pictures of {height}x{width}x{channels} does not fit in memory",
+                options.batch_size
+            )));
+        }
+        let workers = match options.workers {
+            0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            workers => workers.min(1024),
+        };
+        let threads_refused = |error: std::io::Error| Error::Io {
+            action: "starting",
+            path: PathBuf::from("loader threads"),
+            source: error,
+        };
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(workers)
+            .thread_name(|index| format!("vitmae-data-{index}"))
+            .build()
+            .map_err(|error| threads_refused(std::io::Error::other(error)))?;
+        let waiting = options.prefetch.max(1).div_ceil(LANES);
+        // Every batch that can exist at once has room to come back: waiting, being built, and held by the caller.
+        let (home, returned) = sync_channel(LANES * (waiting + 1) + 4);
+        let batches = batches_per_epoch(source.len(), options.batch_size * world, training) as u64;
+        let first = u64::from(options.start.epoch) * batches + options.start.batch as u64;
+        let health = Health::new(source.len());
+        let shared = Arc::new(Shared {
+            order: Order::new(count, options.seed),
+            source,
+            transform,
+            options: *options,
+            training,
+            channels,
+            pool,
+            scratch: (0..workers).map(|_| Mutex::default()).collect(),
+            returned: Mutex::new(returned),
+            home,
+            stop: AtomicBool::new(false),
+        });
+        let mut loader = Self {
+            shared,
+            lanes: Vec::new(),
+            threads: Vec::new(),
+            next: first,
+            end: if training { u64::MAX } else { batches },
+            taken: 0,
+            health,
+            waited: Duration::ZERO,
+            failed: None,
+        };
+        for lane in 0..LANES {
+            let (sender, receiver) = sync_channel(waiting);
+            let shared = Arc::clone(&loader.shared);
+            let numbers = (first + lane as u64..loader.end).step_by(LANES);
+            let thread = std::thread::Builder::new()
+                .name(format!("vitmae-batch-{lane}"))
+                .spawn(move || {
+                    for number in numbers {
+                        let stopped = || shared.stop.load(Ordering::Relaxed);
+                        if stopped() || sender.send(shared.build(number, batches)).is_err() {
+                            break;
+                        }
+                    }
+                })
+                .map_err(threads_refused)?;
+            loader.lanes.push(receiver);
+            loader.threads.push(thread);
+        }
+        Ok(loader)
+    }
+
+    /// Batches of an epoch; at least 1.
+    #[must_use]
+    pub fn batches_per_epoch(&self) -> usize {
+        let shared = &self.shared;
+        let batch = shared.options.batch_size * shared.options.shard.world;
+        batches_per_epoch(shared.source.len(), batch, shared.training)
+    }
+
+    /// The place of the batch that comes next: start a loader there to go on.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        let batches = self.batches_per_epoch() as u64;
+        Position { epoch: (self.next / batches) as u32, batch: (self.next % batches) as usize }
+    }
+
+    /// The source it reads.
+    #[must_use]
+    pub fn source(&self) -> &Source {
+        &self.shared.source
+    }
+
+    /// How long all calls of [`Loader::next_batch`] together have waited.
+    #[must_use]
+    pub fn data_wait(&self) -> Duration {
+        self.waited
+    }
+
+    /// How many pictures were found to be bad, each counted once.
+    #[must_use]
+    pub fn bad_pictures(&self) -> usize {
+        self.health.bad
+    }
+
+    /// The next batch; `None` at the end of an evaluation.
+    ///
+    /// # Errors
+    /// [`Error::Data`] when more than 10 % of the pictures are bad, with how many and which, and errors of the source that
+    /// are not about one picture. The loader yields nothing more after that.
+    pub fn next_batch(&mut self) -> Result<Option<Batch>> {
+        loop {
+            if let Some(problem) = &self.failed {
+                return Err(self.refuse(problem.clone()));
+            }
+            if self.next >= self.end {
+                return Ok(None);
+            }
+            let asked = Instant::now();
+            let received = self.lanes[self.taken % LANES].recv();
+            let waited = asked.elapsed();
+            self.waited += waited;
+            let Ok(mut batch) = received else {
+                self.failed = Some("the threads that read it have stopped".to_owned());
+                continue;
+            };
+            self.next += 1;
+            self.taken += 1;
+            batch.data_wait = waited;
+            if let Err(error) = self.account(&mut batch) {
+                self.failed = Some(match &error {
+                    Error::Data { problem, .. } => problem.clone(),
+                    other => other.to_string(),
+                });
+                return Err(error);
+            }
+            // Every picture of an evaluation's batch was bad.
+            if !batch.is_empty() {
+                return Ok(Some(batch));
+            }
+        }
+    }
+
+    fn refuse(&self, problem: String) -> Error {
+        Error::Data { source_name: self.shared.source.description().to_owned(), problem }
+    }
+
+    /// Logs and counts what was bad.
+    fn account(&mut self, batch: &mut Batch) -> Result<()> {
+        // A set that is refused need not be listed whole.
+        let most = if batch.failure.is_some() { self.health.bad + 10 } else { usize::MAX };
+        for slot in &mut batch.slots {
+            for (index, error) in slot.bad.drain(..) {
+                if self.health.saw_bad(index, &error) && self.health.bad <= most {
+                    tracing::warn!(%error, "skipped a picture that cannot be used");
+                }
+            }
+        }
+        for sample in &batch.samples {
+            self.health.saw(*sample as usize);
+        }
+        if let Some(error) = batch.failure.take() {
+            return Err(error);
+        }
+        if self.health.is_refused(self.taken >= self.batches_per_epoch()) {
+            return Err(self.refuse(self.health.problem()));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        // Lanes that wait for room see that nobody receives any more.
+        self.lanes.clear();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn batches_per_epoch(count: usize, batch: usize, training: bool) -> usize {
+    if training { (count / batch).max(1) } else { count.div_ceil(batch) }
+}
+
+impl Shared {
+    /// Builds the batch of a number counted from epoch 0.
+    fn build(&self, number: u64, batches: u64) -> Batch {
+        let (epoch, index) = ((number / batches) as u32, (number % batches) as usize);
+        let (height, width) = self.transform.size();
+        let length = height * width * self.channels;
+        let Buffers { mut pixels, mut samples, mut labels, mut slots } =
+            { self.returned.lock().unwrap_or_else(PoisonError::into_inner).try_recv().unwrap_or_default() };
+        let Shard { rank, world } = self.options.shard;
+        let first = (index * world + rank) * self.options.batch_size;
+        let size = if self.training {
+            self.options.batch_size
+        } else {
+            self.options.batch_size.min(self.source.len().saturating_sub(first))
+        };
+        pixels.resize(size * length, 0);
+        slots.resize_with(size, Slot::default);
+        let order = self.training.then(|| self.order.epoch(epoch));
+        self.pool.install(|| {
+            pixels.par_chunks_exact_mut(length).zip(slots.par_iter_mut()).enumerate().for_each(|(at, (out, slot))| {
+                self.fill(out, slot, first + at, epoch, order.as_deref());
+            });
+        });
+        let failure = slots.iter_mut().find_map(|slot| slot.fatal.take());
+        samples.clear();
+        labels.clear();
+        for (at, slot) in slots.iter().enumerate() {
+            let Some(sample) = slot.sample else { continue };
+            // Close the gaps that bad pictures leave in an evaluation.
+            let to = samples.len();
+            if to != at {
+                pixels.copy_within(at * length..(at + 1) * length, to * length);
+            }
+            samples.push(sample as u64);
+            labels.extend(self.source.label(sample));
+        }
+        pixels.truncate(samples.len() * length);
+        let skipped = slots.iter().map(|slot| slot.bad.len()).sum();
+        let labels = (self.source.classes().is_some() && labels.len() == samples.len()).then_some(labels);
+        let home = Some(self.home.clone());
+        Batch {
+            pixels,
+            samples,
+            labels,
+            height,
+            width,
+            channels: self.channels,
+            epoch,
+            index,
+            skipped,
+            data_wait: Duration::ZERO,
+            slots,
+            failure,
+            home,
+        }
+    }
+
+    /// Puts a picture into a slot. `place` counts slots from the start of the epoch.
+    fn fill(&self, out: &mut [u8], slot: &mut Slot, place: usize, epoch: u32, order: Option<&[u32]>) {
+        *slot = Slot { bad: std::mem::take(&mut slot.bad), ..Slot::default() };
+        slot.bad.clear();
+        let count = self.source.len();
+        let worker = rayon::current_thread_index().unwrap_or(0) % self.scratch.len();
+        let mut scratch = self.scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        let Scratch { file, resizer } = &mut *scratch;
+        let tries = if order.is_some() { count.min(CHAIN) } else { 1 };
+        for step in 0..tries {
+            if self.stop.load(Ordering::Relaxed) {
+                return;
+            }
+            let place = (place + step) % count;
+            let sample = order.map_or(place, |order| order[place] as usize);
+            let result = self.source.read_with(sample, file).and_then(|image| {
+                let keys = (self.options.seed, epoch, sample as u64);
+                self.transform.apply(out, &image, keys, resizer)
+            });
+            match result {
+                Ok(()) => {
+                    slot.sample = Some(sample);
+                    return;
+                }
+                Err(error @ Error::Picture { .. }) => slot.bad.push((sample, error)),
+                Err(error) => {
+                    slot.fatal = Some(error);
+                    return;
+                }
+            }
+        }
+        if order.is_some() {
+            let examples: Vec<String> = slot.bad.iter().take(3).map(|(_, error)| error.to_string()).collect();
+            slot.fatal = Some(Error::Data {
+                source_name: self.source.description().to_owned(),
+                problem: format!("{tries} pictures in a row cannot be read: {}; …", examples.join("; ")),
+            });
+        }
+    }
+}
+
+/// Counts good and bad pictures, each once.
+#[derive(Debug)]
+struct Health {
+    count: usize,
+    /// One bit per picture.
+    seen_bits: Vec<u64>,
+    seen: usize,
+    bad: usize,
+    bad_pictures: HashSet<usize>,
+    examples: Vec<String>,
+}
+
+impl Health {
+    fn new(count: usize) -> Self {
+        let seen_bits = vec![0; count.div_ceil(64)];
+        Self { count, seen_bits, seen: 0, bad: 0, bad_pictures: HashSet::new(), examples: Vec::new() }
+    }
+
+    fn saw(&mut self, index: usize) {
+        if let Some(word) = self.seen_bits.get_mut(index / 64) {
+            let bit = 1 << (index % 64);
+            self.seen += usize::from(*word & bit == 0);
+            *word |= bit;
+        }
+    }
+
+    /// Whether this is news.
+    fn saw_bad(&mut self, index: usize, error: &Error) -> bool {
+        self.saw(index);
+        let new = self.bad_pictures.insert(index);
+        if new {
+            self.bad += 1;
+            if self.examples.len() < 3 {
+                self.examples.push(error.to_string());
+            }
+        }
+        new
+    }
+
+    /// Whether too many are bad. Before everything was seen, the count must also be beyond chance (two standard
+    /// deviations above 10 %): the first ten pictures of a set with 5 % bad ones hold two of them often enough.
+    fn is_refused(&self, whole_epoch: bool) -> bool {
+        let (seen, bad) = (self.seen as f64, self.bad as f64);
+        let expected = BAD_SHARE * seen;
+        let certain = whole_epoch || self.seen == self.count;
+        let beyond_chance = self.seen >= 10 && bad > expected + 2.0 * (expected * (1.0 - BAD_SHARE)).sqrt();
+        bad > expected && (certain || beyond_chance)
+    }
+
+    fn problem(&self) -> String {
+        format!(
+            "{} of {} pictures seen cannot be used, more than {:.0} %: {}{}. Repair or remove them",
+            self.bad,
+            self.seen,
+            BAD_SHARE * 100.0,
+            self.examples.join("; "),
+            if self.bad > self.examples.len() { "; …" } else { "" }
+        )
+    }
+}

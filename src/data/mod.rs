@@ -1,0 +1,29 @@
+//! Pictures in, batches out: sources, decoding, augmentation, and the loader that keeps a training step fed.
+//!
+//! ```
+//! use vitmae::data::{Loader, LoaderOptions, Source, SourceOptions, Training, Transform};
+//!
+//! let source = Source::parse("synthetic:100", &SourceOptions::new(3, 32, 32)?)?;
+//! let transform = Transform::Training(Training::new(32, 32));
+//! let mut loader = Loader::new(source, transform, &LoaderOptions { batch_size: 8, seed: 1, ..Default::default() })?;
+//! let batch = loader.next_batch()?.expect("training never ends");
+//! assert_eq!(batch.pixels.len(), 8 * 32 * 32 * 3);
+//! # Ok::<(), vitmae::Error>(())
+//! ```
+
+mod decode;
+mod folder;
+mod loader;
+mod order;
+mod processor;
+mod random;
+mod source;
+mod synthetic;
+mod transform;
+
+pub use decode::{Decoder, Image, MAX_PIXELS};
+pub use loader::{Batch, Loader, LoaderOptions, Position, Shard};
+pub use processor::ImageProcessor;
+pub use source::{PICTURE_EXTENSIONS, Pictures, Source, SourceOptions};
+pub use synthetic::{SYNTHETIC_CLASSES, SYNTHETIC_COUNT, Synthetic};
+pub use transform::{CropBox, Resample, Resizer, Training, Transform};

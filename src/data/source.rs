@@ -1,0 +1,266 @@
+//! Where pictures come from.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::data::decode::{Decoder, Image};
+use crate::data::folder::Folder;
+use crate::data::synthetic::{SYNTHETIC_COUNT, Synthetic};
+use crate::{Error, Result};
+
+/// Names that are taken for pictures in a folder, in upper or lower case.
+pub const PICTURE_EXTENSIONS: [&str; 11] =
+    ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "tif", "tiff", "mpo"];
+
+/// A numbered set of pictures. Implement it to feed pictures of your own to a [`Loader`](crate::data::Loader).
+///
+/// Indices are stable: the same index is the same picture in every epoch, process and run.
+pub trait Pictures: fmt::Debug + Send + Sync {
+    /// How many there are.
+    fn len(&self) -> usize;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Channels of every picture.
+    fn channels(&self) -> usize;
+
+    /// What to call a picture in messages: its file, or its number.
+    fn name(&self, index: usize) -> PathBuf;
+
+    /// The class of a picture, an index into [`Pictures::classes`]. All pictures have one or none has.
+    fn label(&self, index: usize) -> Option<u32>;
+
+    /// The names of the classes.
+    fn classes(&self) -> Option<&[String]>;
+
+    /// Reads one picture; `buffer` may be used for its encoded bytes.
+    ///
+    /// # Errors
+    /// [`Error::Picture`] for a bad picture, which the loader skips. Any other error stops it.
+    fn read(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Image>;
+}
+
+/// What a source needs to know.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct SourceOptions {
+    /// Decodes the files; decides the number of channels.
+    pub decoder: Decoder,
+    /// Rows of generated pictures.
+    pub height: usize,
+    /// Columns of generated pictures.
+    pub width: usize,
+    /// Which generated set; the same seed is the same set.
+    pub synthetic_seed: u64,
+    /// The classes that class sub-folders must belong to, in order. Give a validation set those of the training set: a
+    /// class that is missing in a folder would otherwise shift the labels of those that follow.
+    pub classes: Option<Vec<String>>,
+}
+
+impl SourceOptions {
+    /// Pictures of `channels` channels, generated ones of `height x width` pixels.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for channels other than 1, 3 and 4, or empty sizes.
+    pub fn new(channels: usize, height: usize, width: usize) -> Result<Self> {
+        if height == 0 || width == 0 {
+            return Err(Error::Config(format!("pictures of {height}x{width} pixels are empty")));
+        }
+        Ok(Self { decoder: Decoder::new(channels)?, height, width, synthetic_seed: 0, classes: None })
+    }
+}
+
+/// A set of pictures: a folder, a file or the procedural set. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Source {
+    pictures: Arc<dyn Pictures>,
+    description: String,
+    /// What the names of a folder's pictures begin with.
+    root: PathBuf,
+}
+
+impl Source {
+    /// Opens what the user asked for:
+    ///
+    /// - `synthetic`, `synthetic:COUNT` or `synthetic:COUNT:SEED`: generated scenes ([`Synthetic`]), by default
+    ///   [`SYNTHETIC_COUNT`] of the seed in `options`. (A folder of this name is `./synthetic`.)
+    /// - a folder: its pictures and those of its sub-folders. If all of them lie in sub-folders, those of the first level
+    ///   are the classes. Symbolic links are followed; names that start with a dot are not looked at;
+    /// - a file: that one picture.
+    ///
+    /// # Errors
+    /// [`Error::Data`] when there is no such thing, no picture in it, or it is of a kind that is not read.
+    pub fn parse(spec: impl AsRef<OsStr>, options: &SourceOptions) -> Result<Self> {
+        let spec = spec.as_ref();
+        let path = Path::new(spec);
+        let text = spec.to_string_lossy();
+        let refuse = |problem: String| Err(Error::Data { source_name: text.clone().into_owned(), problem });
+        if let Some(arguments) = text.strip_prefix("synthetic").filter(|rest| rest.is_empty() || rest.starts_with(':'))
+        {
+            let mut numbers = arguments.split(':').skip(1);
+            let (count, seed, more) = (numbers.next(), numbers.next(), numbers.next());
+            let count = count.map_or(Ok(SYNTHETIC_COUNT), str::parse);
+            let seed = seed.map_or(Ok(options.synthetic_seed), str::parse);
+            return match (count, seed, more) {
+                (Ok(count), Ok(seed), None) if count > 0 => Self::synthetic(count, seed, options)
+                    .map(|source| Self { description: text.into_owned(), ..source }),
+                _ => refuse(
+                    "expected synthetic, synthetic:COUNT or synthetic:COUNT:SEED with COUNT at least 1".to_owned(),
+                ),
+            };
+        }
+        let lower = text.to_ascii_lowercase();
+        let ends = |ends: &[&str]| ends.iter().any(|end| lower.ends_with(end));
+        let supported = "give a folder of pictures, one picture, or synthetic[:COUNT]";
+        if !path.is_dir() {
+            if ends(&[".tar", ".tar.gz", ".tgz", ".tar.zst"]) {
+                return refuse(format!("tar shards are not read yet; unpack them, or {supported}"));
+            }
+            if ends(&[".parquet"]) {
+                return refuse(format!("parquet files are not read yet; export them to a folder, or {supported}"));
+            }
+        }
+        match std::fs::metadata(path) {
+            Ok(data) if data.is_dir() => Self::folder(path, options),
+            Ok(_) => Self::file(path, options),
+            Err(error) => refuse(format!("{error}; {supported}")),
+        }
+    }
+
+    /// The pictures of a folder.
+    ///
+    /// # Errors
+    /// [`Error::Data`] when it holds none, [`Error::Io`] when it cannot be listed.
+    pub fn folder(path: impl AsRef<Path>, options: &SourceOptions) -> Result<Self> {
+        let path = path.as_ref();
+        let folder = Folder::open(path, options)?;
+        Ok(Self { root: path.to_path_buf(), ..Self::from_pictures(folder, path.display().to_string()) })
+    }
+
+    /// One picture file, whatever its name.
+    ///
+    /// # Errors
+    /// None yet: the file is opened when it is read.
+    pub fn file(path: impl AsRef<Path>, options: &SourceOptions) -> Result<Self> {
+        let path = path.as_ref();
+        let file = Folder::of_files(&[path.to_path_buf()], options);
+        Ok(Self::from_pictures(file, path.display().to_string()))
+    }
+
+    /// These picture files, in this order.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for an empty list.
+    pub fn files(paths: &[PathBuf], options: &SourceOptions) -> Result<Self> {
+        if paths.is_empty() {
+            return Err(Error::Data { source_name: "files".to_owned(), problem: "no picture was given".to_owned() });
+        }
+        Ok(Self::from_pictures(Folder::of_files(paths, options), format!("{} files", paths.len())))
+    }
+
+    /// Generated scenes.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an empty set or one of more than 2^32 - 1 scenes.
+    pub fn synthetic(count: usize, seed: u64, options: &SourceOptions) -> Result<Self> {
+        let scenes = Synthetic::new(count, seed, options.decoder.channels(), options.height, options.width)?;
+        Ok(Self::from_pictures(scenes, format!("synthetic:{count}:{seed}")))
+    }
+
+    /// Pictures of the caller's own.
+    pub fn from_pictures(pictures: impl Pictures + 'static, description: impl Into<String>) -> Self {
+        Self { pictures: Arc::new(pictures), description: description.into(), root: PathBuf::new() }
+    }
+
+    /// How many pictures there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.pictures.len()
+    }
+
+    /// Whether there are none (only for pictures of the caller's own).
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.pictures.is_empty()
+    }
+
+    /// Channels of every picture.
+    #[must_use]
+    pub fn channels(&self) -> usize {
+        self.pictures.channels()
+    }
+
+    /// The names of the classes, if the pictures have any.
+    #[must_use]
+    pub fn classes(&self) -> Option<&[String]> {
+        self.pictures.classes()
+    }
+
+    /// The class of a picture.
+    #[must_use]
+    pub fn label(&self, index: usize) -> Option<u32> {
+        self.pictures.label(index)
+    }
+
+    /// What to call a picture in messages.
+    #[must_use]
+    pub fn name(&self, index: usize) -> PathBuf {
+        self.pictures.name(index)
+    }
+
+    /// Reads one picture.
+    ///
+    /// # Errors
+    /// [`Error::Picture`] when it is bad, [`Error::Value`] when there is no such index.
+    pub fn read(&self, index: usize) -> Result<Image> {
+        self.read_with(index, &mut Vec::new())
+    }
+
+    pub(crate) fn read_with(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Image> {
+        if index >= self.len() {
+            return Err(Error::value("picture index", format!("{index} is not below {}", self.len())));
+        }
+        self.pictures.read(index, buffer)
+    }
+
+    /// What was asked for, for messages and records.
+    #[must_use]
+    pub fn description(&self) -> &str {
+        &self.description
+    }
+
+    /// A hash of how many pictures there are, their names and their classes; it tells whether two runs saw the same set.
+    /// File contents are not read.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Fnv(0xcbf2_9ce4_8422_2325);
+        hash.add(&(self.len() as u64).to_le_bytes());
+        for class in self.classes().unwrap_or_default() {
+            hash.add(class.as_bytes());
+            hash.add(&[0]);
+        }
+        for index in 0..self.len() {
+            let name = self.name(index);
+            // Relative to the folder, which may have moved.
+            hash.add(name.strip_prefix(&self.root).unwrap_or(&name).as_os_str().as_encoded_bytes());
+            hash.add(&self.label(index).unwrap_or(u32::MAX).to_le_bytes());
+        }
+        format!("{:016x}", hash.0)
+    }
+}
+
+/// FNV-1a, 64 bits.
+struct Fnv(u64);
+
+impl Fnv {
+    fn add(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! Crops, flips and resizing: pictures of any size to bytes of one size.
+
+use fast_image_resize as fir;
+use fir::images::{CroppedImage, Image as View, ImageRef};
+use fir::{FilterType, IntoImageView, PixelType, ResizeAlg, ResizeOptions};
+
+use crate::data::ImageProcessor;
+use crate::data::decode::Image;
+use crate::data::random::{below, unit, words};
+use crate::ops::philox::AUGMENTATION_STREAM;
+use crate::{Error, Result};
+
+/// How pixels are interpolated; the names and numbers are Pillow's. All but `Nearest` average over the covered area when
+/// they shrink a picture (antialiasing), as Pillow does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Resample {
+    /// The nearest pixel, 0.
+    Nearest,
+    /// Lanczos with three lobes, 1.
+    Lanczos,
+    /// Bilinear, 2.
+    #[default]
+    Bilinear,
+    /// Bicubic with a = -0.5, 3.
+    Bicubic,
+    /// The mean of the covered pixels, 4.
+    Box,
+    /// Hamming, 5.
+    Hamming,
+}
+
+impl Resample {
+    /// From Pillow's number, as in `preprocessor_config.json`.
+    #[must_use]
+    pub fn from_pillow(number: u64) -> Option<Self> {
+        Some(match number {
+            0 => Self::Nearest,
+            1 => Self::Lanczos,
+            2 => Self::Bilinear,
+            3 => Self::Bicubic,
+            4 => Self::Box,
+            5 => Self::Hamming,
+            _ => return None,
+        })
+    }
+
+    /// Pillow's number.
+    #[must_use]
+    pub fn pillow(self) -> u64 {
+        self as u64
+    }
+
+    fn algorithm(self) -> ResizeAlg {
+        ResizeAlg::Convolution(match self {
+            Self::Nearest => return ResizeAlg::Nearest,
+            Self::Lanczos => FilterType::Lanczos3,
+            Self::Bilinear => FilterType::Bilinear,
+            Self::Bicubic => FilterType::CatmullRom,
+            Self::Box => FilterType::Box,
+            Self::Hamming => FilterType::Hamming,
+        })
+    }
+}
+
+/// A box of whole pixels in a picture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CropBox {
+    /// The first row.
+    pub top: usize,
+    /// The first column.
+    pub left: usize,
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+}
+
+impl CropBox {
+    /// All of a picture.
+    #[must_use]
+    pub fn whole(image: &Image) -> Self {
+        Self { top: 0, left: 0, height: image.height, width: image.width }
+    }
+}
+
+/// Crops to whole pixels and resizes, keeping its buffers from one picture to the next.
+///
+/// As in Pillow, rows are filtered first, rounded to bytes, and then columns: a filter that overshoots is clipped between
+/// the two. Against Pillow's `crop(..).resize(..)`: at most 1 level off (bilinear), at most 2 (bicubic).
+#[derive(Clone, Debug, Default)]
+pub struct Resizer {
+    inner: fir::Resizer,
+    /// The picture after the first pass, and premultiplied with alpha.
+    wide: Vec<u8>,
+    premultiplied: Vec<u8>,
+}
+
+impl Resizer {
+    /// Without buffers yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Resizes what `crop` shows of `image` to `out` `[height, width, channels]`.
+    ///
+    /// With 4 channels the colour is weighted with alpha, as Pillow does for RGBA.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a box outside the picture, an empty box, or an output of another length.
+    pub fn resize(
+        &mut self,
+        out: &mut [u8],
+        (height, width): (usize, usize),
+        image: &Image,
+        crop: CropBox,
+        resample: Resample,
+    ) -> Result<()> {
+        let shape = |what: &str, expected: String, found: String| Error::shape("resize", what, expected, found);
+        let inside = crop.width > 0
+            && crop.height > 0
+            && crop.left.checked_add(crop.width).is_some_and(|right| right <= image.width)
+            && crop.top.checked_add(crop.height).is_some_and(|bottom| bottom <= image.height);
+        if !inside {
+            let expected = format!("a box inside {}x{} pixels (width x height)", image.width, image.height);
+            return Err(shape("crop", expected, format!("{crop:?}")));
+        }
+        if height == 0 || width == 0 || out.len() != height * width * image.channels {
+            let expected = format!("{height}x{width}x{} bytes, at least one", image.channels);
+            return Err(shape("out", expected, format!("{} bytes", out.len())));
+        }
+        if (crop.height, crop.width) == (height, width) {
+            copy_box(out, image, crop);
+            return Ok(());
+        }
+        let pixel = match image.channels {
+            1 => PixelType::U8,
+            2 => PixelType::U8x2,
+            3 => PixelType::U8x3,
+            4 => PixelType::U8x4,
+            channels => return Err(shape("image", "1 to 4 channels".to_owned(), format!("{channels} channels"))),
+        };
+        let side = |n: usize| {
+            u32::try_from(n).map_err(|_| shape("image", "sides below 2^32 pixels".to_owned(), format!("{n} pixels")))
+        };
+        let (from_height, from_width) = (side(crop.height)?, side(crop.width)?);
+        let mut target = View::from_slice_u8(side(width)?, side(height)?, out, pixel).map_err(refused)?;
+        let Self { inner, wide, premultiplied } = self;
+        let algorithm = resample.algorithm();
+        if image.channels == 4 && resample != Resample::Nearest {
+            premultiplied.resize(crop.width * crop.height * 4, 0);
+            copy_box(premultiplied, image, crop);
+            let mut source = View::from_slice_u8(from_width, from_height, premultiplied, pixel).map_err(refused)?;
+            let alpha = fir::MulDiv::new();
+            alpha.multiply_alpha_inplace(&mut source).map_err(refused)?;
+            two_passes(inner, wide, &source, &mut target, algorithm)?;
+            alpha.divide_alpha_inplace(&mut target).map_err(refused)
+        } else {
+            let source =
+                ImageRef::new(side(image.width)?, side(image.height)?, &image.pixels, pixel).map_err(refused)?;
+            let source = CroppedImage::new(&source, side(crop.left)?, side(crop.top)?, from_width, from_height)
+                .map_err(refused)?;
+            two_passes(inner, wide, &source, &mut target, algorithm)
+        }
+    }
+}
+
+fn refused(error: impl std::fmt::Display) -> Error {
+    Error::value("resize", error.to_string())
+}
+
+/// Rows, then columns; the library by itself would do it the other way round.
+fn two_passes(
+    inner: &mut fir::Resizer,
+    wide: &mut Vec<u8>,
+    source: &impl IntoImageView,
+    target: &mut View<'_>,
+    algorithm: ResizeAlg,
+) -> Result<()> {
+    // Alpha has been seen to, and two channels are two planes of data here, not luma and alpha.
+    let options = ResizeOptions::new().resize_alg(algorithm).use_alpha(false);
+    if source.width() == target.width() || source.height() == target.height() || algorithm == ResizeAlg::Nearest {
+        return inner.resize(source, target, &options).map_err(refused);
+    }
+    let pixel = target.pixel_type();
+    wide.resize(target.width() as usize * source.height() as usize * pixel.size(), 0);
+    let mut between = View::from_slice_u8(target.width(), source.height(), wide, pixel).map_err(refused)?;
+    inner.resize(source, &mut between, &options).map_err(refused)?;
+    inner.resize(&between, target, &options).map_err(refused)
+}
+
+fn copy_box(out: &mut [u8], image: &Image, crop: CropBox) {
+    let row = crop.width * image.channels;
+    for (y, to) in out.chunks_exact_mut(row).enumerate() {
+        let start = ((crop.top + y) * image.width + crop.left) * image.channels;
+        to.copy_from_slice(&image.pixels[start..start + row]);
+    }
+}
+
+/// The augmentation of training: a random crop, resized, and a horizontal flip (torchvision's `RandomResizedCrop` and
+/// `RandomHorizontalFlip`, the recipe of MAE pre-training).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Training {
+    /// Rows of the result.
+    pub height: usize,
+    /// Columns of the result.
+    pub width: usize,
+    /// The share of the picture's area that a crop covers, least and most.
+    pub scale: (f64, f64),
+    /// Width over height of a crop, least and most.
+    pub ratio: (f64, f64),
+    /// How pixels are interpolated.
+    pub resample: Resample,
+    /// The probability of a horizontal flip.
+    pub flip: f64,
+}
+
+impl Training {
+    /// Crops of 20 to 100 % of the area at 3:4 to 4:3, bicubic, half of them flipped.
+    #[must_use]
+    pub fn new(height: usize, width: usize) -> Self {
+        Self { height, width, scale: (0.2, 1.0), ratio: (3.0 / 4.0, 4.0 / 3.0), resample: Resample::Bicubic, flip: 0.5 }
+    }
+
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for empty sizes or ranges that are not increasing and positive.
+    pub fn check(&self) -> Result<()> {
+        let positive = |(low, high): (f64, f64)| low > 0.0 && low <= high && high.is_finite();
+        if self.height == 0 || self.width == 0 {
+            return Err(Error::Config(format!("crops of {}x{} pixels are empty", self.height, self.width)));
+        }
+        if !positive(self.scale) || self.scale.1 > 1.0 || !positive(self.ratio) {
+            return Err(Error::Config(format!(
+                "random crops need 0 < least <= most for scale (at most 1) and ratio, found {:?} and {:?}",
+                self.scale, self.ratio
+            )));
+        }
+        if !(0.0..=1.0).contains(&self.flip) {
+            return Err(Error::Config(format!("the probability of a flip is in [0, 1], found {}", self.flip)));
+        }
+        Ok(())
+    }
+
+    /// The crop of a picture of `height x width` pixels and whether it is flipped: a function of seed, epoch and sample.
+    ///
+    /// Try `t` of ten uses block `t` of the sample's Philox stream: its words are area, ratio, row and column. A crop that
+    /// does not fit ten times over is replaced by the largest centred one whose ratio is allowed. Block 10 decides the
+    /// flip.
+    #[must_use]
+    pub fn draw(&self, height: usize, width: usize, seed: u64, epoch: u32, sample: u64) -> (CropBox, bool) {
+        let block = |number| words(AUGMENTATION_STREAM, seed, epoch, sample, number);
+        let flip = unit(block(TRIES)[0]) < self.flip;
+        let area = height as f64 * width as f64;
+        let (low, high) = (self.ratio.0.ln(), self.ratio.1.ln());
+        for attempt in 0..TRIES {
+            let [a, r, y, x] = block(attempt);
+            let target = area * (self.scale.0 + (self.scale.1 - self.scale.0) * unit(a));
+            let ratio = (low + (high - low) * unit(r)).exp();
+            let w = (target * ratio).sqrt().round_ties_even() as usize;
+            let h = (target / ratio).sqrt().round_ties_even() as usize;
+            if (1..=width).contains(&w) && (1..=height).contains(&h) {
+                let pick = |word, room: usize| below(word, u32::try_from(room + 1).unwrap_or(u32::MAX)) as usize;
+                return (CropBox { top: pick(y, height - h), left: pick(x, width - w), height: h, width: w }, flip);
+            }
+        }
+        let (mut w, mut h) = (width, height);
+        let ratio = width as f64 / height as f64;
+        if ratio < self.ratio.0 {
+            h = ((width as f64 / self.ratio.0).round_ties_even() as usize).clamp(1, height.max(1));
+        } else if ratio > self.ratio.1 {
+            w = ((height as f64 * self.ratio.1).round_ties_even() as usize).clamp(1, width.max(1));
+        }
+        (CropBox { top: (height - h) / 2, left: (width - w) / 2, height: h, width: w }, flip)
+    }
+}
+
+const TRIES: u32 = 10;
+
+/// What happens to a picture between decoding and the batch.
+#[derive(Clone, Debug)]
+pub enum Transform {
+    /// Random crops and flips.
+    Training(Training),
+    /// The deterministic preparation of a checkpoint.
+    Inference(ImageProcessor),
+}
+
+impl Transform {
+    /// Rows and columns of the result.
+    #[must_use]
+    pub fn size(&self) -> (usize, usize) {
+        match self {
+            Self::Training(training) => (training.height, training.width),
+            Self::Inference(processor) => processor.output_size(),
+        }
+    }
+
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// [`Error::Config`], see [`Training::check`] and [`ImageProcessor::check`].
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Self::Training(training) => training.check(),
+            Self::Inference(processor) => processor.check_fixed_size(),
+        }
+    }
+
+    /// Writes the picture to `out` `[height, width, channels]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when `out` has another length.
+    pub fn apply(
+        &self,
+        out: &mut [u8],
+        image: &Image,
+        (seed, epoch, sample): (u64, u32, u64),
+        resizer: &mut Resizer,
+    ) -> Result<()> {
+        match self {
+            Self::Training(training) => {
+                let (crop, flip) = training.draw(image.height, image.width, seed, epoch, sample);
+                resizer.resize(out, (training.height, training.width), image, crop, training.resample)?;
+                if flip {
+                    flip_rows(out, training.width, image.channels);
+                }
+                Ok(())
+            }
+            Self::Inference(processor) => processor.apply(out, image, resizer),
+        }
+    }
+}
+
+fn flip_rows(pixels: &mut [u8], width: usize, channels: usize) {
+    for row in pixels.chunks_exact_mut(width * channels) {
+        for x in 0..width / 2 {
+            let (left, right) = row.split_at_mut((width - 1 - x) * channels);
+            left[x * channels..(x + 1) * channels].swap_with_slice(&mut right[..channels]);
+        }
+    }
+}

@@ -1,0 +1,523 @@
+//! The masked autoencoder: encoder, decoder and loss, forward and backward.
+
+use std::path::Path;
+
+use crate::config::MaeConfig;
+use crate::model::encoder::{Collector, EncoderView, Extras, download_elements};
+use crate::model::gradients::Gradients;
+use crate::model::images::Images;
+use crate::model::layers::Handles;
+use crate::model::parameters::Parameters;
+use crate::model::positions::{PositionInterpolation, interpolate_grid};
+use crate::model::transformer::{self, Observer};
+use crate::model::workspace::{DecoderWeights, EncoderWeights, Purpose, Vector, Workspace, WorkspaceShape};
+use crate::model::{Masking, initialize};
+use crate::ops::{Backend, LayerNormShape, LinearShape, LossShape, TokensShape, Write};
+use crate::weights::{Checkpoint, DECODER_POSITIONS, ENCODER_POSITIONS, ParameterKind, Parts};
+use crate::{Error, Result};
+
+/// A masked autoencoder for pre-training (`ViTMAEForPreTraining` in transformers).
+#[derive(Debug)]
+pub struct MaeForPreTraining<B: Backend> {
+    config: MaeConfig,
+    backend: B,
+    parameters: Parameters<B>,
+    encoder: EncoderWeights<B>,
+    decoder: DecoderWeights<B>,
+    encoder_positions: Vector<B>,
+    decoder_positions: Vector<B>,
+}
+
+/// What [`MaeForPreTraining::forward`] returns.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Reconstruction {
+    /// Images `B`.
+    pub batch: usize,
+    /// Patches `L` of an image.
+    pub patches: usize,
+    /// Visible patches of an image.
+    pub keep: usize,
+    /// The loss over hidden patches; 0 where nothing is hidden.
+    pub loss: f64,
+    /// Predicted pixels of every patch, `[B, L, P * Q * C]` in the order (p, q, c).
+    pub logits: Vec<f32>,
+    /// `[B, L]`: 0 = visible, 1 = hidden.
+    pub mask: Vec<f32>,
+    /// `[B, L]`: the rank of each patch in the shuffle.
+    pub ids_restore: Vec<u32>,
+    /// The encoder's last hidden state, `[B, 1 + keep, D]`.
+    pub last_hidden_state: Vec<f32>,
+    /// Where asked for: as in [`Encoded`](crate::model::Encoded).
+    pub hidden_states: Vec<Vec<f32>>,
+    /// Where asked for: as in [`Encoded`](crate::model::Encoded).
+    pub attentions: Vec<Vec<f32>>,
+}
+
+impl<B: Backend> MaeForPreTraining<B> {
+    /// A fresh model, initialised as the original implementation does, from a seed.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a configuration that cannot work; [`Error::Device`] when there is not enough memory.
+    pub fn new(config: MaeConfig, backend: B, seed: u64) -> Result<Self> {
+        config.validate()?;
+        let mut parameters = Parameters::zeroed(&backend, crate::weights::parameters(&config, Parts::All))?;
+        initialize::initialize(&mut parameters, &backend, &config, seed)?;
+        Self::with_parameters(config, backend, parameters)
+    }
+
+    /// Loads a checkpoint: a folder with `config.json` and `model.safetensors` (or shards with an index), or a weights file
+    /// with `config.json` beside it.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`], [`Error::Io`] and [`Error::Config`] for what cannot be read or does not fit together.
+    pub fn from_pretrained(path: impl AsRef<Path>, backend: B) -> Result<Self> {
+        Self::from_checkpoint(&mut Checkpoint::open(path.as_ref())?, backend)
+    }
+
+    /// The same from an open checkpoint.
+    ///
+    /// # Errors
+    /// As [`MaeForPreTraining::from_pretrained`].
+    pub fn from_checkpoint(checkpoint: &mut Checkpoint, backend: B) -> Result<Self> {
+        let config = checkpoint.require_config()?.clone();
+        config.validate()?;
+        let mut parameters = Parameters::zeroed(&backend, crate::weights::parameters(&config, Parts::All))?;
+        parameters.load(&backend, checkpoint)?;
+        Self::with_parameters(config, backend, parameters)
+    }
+
+    /// Loads a checkpoint's weights into a model of another configuration, to train on: other image sizes (the position
+    /// tables are interpolated), mask ratios and losses. Everything that decides the other weights' shapes must be the same.
+    ///
+    /// # Errors
+    /// As [`MaeForPreTraining::from_pretrained`].
+    pub fn from_pretrained_as(path: impl AsRef<Path>, config: MaeConfig, backend: B) -> Result<Self> {
+        config.validate()?;
+        let mut checkpoint = Checkpoint::open(path.as_ref())?;
+        let (old, new) = (checkpoint.require_config()?.image().grid(), config.image().grid());
+        let mut wanted = config.clone();
+        wanted.image_size = checkpoint.require_config()?.image_size;
+        wanted.patch_size = checkpoint.require_config()?.patch_size;
+        let specs = crate::weights::parameters(&wanted, Parts::All);
+        let mut parameters = Parameters::zeroed(&backend, crate::weights::parameters(&config, Parts::All))?;
+        checkpoint.read_into(&specs, |index, values| {
+            if specs[index].kind == ParameterKind::Position && old != new {
+                let width = specs[index].shape.last().copied().unwrap_or(1);
+                return parameters.set(&backend, index, &interpolate_grid(values, width, old, new));
+            }
+            let expected = parameters.layout().specs()[index].shape.clone();
+            if expected != specs[index].shape {
+                return Err(Error::checkpoint(
+                    path.as_ref(),
+                    format!("{} has shape {:?}; this model needs {expected:?}", specs[index].name, specs[index].shape),
+                ));
+            }
+            parameters.set(&backend, index, values)
+        })?;
+        parameters.refresh(&backend)?;
+        Self::with_parameters(config, backend, parameters)
+    }
+
+    fn with_parameters(config: MaeConfig, backend: B, parameters: Parameters<B>) -> Result<Self> {
+        let handles = parameters.handles(&backend);
+        let encoder = handles.encoder(&config)?;
+        let decoder = handles.decoder(&config)?;
+        let encoder_positions = parameters.master_handle(&backend, ENCODER_POSITIONS)?;
+        let decoder_positions = parameters.master_handle(&backend, DECODER_POSITIONS)?;
+        Ok(Self { config, backend, parameters, encoder, decoder, encoder_positions, decoder_positions })
+    }
+
+    /// Writes `config.json` and `model.safetensors` under the published names into a folder, each atomically.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; what the folder held before stays whole.
+    pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
+        crate::weights::save_pretrained(folder.as_ref(), &self.config, self.parameters.layout().specs(), |index| {
+            self.parameters.get(&self.backend, index)
+        })
+    }
+
+    /// The model's configuration.
+    #[must_use]
+    pub fn config(&self) -> &MaeConfig {
+        &self.config
+    }
+
+    /// What the model runs on.
+    #[must_use]
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Names and places of the parameters.
+    #[must_use]
+    pub fn parameters(&self) -> &Parameters<B> {
+        &self.parameters
+    }
+
+    /// The arenas for an optimiser, which holds the only reference to the model meanwhile.
+    pub(crate) fn parameters_mut(&mut self) -> (&B, &mut Parameters<B>) {
+        (&self.backend, &mut self.parameters)
+    }
+
+    /// The values of a parameter by its published name.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a name that the model does not have; device errors.
+    pub fn parameter(&self, name: &str) -> Result<Vec<f32>> {
+        self.parameters.get(&self.backend, self.index_of(name)?)
+    }
+
+    /// Replaces the values of a parameter.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a name that the model does not have, [`Error::Shape`] for another number of values.
+    pub fn set_parameter(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        let index = self.index_of(name)?;
+        let expected = self.parameters.layout().range(index).len();
+        if values.len() != expected {
+            return Err(Error::shape("set_parameter", name, expected, values.len()));
+        }
+        self.parameters.set(&self.backend, index, values)?;
+        self.parameters.refresh(&self.backend)
+    }
+
+    fn index_of(&self, name: &str) -> Result<usize> {
+        let index = self.parameters.layout().index(name);
+        index.ok_or_else(|| Error::Config(format!("the model has no parameter called {name}")))
+    }
+
+    /// The encoder, for features.
+    #[must_use]
+    pub fn encoder(&self) -> EncoderView<'_, B> {
+        EncoderView {
+            config: &self.config,
+            backend: &self.backend,
+            layers: &self.encoder,
+            positions: &self.encoder_positions,
+        }
+    }
+
+    /// Zeroed gradients for this model.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when there is not enough memory.
+    pub fn gradients(&self) -> Result<Gradients<B>> {
+        Gradients::new(&self.backend, &self.config, self.parameters.layout())
+    }
+
+    /// Room for passes of the given shape.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an image that does not fit the model, [`Error::Device`] when there is not enough memory.
+    pub fn workspace(&self, shape: WorkspaceShape) -> Result<Workspace<B>> {
+        shape.image.check()?;
+        let mut workspace = Workspace::new(&self.backend, &self.config, shape)?;
+        workspace.place(&self.backend, &self.config, &self.encoder_positions, Some(&self.decoder_positions))?;
+        Ok(workspace)
+    }
+
+    /// Room for a pass over these images.
+    fn workspace_for(
+        &self,
+        images: &Images<'_>,
+        masking: &Masking<'_>,
+        purpose: Purpose,
+        interpolation: Option<PositionInterpolation>,
+    ) -> Result<Workspace<B>> {
+        let image = images.check(&self.config)?;
+        let keep = masking.check(images.batch, image.patches())?.keep;
+        self.workspace(WorkspaceShape { batch: images.batch, image, keep, purpose, interpolation })
+    }
+
+    /// Hides patches, predicts all of them and compares the hidden ones with the pixels.
+    ///
+    /// # Errors
+    /// Those of images and noise that do not fit the model.
+    pub fn forward(&self, images: &Images<'_>, masking: &Masking<'_>) -> Result<Reconstruction> {
+        self.forward_with(images, masking, None, Extras::default())
+    }
+
+    /// The same with hidden states and attention maps, and for images of another size than the config's.
+    ///
+    /// # Errors
+    /// As [`MaeForPreTraining::forward`].
+    pub fn forward_with(
+        &self,
+        images: &Images<'_>,
+        masking: &Masking<'_>,
+        interpolation: Option<PositionInterpolation>,
+        extras: Extras,
+    ) -> Result<Reconstruction> {
+        let mut workspace = self.workspace_for(images, masking, Purpose::Predict, interpolation)?;
+        self.reconstruct_in(&mut workspace, images, masking, extras)
+    }
+
+    /// As [`MaeForPreTraining::forward_with`], and the gradient of the loss for every trained parameter.
+    ///
+    /// # Errors
+    /// As [`MaeForPreTraining::forward`].
+    pub fn forward_backward(
+        &self,
+        images: &Images<'_>,
+        masking: &Masking<'_>,
+        interpolation: Option<PositionInterpolation>,
+        extras: Extras,
+    ) -> Result<(Reconstruction, Gradients<B>)> {
+        self.config.check_trainable()?;
+        let mut workspace = self.workspace_for(images, masking, Purpose::Inspect, interpolation)?;
+        let result = self.reconstruct_in(&mut workspace, images, masking, extras)?;
+        let mut gradients = self.gradients()?;
+        self.backward(&mut workspace, images.batch, &mut gradients)?;
+        Ok((result, gradients))
+    }
+
+    /// Forward in a workspace that predicts every patch ([`Purpose::Predict`] or [`Purpose::Inspect`]).
+    ///
+    /// # Errors
+    /// As [`MaeForPreTraining::forward`].
+    pub fn reconstruct_in(
+        &self,
+        workspace: &mut Workspace<B>,
+        images: &Images<'_>,
+        masking: &Masking<'_>,
+        extras: Extras,
+    ) -> Result<Reconstruction> {
+        let backend = &self.backend;
+        let shape = workspace.shape;
+        let (batch, patches, keep) = (images.batch, shape.image.patches(), shape.keep);
+        if shape.predicted() != patches {
+            return Err(Error::Config("a workspace for training predicts hidden patches only".into()));
+        }
+        let mut collector = Collector::new(backend, extras);
+        let observer = collector.as_mut().map(|collector| collector as &mut dyn Observer<B>);
+        self.forward_in(workspace, images, masking, batch * (patches - keep), observer)?;
+        let (hidden_states, attentions) =
+            collector.map_or_else(Default::default, |collector| (collector.hidden_states, collector.attentions));
+        let Some(decoder) = &workspace.decoder else { return Err(no_decoder()) };
+        let mut mask = vec![0.0; batch * patches];
+        backend.download(&mut mask, &workspace.inputs.mask)?;
+        let mut ids_restore = vec![0; batch * patches];
+        backend.download(&mut ids_restore, &workspace.inputs.ids_restore)?;
+        let logits = batch * patches * shape.image.patch_length();
+        let hidden = batch * (1 + keep) * self.config.hidden_size;
+        Ok(Reconstruction {
+            batch,
+            patches,
+            keep,
+            loss: self.loss(workspace)?,
+            logits: download_elements(backend, &decoder.prediction, logits)?,
+            mask,
+            ids_restore,
+            last_hidden_state: download_elements(backend, &workspace.encoder.encoded, hidden)?,
+            hidden_states,
+            attentions,
+        })
+    }
+
+    /// Runs encoder, decoder and loss; results stay in the workspace. `hidden_in_step` is the number of hidden patches of all
+    /// micro-batches whose losses are to add up to the mean.
+    pub(crate) fn forward_in(
+        &self,
+        workspace: &mut Workspace<B>,
+        images: &Images<'_>,
+        masking: &Masking<'_>,
+        hidden_in_step: usize,
+        observer: Option<&mut dyn Observer<B>>,
+    ) -> Result<()> {
+        self.encoder().forward(workspace, images, masking, observer)?;
+        let (config, backend, layers) = (&self.config, &self.backend, &self.decoder);
+        let Workspace { shape, inputs, scratch, encoder, decoder: Some(decoder), positions, .. } = workspace else {
+            return Err(no_decoder());
+        };
+        let batch = images.batch;
+        let (image, predicted) = (shape.image, shape.predicted());
+        let encoder_rows = batch * (1 + shape.keep);
+        let width = config.decoder_hidden_size;
+        backend.linear_forward(
+            LinearShape { rows: encoder_rows, inputs: config.hidden_size, outputs: width },
+            &mut decoder.embedded,
+            &encoder.encoded,
+            &layers.embed.weight,
+            layers.embed.bias.as_ref(),
+        )?;
+        backend.tokens_unshuffle_forward(
+            TokensShape { batch, patches: image.patches(), selected: shape.keep, width },
+            decoder.stack.input_mut(),
+            &decoder.embedded,
+            &layers.mask_token,
+            positions.as_ref().and_then(|positions| positions.decoder.as_ref()).unwrap_or(&self.decoder_positions),
+            &inputs.ids_restore,
+        )?;
+        let stack = shape.decoder(config, batch)?;
+        transformer::forward(backend, stack, &layers.blocks, &mut decoder.stack, scratch, None)?;
+        let ids = if shape.purpose == Purpose::Train { &inputs.ids_hidden } else { &inputs.ids_all };
+        let selection = TokensShape { batch, patches: image.patches(), selected: predicted, width };
+        backend.tokens_gather_forward(selection, &mut decoder.gathered, decoder.stack.output(), ids)?;
+        backend.layernorm_forward(
+            LayerNormShape { rows: batch * predicted, width, epsilon: config.layer_norm_eps },
+            &mut decoder.normed,
+            &mut decoder.mean,
+            &mut decoder.rstd,
+            &decoder.gathered,
+            &layers.norm.gamma,
+            &layers.norm.beta,
+        )?;
+        backend.linear_forward(
+            LinearShape { rows: batch * predicted, inputs: width, outputs: image.patch_length() },
+            &mut decoder.prediction,
+            &decoder.normed,
+            &layers.head.weight,
+            layers.head.bias.as_ref(),
+        )?;
+        backend.zero(&mut decoder.loss)?;
+        backend.loss_forward_backward(
+            LossShape {
+                image,
+                batch,
+                predicted,
+                norm_pix_loss: config.norm_pix_loss,
+                scale: if hidden_in_step == 0 { 0.0 } else { 1.0 / hidden_in_step as f64 },
+            },
+            &mut decoder.loss,
+            &mut decoder.patch_loss,
+            &mut decoder.dprediction,
+            &decoder.prediction,
+            inputs.pixels()?,
+            ids,
+            &inputs.mask,
+        )
+    }
+
+    /// The loss of the last forward pass in this workspace.
+    pub(crate) fn loss(&self, workspace: &Workspace<B>) -> Result<f64> {
+        let Some(decoder) = &workspace.decoder else { return Err(no_decoder()) };
+        let mut loss = [B::Master::default()];
+        self.backend.download(&mut loss, &decoder.loss)?;
+        Ok(B::master_f64(loss[0]))
+    }
+
+    /// Adds the gradients of the last forward pass in this workspace, of `batch` images.
+    pub(crate) fn backward(
+        &self,
+        workspace: &mut Workspace<B>,
+        batch: usize,
+        gradients: &mut Gradients<B>,
+    ) -> Result<()> {
+        let (config, backend) = (&self.config, &self.backend);
+        let Workspace { shape, inputs, scratch, encoder, decoder: Some(decoder), flow: Some(flow), .. } = workspace
+        else {
+            return Err(Error::Config("this workspace was made for inference and cannot train".into()));
+        };
+        let (image, keep, predicted) = (shape.image, shape.keep, shape.predicted());
+        let ids = if shape.purpose == Purpose::Train { &inputs.ids_hidden } else { &inputs.ids_all };
+
+        let layers = &self.decoder;
+        let width = config.decoder_hidden_size;
+        let head = LinearShape { rows: batch * predicted, inputs: width, outputs: image.patch_length() };
+        let into = &mut gradients.decoder;
+        backend.linear_backward_weight(
+            head,
+            &mut into.head.weight,
+            into.head.bias.as_mut(),
+            &decoder.dprediction,
+            &decoder.normed,
+        )?;
+        backend.linear_backward_input(
+            head,
+            Write::Assign,
+            &mut flow.normed,
+            &decoder.dprediction,
+            &layers.head.weight,
+        )?;
+        backend.layernorm_backward(
+            LayerNormShape { rows: batch * predicted, width, epsilon: config.layer_norm_eps },
+            Write::Assign,
+            &mut flow.gathered,
+            &mut into.norm.gamma,
+            &mut into.norm.beta,
+            &flow.normed,
+            &decoder.gathered,
+            &decoder.mean,
+            &decoder.rstd,
+            &layers.norm.gamma,
+        )?;
+        let selection = TokensShape { batch, patches: image.patches(), selected: predicted, width };
+        backend.tokens_gather_backward(selection, &mut flow.decoder, &flow.gathered, ids)?;
+        transformer::backward(
+            backend,
+            shape.decoder(config, batch)?,
+            &layers.blocks,
+            &mut into.blocks,
+            &mut decoder.stack,
+            scratch,
+            &mut flow.decoder,
+        )?;
+        backend.tokens_unshuffle_backward(
+            TokensShape { batch, patches: image.patches(), selected: keep, width },
+            &mut decoder.embedded,
+            &mut into.mask_token,
+            &flow.decoder,
+            &inputs.ids_restore,
+        )?;
+        let rows = batch * (1 + keep);
+        let embed = LinearShape { rows, inputs: config.hidden_size, outputs: width };
+        backend.linear_backward_weight(
+            embed,
+            &mut into.embed.weight,
+            into.embed.bias.as_mut(),
+            &decoder.embedded,
+            &encoder.encoded,
+        )?;
+        backend.linear_backward_input(
+            embed,
+            Write::Assign,
+            &mut flow.encoded,
+            &decoder.embedded,
+            &layers.embed.weight,
+        )?;
+
+        let layers = &self.encoder;
+        let width = config.hidden_size;
+        let into = &mut gradients.encoder;
+        backend.layernorm_backward(
+            LayerNormShape { rows, width, epsilon: config.layer_norm_eps },
+            Write::Assign,
+            &mut flow.encoder,
+            &mut into.norm.gamma,
+            &mut into.norm.beta,
+            &flow.encoded,
+            encoder.stack.output(),
+            &encoder.mean,
+            &encoder.rstd,
+            &layers.norm.gamma,
+        )?;
+        transformer::backward(
+            backend,
+            shape.encoder(config, batch)?,
+            &layers.blocks,
+            &mut into.blocks,
+            &mut encoder.stack,
+            scratch,
+            &mut flow.encoder,
+        )?;
+        backend.tokens_assemble_backward(
+            TokensShape { batch, patches: image.patches(), selected: keep, width },
+            &mut encoder.patches,
+            &mut into.class_token,
+            &flow.encoder,
+        )?;
+        // The images themselves have no gradient.
+        backend.linear_backward_weight(
+            LinearShape { rows: batch * keep, inputs: image.patch_length(), outputs: width },
+            &mut into.patch.weight,
+            into.patch.bias.as_mut(),
+            &encoder.patches,
+            &encoder.rows,
+        )
+    }
+}
+
+fn no_decoder() -> Error {
+    Error::Config("this workspace was made for the encoder alone".into())
+}

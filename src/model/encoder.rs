@@ -1,0 +1,259 @@
+//! The encoder alone: features without masking, deterministic.
+
+use std::path::Path;
+
+use crate::config::MaeConfig;
+use crate::model::Masking;
+use crate::model::images::Images;
+use crate::model::layers::Handles;
+use crate::model::parameters::Parameters;
+use crate::model::positions::PositionInterpolation;
+use crate::model::transformer::{self, Observer};
+use crate::model::workspace::{EncoderWeights, Matrix, Purpose, Vector, Workspace, WorkspaceShape};
+use crate::ops::{AttentionShape, Backend, LayerNormShape, LinearShape, TokensShape};
+use crate::weights::{Checkpoint, ENCODER_POSITIONS, Parts};
+use crate::{Error, Result};
+
+/// What an encoder made of a batch of images.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Encoded {
+    /// Images `B`.
+    pub batch: usize,
+    /// Tokens `1 + keep` of each: the class token, then the visible patches.
+    pub tokens: usize,
+    /// Features `D`.
+    pub width: usize,
+    /// The last hidden state, behind the final LayerNorm, `[B, 1 + keep, D]`.
+    pub last_hidden_state: Vec<f32>,
+    /// Where asked for: the residual stream before each block and after the last, each `[B, 1 + keep, D]`.
+    pub hidden_states: Vec<Vec<f32>>,
+    /// Where asked for: each block's attention, `[B, H, 1 + keep, 1 + keep]`.
+    pub attentions: Vec<Vec<f32>>,
+}
+
+/// What to return besides the result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extras {
+    /// The encoder's hidden states.
+    pub hidden_states: bool,
+    /// The encoder's attention maps.
+    pub attentions: bool,
+}
+
+/// An encoder of its own, such as one whose decoder was thrown away.
+#[derive(Debug)]
+pub struct MaeEncoder<B: Backend> {
+    config: MaeConfig,
+    backend: B,
+    parameters: Parameters<B>,
+    layers: EncoderWeights<B>,
+    positions: Vector<B>,
+}
+
+impl<B: Backend> MaeEncoder<B> {
+    /// Loads the encoder from a checkpoint of an encoder or of a whole autoencoder.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`], [`Error::Io`] and [`Error::Config`] for what cannot be read or does not fit together.
+    pub fn from_pretrained(path: impl AsRef<Path>, backend: B) -> Result<Self> {
+        Self::from_checkpoint(&mut Checkpoint::open(path.as_ref())?, backend)
+    }
+
+    /// The same from an open checkpoint.
+    ///
+    /// # Errors
+    /// As [`MaeEncoder::from_pretrained`].
+    pub fn from_checkpoint(checkpoint: &mut Checkpoint, backend: B) -> Result<Self> {
+        let config = checkpoint.require_config()?.clone();
+        config.validate()?;
+        let specs = crate::weights::parameters(&config, Parts::EncoderOnly);
+        let mut parameters = Parameters::zeroed(&backend, specs)?;
+        parameters.load(&backend, checkpoint)?;
+        let layers = parameters.handles(&backend).encoder(&config)?;
+        let positions = parameters.master_handle(&backend, ENCODER_POSITIONS)?;
+        Ok(Self { config, backend, parameters, layers, positions })
+    }
+
+    /// The model's configuration.
+    #[must_use]
+    pub fn config(&self) -> &MaeConfig {
+        &self.config
+    }
+
+    /// Names and places of the parameters.
+    #[must_use]
+    pub fn parameters(&self) -> &Parameters<B> {
+        &self.parameters
+    }
+
+    /// The encoder as its users see it.
+    #[must_use]
+    pub fn view(&self) -> EncoderView<'_, B> {
+        EncoderView { config: &self.config, backend: &self.backend, layers: &self.layers, positions: &self.positions }
+    }
+}
+
+/// An encoder, of a [`MaeEncoder`] or of a [`MaeForPreTraining`](crate::model::MaeForPreTraining).
+#[derive(Debug)]
+pub struct EncoderView<'m, B: Backend> {
+    pub(crate) config: &'m MaeConfig,
+    pub(crate) backend: &'m B,
+    pub(crate) layers: &'m EncoderWeights<B>,
+    pub(crate) positions: &'m Vector<B>,
+}
+
+impl<B: Backend> EncoderView<'_, B> {
+    /// Features of all patches: no masking, so the same images always give the same result.
+    ///
+    /// # Errors
+    /// Those of images that do not fit the model.
+    pub fn encode(&self, images: &Images<'_>) -> Result<Encoded> {
+        self.encode_with(images, None, Extras::default())
+    }
+
+    /// The same with hidden states and attention maps, and for images of another size than the config's.
+    ///
+    /// # Errors
+    /// As [`EncoderView::encode`].
+    pub fn encode_with(
+        &self,
+        images: &Images<'_>,
+        interpolation: Option<PositionInterpolation>,
+        extras: Extras,
+    ) -> Result<Encoded> {
+        let mut workspace = self.workspace(images, interpolation)?;
+        self.encode_in(&mut workspace, images, &Masking::None, extras)
+    }
+
+    /// Room to encode batches as large as this one, many times.
+    ///
+    /// # Errors
+    /// As [`EncoderView::encode`].
+    pub fn workspace(&self, images: &Images<'_>, interpolation: Option<PositionInterpolation>) -> Result<Workspace<B>> {
+        let image = images.check(self.config)?;
+        let keep = image.patches();
+        let shape = WorkspaceShape { batch: images.batch, image, keep, purpose: Purpose::Encode, interpolation };
+        let mut workspace = Workspace::new(self.backend, self.config, shape)?;
+        workspace.place(self.backend, self.config, self.positions, None)?;
+        Ok(workspace)
+    }
+
+    /// Encodes the visible patches in a workspace from [`EncoderView::workspace`].
+    ///
+    /// # Errors
+    /// As [`EncoderView::encode`], and [`Error::Shape`] where the images are not what the workspace was made for.
+    pub fn encode_in(
+        &self,
+        workspace: &mut Workspace<B>,
+        images: &Images<'_>,
+        masking: &Masking<'_>,
+        extras: Extras,
+    ) -> Result<Encoded> {
+        let mut collector = Collector::new(self.backend, extras);
+        self.forward(workspace, images, masking, collector.as_mut().map(|c| c as &mut dyn Observer<B>))?;
+        let tokens = 1 + workspace.shape.keep;
+        let width = self.config.hidden_size;
+        let last_hidden_state =
+            download_elements(self.backend, &workspace.encoder.encoded, images.batch * tokens * width)?;
+        let (hidden_states, attentions) =
+            collector.map_or_else(Default::default, |collector| (collector.hidden_states, collector.attentions));
+        Ok(Encoded { batch: images.batch, tokens, width, last_hidden_state, hidden_states, attentions })
+    }
+
+    /// Uploads and masks the images and runs the encoder; the result is in `workspace.encoder.encoded`.
+    pub(crate) fn forward(
+        &self,
+        workspace: &mut Workspace<B>,
+        images: &Images<'_>,
+        masking: &Masking<'_>,
+        observer: Option<&mut dyn Observer<B>>,
+    ) -> Result<()> {
+        let Self { config, backend, layers, positions } = *self;
+        let Workspace { shape, inputs, scratch, encoder, positions: interpolated, .. } = workspace;
+        let image = images.check(config)?;
+        let mask = masking.check(images.batch, image.patches())?;
+        if image != shape.image || mask.keep != shape.keep || images.batch > shape.batch {
+            return Err(Error::shape(
+                "workspace",
+                "images",
+                format!("at most {} of {:?}, {} patches visible", shape.batch, shape.image, shape.keep),
+                format!("{} of {image:?}, {} patches visible", images.batch, mask.keep),
+            ));
+        }
+        inputs.upload(backend, shape, images)?;
+        inputs.mask(backend, mask, masking)?;
+        let (batch, keep, width) = (images.batch, shape.keep, config.hidden_size);
+        backend.patchify_visible_forward(image, batch, keep, &mut encoder.rows, inputs.pixels()?, &inputs.ids_keep)?;
+        backend.linear_forward(
+            LinearShape { rows: batch * keep, inputs: image.patch_length(), outputs: width },
+            &mut encoder.patches,
+            &encoder.rows,
+            &layers.patch.weight,
+            layers.patch.bias.as_ref(),
+        )?;
+        backend.tokens_assemble_forward(
+            TokensShape { batch, patches: mask.patches, selected: keep, width },
+            encoder.stack.input_mut(),
+            &encoder.patches,
+            &layers.class_token,
+            interpolated.as_ref().map_or(positions, |positions| &positions.encoder),
+            &inputs.ids_keep,
+        )?;
+        let stack = shape.encoder(config, batch)?;
+        transformer::forward(backend, stack, &layers.blocks, &mut encoder.stack, scratch, observer)?;
+        backend.layernorm_forward(
+            LayerNormShape { rows: stack.rows(), width, epsilon: config.layer_norm_eps },
+            &mut encoder.encoded,
+            &mut encoder.mean,
+            &mut encoder.rstd,
+            encoder.stack.output(),
+            &layers.norm.gamma,
+            &layers.norm.beta,
+        )
+    }
+}
+
+/// The first `length` activations as f32.
+pub(crate) fn download_elements<B: Backend>(backend: &B, from: &Matrix<B>, length: usize) -> Result<Vec<f32>> {
+    let mut values = vec![B::Element::default(); length];
+    backend.download(&mut values, from)?;
+    Ok(values.into_iter().map(|value| B::element_f64(value) as f32).collect())
+}
+
+/// Brings hidden states and attention maps to the host while a stack runs.
+pub(crate) struct Collector<'b, B> {
+    backend: &'b B,
+    extras: Extras,
+    pub hidden_states: Vec<Vec<f32>>,
+    pub attentions: Vec<Vec<f32>>,
+}
+
+impl<'b, B: Backend> Collector<'b, B> {
+    pub fn new(backend: &'b B, extras: Extras) -> Option<Self> {
+        (extras != Extras::default()).then(|| Self {
+            backend,
+            extras,
+            hidden_states: Vec::new(),
+            attentions: Vec::new(),
+        })
+    }
+}
+
+impl<B: Backend> Observer<B> for Collector<'_, B> {
+    fn hidden_state(&mut self, length: usize, stream: &Matrix<B>) -> Result<()> {
+        if self.extras.hidden_states {
+            self.hidden_states.push(download_elements(self.backend, stream, length)?);
+        }
+        Ok(())
+    }
+
+    fn attention(&mut self, shape: AttentionShape, qkv: &Matrix<B>, log_sum_exp: &Vector<B>) -> Result<()> {
+        if self.extras.attentions {
+            let length = shape.batch * shape.heads * shape.tokens * shape.tokens;
+            let mut probabilities = self.backend.buffer(length)?;
+            self.backend.attention_probabilities(shape, &mut probabilities, qkv, log_sum_exp)?;
+            self.attentions.push(download_elements(self.backend, &probabilities, length)?);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,77 @@
+//! How much memory a model takes, counted from the plan of its buffers.
+
+use crate::Result;
+use crate::config::MaeConfig;
+use crate::model::workspace::{Purpose, WorkspaceShape};
+use crate::weights::{ParameterKind, ParameterSpec, Parts};
+
+/// Bytes that a model needs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Master weights and position tables.
+    pub parameters: u64,
+    /// Gradients and both moments; 0 unless training.
+    pub optimizer: u64,
+    /// Activations, temporary tensors and gradients that flow.
+    pub activations: u64,
+}
+
+impl MemoryUse {
+    /// All of it.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.parameters + self.optimizer + self.activations
+    }
+
+    /// Of a model in f32 with a workspace of this shape; [`Purpose`] decides which parts there are.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) for an unknown activation.
+    pub fn of(config: &MaeConfig, shape: &WorkspaceShape) -> Result<Self> {
+        let encodes_only = shape.purpose == Purpose::Encode;
+        let trains = matches!(shape.purpose, Purpose::Train | Purpose::Inspect);
+        let specs = crate::weights::parameters(config, if encodes_only { Parts::EncoderOnly } else { Parts::All });
+        let count = |spec: &ParameterSpec| spec.shape.iter().map(|&n| n as u64).product::<u64>();
+        let all: u64 = specs.iter().map(count).sum();
+        let trained: u64 = specs.iter().filter(|spec| spec.kind != ParameterKind::Position).map(count).sum();
+
+        let encoder = shape.encoder(config, shape.batch)?;
+        let decoder = shape.decoder(config, shape.batch)?;
+        let stack = |stack: &crate::model::transformer::StackShape, depth: usize| {
+            let (rows, width) = (stack.rows(), stack.width);
+            let block = rows * (5 * width + stack.mlp_width + stack.heads + 4);
+            let (streams, blocks) = if trains { (depth + 1, depth) } else { (2.min(depth + 1), 1.min(depth)) };
+            (streams * rows * width + blocks * block) as u64
+        };
+        let (patches, predicted, length) = (shape.image.patches(), shape.predicted(), shape.image.patch_length());
+        let (batch, keep) = (shape.batch, shape.keep);
+        let (width, decoder_width) = (config.hidden_size, config.decoder_hidden_size);
+        let mut numbers = stack(&encoder, config.num_hidden_layers);
+        numbers += (batch * keep * (length + width) + encoder.rows() * (width + 2)) as u64;
+        let mut stacks = vec![encoder];
+        if !encodes_only {
+            numbers += stack(&decoder, config.decoder_num_hidden_layers);
+            numbers +=
+                (encoder.rows() * decoder_width + batch * predicted * (2 * decoder_width + 2 * length + 3)) as u64;
+            stacks.push(decoder);
+        }
+        let largest = |numbers: &dyn Fn(&crate::model::transformer::StackShape) -> usize| {
+            stacks.iter().map(numbers).max().unwrap_or(0) as u64
+        };
+        let narrow = largest(&|stack| stack.rows() * stack.width);
+        let wide = largest(&|stack| stack.rows() * stack.mlp_width.max(3 * stack.width));
+        numbers += narrow + largest(&|stack| stack.rows() * stack.mlp_width);
+        if trains {
+            numbers += narrow + wide;
+            numbers += (2 * encoder.rows() * width + decoder.rows() * decoder_width) as u64;
+            numbers += (2 * batch * predicted * decoder_width) as u64;
+        }
+        // Pixels as bytes; noise, ids (kept, hidden, restored, all) and mask.
+        let inputs = (batch * (shape.image.length() + 5 * 4 * patches)) as u64;
+        Ok(Self {
+            parameters: 4 * all,
+            optimizer: if trains { 3 * 4 * trained } else { 0 },
+            activations: 4 * numbers + inputs,
+        })
+    }
+}

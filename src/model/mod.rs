@@ -1,0 +1,27 @@
+//! The masked autoencoder over a [`Backend`](crate::ops::Backend): encoder, decoder and loss, forward and backward.
+
+mod autoencoder;
+mod encoder;
+mod gradients;
+mod images;
+mod initialize;
+mod layers;
+mod masking;
+mod memory;
+mod parameters;
+mod pixels;
+mod positions;
+mod transformer;
+mod workspace;
+
+pub use autoencoder::{MaeForPreTraining, Reconstruction};
+pub use encoder::{Encoded, EncoderView, Extras, MaeEncoder};
+pub use gradients::Gradients;
+pub use images::{ImageValues, Images};
+pub use masking::Masking;
+pub use memory::MemoryUse;
+pub(crate) use parameters::download_part;
+pub use parameters::{Layout, Parameters};
+pub use pixels::predicted_images;
+pub use positions::{PositionInterpolation, interpolate_flat, interpolate_grid, sin_cos_table};
+pub use workspace::{Purpose, Workspace, WorkspaceShape};

@@ -1,0 +1,12 @@
+//! Training: one step, its schedule, and whole runs with their files.
+
+mod checkpoint;
+mod metrics;
+mod pretrain;
+mod schedule;
+mod trainer;
+
+pub use metrics::Metrics;
+pub use pretrain::{Event, PretrainReport, PretrainSettings, RunLength, pretrain};
+pub use schedule::Schedule;
+pub use trainer::{OptimizerSettings, OptimizerState, StepReport, Trainer};

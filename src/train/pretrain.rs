@@ -1,0 +1,482 @@
+//! A whole pre-training run and the files that it leaves.
+//!
+//! ```text
+//! OUT/recipe.json               the resolved settings
+//! OUT/metrics.jsonl             one line per step
+//! OUT/loss.svg                  the same as a picture
+//! OUT/checkpoint-STEP/          config.json, model.safetensors, preprocessor_config.json, trainer state
+//! OUT/reconstruction-STEP.png   the same few pictures each time
+//! ```
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::MaeConfig;
+use crate::data::{ImageProcessor, Loader, LoaderOptions, Position, Source, SourceOptions, Training, Transform};
+use crate::files::write_json;
+use crate::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking, Purpose, WorkspaceShape};
+use crate::ops::{Backend, MaskingShape, RandomMask};
+use crate::picture::{Curve, reconstruction_grid};
+use crate::train::checkpoint::{self, TrainerState};
+use crate::train::metrics::{Metrics, MetricsFile};
+use crate::train::{OptimizerSettings, Schedule, Trainer};
+use crate::{Error, Result};
+
+/// How long a run is.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunLength {
+    /// Passes over the pictures.
+    Epochs(u64),
+    /// Optimiser steps.
+    Steps(u64),
+}
+
+/// Everything that decides what a run does.
+#[derive(Clone, Debug)]
+pub struct PretrainSettings {
+    /// A folder of pictures or `synthetic[:COUNT]`.
+    pub data: OsString,
+    /// Where the files go.
+    pub out: PathBuf,
+    /// The model to train.
+    pub config: MaeConfig,
+    /// Weights to start from, instead of fresh ones.
+    pub from: Option<PathBuf>,
+    /// How long.
+    pub length: RunLength,
+    /// Pictures that are loaded and put through the model before the gradients of the next ones are added.
+    pub batch_size: usize,
+    /// Batches per optimiser step.
+    pub accumulate: usize,
+    /// Learning rate per 256 images of a step.
+    pub base_learning_rate: f64,
+    /// What the cosine ends at.
+    pub minimum_learning_rate: f64,
+    /// Epochs of warm-up; a twentieth of the run (at most 40 epochs) where it is `None`.
+    pub warmup_epochs: Option<f64>,
+    /// The optimiser's settings.
+    pub optimizer: OptimizerSettings,
+    /// Steps between checkpoints; only the last where it is `None`.
+    pub checkpoint_every: Option<u64>,
+    /// Steps between reconstruction pictures; ten in a run where it is `None`.
+    pub picture_every: Option<u64>,
+    /// Decides weights, order, crops and masks.
+    pub seed: u64,
+    /// Whether to go on from the last checkpoint in `out`.
+    pub resume: bool,
+    /// Images in the model at a time, at most.
+    pub micro_batch: usize,
+    /// Threads that decode pictures.
+    pub workers: usize,
+}
+
+/// `recipe.json`.
+#[derive(Debug, Serialize)]
+struct Recipe<'a> {
+    vitmae_version: &'a str,
+    data: String,
+    data_fingerprint: String,
+    pictures: usize,
+    from: Option<&'a Path>,
+    length: RunLength,
+    total_steps: u64,
+    steps_per_epoch: f64,
+    batch_size: usize,
+    accumulate: usize,
+    base_learning_rate: f64,
+    schedule: Schedule,
+    betas: (f64, f64),
+    epsilon: f64,
+    weight_decay: f64,
+    clip_norm: Option<f64>,
+    seed: u64,
+    config: serde_json::Value,
+}
+
+/// What a run tells whoever watches it.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// The run begins (or goes on) at a step.
+    Started {
+        /// Steps of the whole run.
+        total_steps: u64,
+        /// Steps done before.
+        done: u64,
+        /// Pictures in the set.
+        pictures: usize,
+        /// Trained parameters.
+        parameters: usize,
+    },
+    /// A step is done.
+    Step(&'a Metrics),
+    /// A file or folder was written.
+    Wrote(&'a Path),
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PretrainReport {
+    /// Steps done in all.
+    pub steps: u64,
+    /// Whether it was asked to stop before its end.
+    pub interrupted: bool,
+    /// The last checkpoint.
+    pub checkpoint: PathBuf,
+    /// The last reconstruction picture.
+    pub picture: Option<PathBuf>,
+    /// The loss curve.
+    pub curve: PathBuf,
+    /// The mean loss of the first and of the last tenth of the steps.
+    pub loss: Option<(f64, f64)>,
+    /// Pictures that could not be decoded.
+    pub skipped_pictures: usize,
+    /// Steps that were skipped because they were not finite.
+    pub skipped_steps: u64,
+}
+
+/// Pictures in a reconstruction grid.
+const SHOWN: usize = 6;
+
+/// Trains until the end of the run, or until `watch` answers `false`.
+///
+/// # Errors
+/// Everything that can go wrong: settings, data, files, numbers. A checkpoint that was written before stays whole.
+pub fn pretrain<B: Backend>(
+    backend: B,
+    settings: &PretrainSettings,
+    watch: &mut dyn FnMut(Event<'_>) -> bool,
+) -> Result<PretrainReport> {
+    Run::start(backend, settings, watch)?.train(watch)
+}
+
+/// A run under way.
+struct Run<'s, B: Backend> {
+    settings: &'s PretrainSettings,
+    trainer: Trainer<B>,
+    loader: Loader,
+    processor: ImageProcessor,
+    /// The pictures of the reconstruction grid, `[SHOWN, H, W, C]`.
+    shown: Vec<u8>,
+    schedule: Schedule,
+    steps_per_epoch: f64,
+    metrics: MetricsFile,
+    history: Vec<Metrics>,
+    done: u64,
+    picture: Option<PathBuf>,
+    saved: Option<(u64, PathBuf)>,
+}
+
+impl<'s, B: Backend> Run<'s, B> {
+    fn start(backend: B, settings: &'s PretrainSettings, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<Self> {
+        let PretrainSettings { out, config, seed, batch_size, accumulate, .. } = settings;
+        config.validate()?;
+        config.check_trainable()?;
+        if *batch_size == 0 || *accumulate == 0 {
+            return Err(Error::Config("batch size and accumulation must be at least 1".into()));
+        }
+        let image = config.image();
+        MaskingShape::new(*batch_size, image.patches(), config.mask_ratio)?;
+        let resumed = if settings.resume { checkpoint::latest(out)? } else { None };
+        if settings.resume && resumed.is_none() {
+            tracing::info!("no checkpoint in {} yet: starting from the beginning", out.display());
+        }
+        if !settings.resume && out.join("metrics.jsonl").exists() {
+            return Err(Error::Config(format!(
+                "{} already holds a run: go on with --resume, or choose another folder",
+                out.display()
+            )));
+        }
+
+        let processor = match &settings.from {
+            Some(from) if from.is_dir() && from.join("preprocessor_config.json").exists() => {
+                ImageProcessor::open(from)?.with_size(image.height, image.width)
+            }
+            _ => ImageProcessor::new(image.height, image.width, image.channels),
+        };
+        let source = Source::parse(&settings.data, &SourceOptions::new(image.channels, image.height, image.width)?)?;
+        let pictures = source.len();
+        let fingerprint = source.fingerprint();
+        let shown = shown_pictures(&source, &processor)?;
+
+        let images_per_step = batch_size * accumulate;
+        // A set smaller than a batch fills it by starting over, so an epoch is never less than a step.
+        let batches_per_epoch = (pictures / batch_size).max(1) as f64;
+        let steps_per_epoch = batches_per_epoch / *accumulate as f64;
+        let total_steps = match settings.length {
+            RunLength::Steps(steps) => steps,
+            RunLength::Epochs(epochs) => ((epochs as f64 * steps_per_epoch).round() as u64).max(1),
+        };
+        let warmup_steps = match settings.warmup_epochs {
+            Some(epochs) => epochs * steps_per_epoch,
+            None => (total_steps as f64 / 20.0).min(40.0 * steps_per_epoch),
+        };
+        let schedule = Schedule {
+            peak: Schedule::peak(settings.base_learning_rate, images_per_step),
+            minimum: settings.minimum_learning_rate,
+            warmup_steps,
+            total_steps,
+        };
+
+        let model = match (&resumed, &settings.from) {
+            (Some((_, folder)), _) => MaeForPreTraining::from_pretrained(folder, backend)?,
+            (None, Some(from)) => MaeForPreTraining::from_pretrained_as(from, config.clone(), backend)?,
+            (None, None) => MaeForPreTraining::new(config.clone(), backend, *seed)?,
+        };
+        let parameters = model.parameters().layout().trained();
+        let mut trainer = Trainer::new(model, settings.optimizer, settings.micro_batch)?;
+        let mut done = 0;
+        if let Some((step, folder)) = &resumed {
+            let state = checkpoint::load_trainer(&mut trainer, folder)?;
+            state.check(&fingerprint, settings)?;
+            done = *step;
+        }
+
+        fs::create_dir_all(out).map_err(|error| Error::io("creating", out, error))?;
+        let recipe = Recipe {
+            vitmae_version: env!("CARGO_PKG_VERSION"),
+            data: settings.data.to_string_lossy().into_owned(),
+            data_fingerprint: fingerprint.clone(),
+            pictures,
+            from: settings.from.as_deref(),
+            length: settings.length,
+            total_steps,
+            steps_per_epoch,
+            batch_size: *batch_size,
+            accumulate: *accumulate,
+            base_learning_rate: settings.base_learning_rate,
+            schedule,
+            betas: settings.optimizer.betas,
+            epsilon: settings.optimizer.epsilon,
+            weight_decay: settings.optimizer.weight_decay,
+            clip_norm: settings.optimizer.clip_norm,
+            seed: *seed,
+            config: serde_json::from_str(&config.to_json()).unwrap_or_default(),
+        };
+        write_json(&out.join("recipe.json"), &recipe)?;
+        let (metrics, history) = MetricsFile::open(&out.join("metrics.jsonl"), done)?;
+
+        let (batches, seen) = (batches_per_epoch as u64, done * *accumulate as u64);
+        let position = Position { epoch: (seen / batches) as u32, batch: (seen % batches) as usize };
+        let options = LoaderOptions {
+            batch_size: *batch_size,
+            seed: *seed,
+            workers: settings.workers,
+            start: position,
+            ..LoaderOptions::default()
+        };
+        let transform = Transform::Training(Training::new(image.height, image.width));
+        let loader = Loader::new(source, transform, &options)?;
+        watch(Event::Started { total_steps, done, pictures, parameters });
+        Ok(Self {
+            settings,
+            trainer,
+            loader,
+            processor,
+            shown,
+            schedule,
+            steps_per_epoch,
+            metrics,
+            history,
+            done,
+            picture: None,
+            saved: resumed,
+        })
+    }
+
+    fn train(mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<PretrainReport> {
+        let total = self.schedule.total_steps;
+        let pictures = self.settings.picture_every.unwrap_or_else(|| total.div_ceil(10).max(1));
+        if self.done == 0 {
+            self.draw(watch)?;
+        }
+        let mut interrupted = false;
+        while self.done < total {
+            let metrics = match self.step() {
+                Ok(metrics) => metrics,
+                Err(error) => return Err(self.explain(error)),
+            };
+            let go_on = watch(Event::Step(&metrics));
+            self.history.push(metrics);
+            let last = self.done == total;
+            if last || self.done.is_multiple_of(pictures) {
+                self.draw(watch)?;
+            }
+            if last || !go_on || self.settings.checkpoint_every.is_some_and(|every| self.done.is_multiple_of(every)) {
+                self.save(watch).map_err(|error| self.explain(error))?;
+            }
+            if !go_on && !last {
+                interrupted = true;
+                break;
+            }
+        }
+        self.draw_curve(watch)?;
+        let checkpoint = match self.saved.take() {
+            Some((_, folder)) => folder,
+            None => {
+                self.save(watch)?;
+                self.settings.out.join(checkpoint::folder_name(self.done))
+            }
+        };
+        Ok(PretrainReport {
+            steps: self.done,
+            interrupted,
+            checkpoint,
+            picture: self.picture.clone(),
+            curve: self.settings.out.join("loss.svg"),
+            loss: first_and_last(&self.history),
+            skipped_pictures: self.loader.bad_pictures(),
+            skipped_steps: self.trainer.non_finite_steps(),
+        })
+    }
+
+    /// Loads, accumulates and updates once.
+    fn step(&mut self) -> Result<Metrics> {
+        let started = Instant::now();
+        let PretrainSettings { accumulate, batch_size, seed, .. } = *self.settings;
+        let ratio = self.trainer.model().config().mask_ratio;
+        let image = self.trainer.model().config().image();
+        let (mean, deviation) = self.processor.normalization();
+        let mut waited = 0.0;
+        for _ in 0..accumulate {
+            let asked = Instant::now();
+            let Some(batch) = self.loader.next_batch()? else {
+                return Err(Error::Training("the pictures ended before the run did".into()));
+            };
+            waited += asked.elapsed().as_secs_f64();
+            let images = Images {
+                batch: batch.len(),
+                channels: image.channels,
+                height: image.height,
+                width: image.width,
+                values: ImageValues::Bytes { values: &batch.pixels, mean: &mean, deviation: &deviation },
+            };
+            let masking = Masking::Random {
+                ratio,
+                random: RandomMask { seed, epoch: batch.epoch },
+                samples: Some(&batch.samples),
+                first: 0,
+            };
+            self.trainer.accumulate(&images, &masking, batch_size * accumulate)?;
+        }
+        let learning_rate = self.schedule.at(self.done);
+        let report = self.trainer.update(learning_rate)?;
+        self.done += 1;
+        if !report.updated {
+            tracing::warn!(
+                "step {}: loss {} or gradient norm {} is not finite; the update was skipped",
+                self.done,
+                report.loss,
+                report.gradient_norm
+            );
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        let metrics = Metrics {
+            step: self.done,
+            epoch: self.done as f64 / self.steps_per_epoch,
+            loss: Some(report.loss).filter(|loss| loss.is_finite()),
+            learning_rate,
+            images_per_second: (batch_size * accumulate) as f64 / seconds,
+            gradient_norm: Some(report.gradient_norm).filter(|norm| norm.is_finite()),
+            data_wait: waited / seconds,
+            skipped: !report.updated,
+        };
+        self.metrics.append(&metrics)?;
+        Ok(metrics)
+    }
+
+    /// Writes `reconstruction-STEP.png`.
+    fn draw(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
+        let model = self.trainer.model();
+        let config = model.config();
+        let image = config.image();
+        let (mean, deviation) = self.processor.normalization();
+        let batch = self.shown.len() / image.length();
+        let images = Images {
+            batch,
+            channels: image.channels,
+            height: image.height,
+            width: image.width,
+            values: ImageValues::Bytes { values: &self.shown, mean: &mean, deviation: &deviation },
+        };
+        let masking = Masking::random(config.mask_ratio, self.settings.seed);
+        let keep = MaskingShape::new(batch, image.patches(), config.mask_ratio)?.keep;
+        let mut workspace =
+            model.workspace(WorkspaceShape { batch, image, keep, purpose: Purpose::Predict, interpolation: None })?;
+        let result = model.reconstruct_in(&mut workspace, &images, &masking, Extras::default())?;
+        let labels: Vec<String> = (1..=batch).map(|index| format!("picture {index}")).collect();
+        let mut grid = reconstruction_grid(config, image, &images, &result, (&mean, &deviation), &labels)?;
+        grid.footer(&format!("Step {}, loss {:.4} on these pictures.", self.done, result.loss));
+        let path = self.settings.out.join(format!("reconstruction-{}.png", self.done));
+        grid.save(&path)?;
+        watch(Event::Wrote(&path));
+        self.picture = Some(path);
+        self.draw_curve(watch)
+    }
+
+    fn draw_curve(&self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
+        if self.history.is_empty() {
+            return Ok(());
+        }
+        let points: Vec<(u64, f64)> =
+            self.history.iter().map(|metrics| (metrics.step, metrics.loss.unwrap_or(f64::NAN))).collect();
+        let path = self.settings.out.join("loss.svg");
+        Curve::new("Training loss", "mean squared error of hidden patches", &points).save(&path)?;
+        watch(Event::Wrote(&path));
+        Ok(())
+    }
+
+    /// Writes `checkpoint-STEP/`, whole or not at all.
+    fn save(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
+        let state = TrainerState::new(self.done, self.settings, self.loader.source().fingerprint());
+        let folder = checkpoint::save(&self.settings.out, &self.trainer, &self.processor, &state)?;
+        watch(Event::Wrote(&folder));
+        self.saved = Some((self.done, folder));
+        Ok(())
+    }
+
+    /// Adds to an error where the last whole checkpoint is.
+    fn explain(&self, error: Error) -> Error {
+        match &self.saved {
+            Some((step, folder)) => {
+                Error::Training(format!("{error}; the checkpoint of step {step} is whole: {}", folder.display()))
+            }
+            None => error,
+        }
+    }
+}
+
+/// The first pictures of a source that can be decoded, as the model sees them at inference.
+fn shown_pictures(source: &Source, processor: &ImageProcessor) -> Result<Vec<u8>> {
+    let mut pixels = Vec::new();
+    let mut found = 0;
+    let mut problem = None;
+    for index in 0..source.len().min(10 * SHOWN) {
+        if found == SHOWN {
+            break;
+        }
+        match source.read(index).and_then(|picture| processor.process(&picture)) {
+            Ok(picture) => {
+                pixels.extend_from_slice(&picture.pixels);
+                found += 1;
+            }
+            Err(error) => problem = Some(error),
+        }
+    }
+    match problem {
+        Some(error) if found == 0 => Err(error),
+        _ => Ok(pixels),
+    }
+}
+
+/// The mean loss of the first and last tenth of the steps.
+fn first_and_last(history: &[Metrics]) -> Option<(f64, f64)> {
+    let losses: Vec<f64> = history.iter().filter_map(|metrics| metrics.loss).collect();
+    let tenth = losses.len().div_ceil(10);
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    (tenth > 0).then(|| (mean(&losses[..tenth]), mean(&losses[losses.len() - tenth..])))
+}

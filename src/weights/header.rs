@@ -1,0 +1,192 @@
+//! The head of a safetensors file: eight bytes of length, then JSON that says where each tensor lies.
+//!
+//! The whole of it is checked against the file before anything of the size that it claims is allocated.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde::Deserialize;
+use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
+
+use crate::{Error, Result};
+
+/// The format's own bound on the length of a header.
+const MAX_HEADER: u64 = 100_000_000;
+/// More dimensions than any tensor has.
+const MAX_RANK: usize = 32;
+
+/// One tensor of a file.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// Where its bytes start in the file.
+    pub start: u64,
+    /// How many there are.
+    pub bytes: usize,
+}
+
+/// Reads and checks the header of the safetensors file `path` of `length` bytes.
+pub(crate) fn read(path: &Path, file: &mut File, length: u64) -> Result<Vec<Entry>> {
+    let invalid = |problem: String| Error::checkpoint(path, problem);
+    let mut start = Vec::new();
+    file.take(8 + 64).read_to_end(&mut start).map_err(|source| Error::io("reading", path, source))?;
+    if let Some(problem) = other_format(&start) {
+        return Err(invalid(problem.into()));
+    }
+    let Some((count, _)) = start.split_first_chunk::<8>() else {
+        return Err(invalid(format!("the file has only {length} bytes: it is empty or truncated; fetch it again")));
+    };
+    let count = u64::from_le_bytes(*count);
+    let room = length.saturating_sub(8);
+    if count > MAX_HEADER {
+        return Err(invalid(format!(
+            "its header claims {count} bytes, and {MAX_HEADER} are allowed: this is not a safetensors file"
+        )));
+    }
+    if count > room {
+        return Err(invalid(format!(
+            "its header claims {count} bytes, and {room} follow: the file is truncated, or not a safetensors file"
+        )));
+    }
+    let mut header = start.split_off(8);
+    header.truncate(usize::try_from(count).unwrap_or(usize::MAX));
+    let rest = count - header.len() as u64;
+    file.take(rest).read_to_end(&mut header).map_err(|source| Error::io("reading", path, source))?;
+    let text = std::str::from_utf8(&header).map_err(|error| invalid(format!("its header is not UTF-8: {error}")))?;
+    let Header(mut tensors) =
+        serde_json::from_str(text).map_err(|error| invalid(format!("its header cannot be read: {error}")))?;
+    tensors.sort_by_key(|(_, info)| info.data_offsets);
+
+    for (name, info) in &tensors {
+        let bits = info.shape.iter().try_fold(info.dtype.bitsize(), |bits, &size| bits.checked_mul(size));
+        let (from, to) = info.data_offsets;
+        let found = to.checked_sub(from);
+        if bits.is_none() || bits.map(|bits| bits / 8) != found {
+            return Err(invalid(format!(
+                "tensor {name} ({} {:?}) does not fit its bytes {from}..{to}: the file is damaged",
+                info.dtype, info.shape
+            )));
+        }
+    }
+    let entries: Vec<(String, TensorInfo)> = tensors;
+    let metadata = Metadata::new(None, entries.clone())
+        .map_err(|error| invalid(format!("its tensors overlap or leave holes ({error}): the file is damaged")))?;
+    let (expected, found) = (metadata.data_len() as u64, room - count);
+    if expected != found {
+        let what = if found < expected { "the file is truncated; fetch it again" } else { "the file is damaged" };
+        return Err(invalid(format!("its tensors take {expected} bytes, and {found} follow the header: {what}")));
+    }
+    Ok(entries
+        .into_iter()
+        .map(|(name, TensorInfo { dtype, shape, data_offsets: (from, to) })| Entry {
+            name,
+            dtype,
+            shape,
+            start: 8 + count + from as u64,
+            bytes: to - from,
+        })
+        .collect())
+}
+
+/// What a file is that is not safetensors, from its first bytes.
+fn other_format(start: &[u8]) -> Option<&'static str> {
+    // The lengths of some headers start with these bytes too, but then JSON follows.
+    let is = |magic: &[u8]| start.starts_with(magic) && start.get(8) != Some(&b'{');
+    if is(b"version https://git-lfs") {
+        Some(
+            "this is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned, or fetch the file again",
+        )
+    } else if is(b"PK\x03\x04") || (is(b"\x80") && matches!(start.get(1), Some(2..=5))) {
+        Some(
+            "this is a PyTorch pickle (.bin, .pth), not safetensors; convert it with `vitmae convert SRC DST --to hf`, or save \
+             the model from Python with safe_serialization=True",
+        )
+    } else if is(b"\x89HDF\r\n\x1a\n") {
+        Some("this is an HDF5 file (Keras), not safetensors; save the model in PyTorch's format from Python")
+    } else if is(b"<!DOCTYPE") || is(b"<html") {
+        Some(
+            "this is a web page, not safetensors: the download went to a page that describes the file; fetch the file itself",
+        )
+    } else {
+        None
+    }
+}
+
+/// The tensors of a header in the order of the file. A plain map would let the second of two equal names win.
+struct Header(Vec<(String, TensorInfo)>);
+
+/// `TensorInfo` with a bounded shape.
+#[derive(Deserialize)]
+struct Info {
+    dtype: Dtype,
+    shape: Shape,
+    data_offsets: (usize, usize),
+}
+
+struct Shape(Vec<usize>);
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Tensors;
+        impl<'de> Visitor<'de> for Tensors {
+            type Value = Header;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("an object with an entry per tensor")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Header, A::Error> {
+                let mut tensors = Vec::new();
+                let mut seen = std::collections::HashSet::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        map.next_value::<HashMap<String, String>>()
+                            .map_err(|error| de::Error::custom(format!("__metadata__: {error}")))?;
+                    } else {
+                        let Info { dtype, shape: Shape(shape), data_offsets } = map
+                            .next_value()
+                            .map_err(|error: A::Error| de::Error::custom(format!("tensor {name}: {error}")))?;
+                        tensors.push((name.clone(), TensorInfo { dtype, shape, data_offsets }));
+                    }
+                    if let Some(name) = seen.replace(name) {
+                        return Err(de::Error::custom(format!("{name} is there twice")));
+                    }
+                }
+                Ok(Header(tensors))
+            }
+        }
+        deserializer.deserialize_map(Tensors)
+    }
+}
+
+impl<'de> Deserialize<'de> for Shape {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Sizes;
+        impl<'de> Visitor<'de> for Sizes {
+            type Value = Shape;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(formatter, "a shape of at most {MAX_RANK} sizes")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> std::result::Result<Shape, A::Error> {
+                let mut shape = Vec::new();
+                while let Some(size) = sequence.next_element()? {
+                    if shape.len() == MAX_RANK {
+                        return Err(de::Error::invalid_length(MAX_RANK + 1, &self));
+                    }
+                    shape.push(size);
+                }
+                Ok(Shape(shape))
+            }
+        }
+        deserializer.deserialize_seq(Sizes)
+    }
+}

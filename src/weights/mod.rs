@@ -1,0 +1,29 @@
+//! Checkpoints: the names, formats and files of weights.
+//!
+//! A checkpoint is a folder with `config.json` and `model.safetensors` (or shards and their index), as transformers writes
+//! it. Read are the names of transformers 4 and 5, of whole autoencoders and of encoders; written are those of transformers 4,
+//! which both versions read.
+
+mod checkpoint;
+mod header;
+mod names;
+mod parameters;
+mod save;
+mod tensors;
+
+pub use checkpoint::Checkpoint;
+pub use parameters::{DECODER_POSITIONS, ENCODER_POSITIONS, ParameterKind, ParameterSpec, Parts, parameters};
+pub use save::{save_preprocessor, save_pretrained};
+pub use tensors::{Tensor, TensorFile, Values, write_tensors};
+pub(crate) use tensors::{write_f32, write_stream};
+
+/// Names for a message: the first ten, and how many more there are.
+fn listed(names: &[impl AsRef<str>]) -> String {
+    const SHOWN: usize = 10;
+    let shown: Vec<&str> = names.iter().take(SHOWN).map(AsRef::as_ref).collect();
+    match names.len() {
+        0 => "none".into(),
+        count if count > SHOWN => format!("{} and {} more", shown.join(", "), count - SHOWN),
+        _ => shown.join(", "),
+    }
+}

@@ -1,0 +1,305 @@
+//! Bad input gets a clear error, and nothing is lost.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use vitmae::config::MaeConfig;
+
+use crate::{Place, Ran, run, small_config, tensor};
+
+const TRAIN: &str = "--model {} --batch-size 4 --steps 2 --threads 2";
+
+fn config_file(place: &Place, change: impl FnOnce(&mut MaeConfig)) -> std::path::PathBuf {
+    let mut config = small_config();
+    change(&mut config);
+    let path = place.path("model.json");
+    fs::write(&path, config.to_json()).unwrap();
+    path
+}
+
+fn pretrain(place: &Place, data: &Path, more: &str) -> Ran {
+    let model = config_file(place, |_| ());
+    run(&format!("pretrain --data {{}} --out {{}} {TRAIN} {more}"), &[data, &place.path("run"), &model])
+}
+
+#[test]
+fn data_that_is_not_there_is_named() {
+    let place = Place::new();
+    pretrain(&place, Path::new("/no/such/folder"), "").failed(1, &["/no/such/folder"]);
+    assert!(!place.path("run").exists());
+}
+
+#[test]
+fn a_checkpoint_that_is_not_there_is_named() {
+    let place = Place::new();
+    let pictures = place.pictures(1);
+    let missing = Path::new("/no/such/checkpoint");
+    run("embed --from {} --data {} --out {}", &[missing, &pictures, &place.path("x.npy")])
+        .failed(1, &["/no/such/checkpoint"]);
+    run("info {}", &[missing]).failed(1, &["/no/such/checkpoint"]);
+}
+
+#[test]
+fn a_folder_without_pictures_says_what_was_looked_for() {
+    let place = Place::new();
+    let folder = place.path("empty");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("notes.txt"), "no picture").unwrap();
+    pretrain(&place, &folder, "").failed(1, &["empty", "jp"]);
+    assert!(!place.path("run").exists());
+}
+
+#[test]
+fn a_few_bad_pictures_are_skipped_counted_and_named() {
+    let place = Place::new();
+    let pictures = place.pictures(30);
+    fs::write(pictures.join("zero.png"), []).unwrap();
+    let whole = fs::read(pictures.join("picture 00.png")).unwrap();
+    fs::write(pictures.join("cut.png"), &whole[..whole.len() / 2]).unwrap();
+    let model = config_file(&place, |_| ());
+    let ran = run(
+        "pretrain --data {} --out {} --model {} --batch-size 8 --steps 8 --threads 2",
+        &[&pictures, &place.path("run"), &model],
+    )
+    .succeeded();
+    for word in ["zero.png", "cut.png", "2 pictures could not be decoded"] {
+        assert!(ran.err.contains(word), "{word} is not in {}", ran.err);
+    }
+    let ran =
+        run("embed --from {} --data {} --out {}", &[&place.checkpoint(), &pictures, &place.path("f.safetensors")]);
+    let ran = ran.succeeded();
+    assert!(ran.err.contains("2 pictures could not be decoded"), "{}", ran.err);
+    assert_eq!(tensor(&place.path("f.safetensors"), "features").0, [30, 32]);
+}
+
+#[test]
+fn more_than_a_tenth_of_bad_pictures_stops_the_run() {
+    let place = Place::new();
+    let pictures = place.pictures(12);
+    for index in 0..8 {
+        fs::write(pictures.join(format!("bad {index}.png")), b"not a picture").unwrap();
+    }
+    let model = config_file(&place, |_| ());
+    run(
+        "pretrain --data {} --out {} --model {} --batch-size 8 --steps 20 --threads 2",
+        &[&pictures, &place.path("run"), &model],
+    )
+    .failed(1, &["bad ", "10 %"]);
+}
+
+#[test]
+fn sizes_that_patches_do_not_fit_are_explained() {
+    let place = Place::new();
+    let pictures = place.pictures(2);
+    pretrain(&place, &pictures, "--image-size 4").failed(1, &["4x4", "8x8"]);
+    pretrain(&place, &pictures, "--image-size 30").failed(1, &["30x30", "8x8"]);
+    pretrain(&place, &pictures, "--image-size 32x30").failed(1, &["32x30"]);
+    pretrain(&place, &pictures, "--image-size 0").failed(2, &["--image-size"]);
+    assert!(!place.path("run").exists());
+    let (checkpoint, out) = (place.checkpoint(), place.path("out.safetensors"));
+    let input = place.tensors("input.safetensors", &[("pixel_values", &[1, 3, 30, 32], &[0.5; 3 * 30 * 32])]);
+    run("forward --from {} --input {} --output {}", &[&checkpoint, &input, &out]).failed(1, &["30x32"]);
+    let input = place.tensors("input.safetensors", &[("pixel_values", &[1, 3, 40, 32], &[0.5; 3 * 40 * 32])]);
+    run("forward --from {} --input {} --output {}", &[&checkpoint, &input, &out]).failed(1, &["40x32", "interpolat"]);
+    assert!(!out.exists());
+}
+
+#[test]
+fn tensors_that_do_not_fit_the_model_are_explained() {
+    let place = Place::new();
+    let (checkpoint, out) = (place.checkpoint(), place.path("out.safetensors"));
+    let pixels = vec![0.5f32; 2 * 3 * 32 * 32];
+    let good: (&str, &[usize], &[f32]) = ("pixel_values", &[2, 3, 32, 32], &pixels);
+    let forward = |input: &Path, more: &str| {
+        run(&format!("forward --from {{}} --input {{}} --output {{}} {more}"), &[&checkpoint, input, &out])
+    };
+    let grey = place.tensors("grey.safetensors", &[("pixel_values", &[6, 1, 32, 32], &pixels)]);
+    forward(&grey, "").failed(1, &["channels", "3", "1"]);
+    let flat = place.tensors("flat.safetensors", &[("pixel_values", &[2, 3 * 32 * 32], &pixels)]);
+    forward(&flat, "").failed(1, &["pixel_values", "[B, C, H, W]"]);
+    let other = place.tensors("other.safetensors", &[("pixels", &[2, 3, 32, 32], &pixels)]);
+    forward(&other, "").failed(1, &["pixel_values"]);
+    let empty = place.tensors("empty.safetensors", &[("pixel_values", &[0, 3, 32, 32], &[])]);
+    forward(&empty, "").failed(1, &["batch"]);
+    let short = place.tensors("short.safetensors", &[good, ("noise", &[2, 15], &[0.5; 30])]);
+    forward(&short, "").failed(1, &["noise", "[2, 16]"]);
+    let mut noise = [0.25f32; 32];
+    noise[7] = f32::NAN;
+    let nan = place.tensors("nan.safetensors", &[good, ("noise", &[2, 16], &noise)]);
+    forward(&nan, "").failed(1, &["noise", "NaN"]);
+    let mut bad = pixels.clone();
+    bad[100] = f32::NAN;
+    let nan = place.tensors("nan.safetensors", &[("pixel_values", &[2, 3, 32, 32], &bad)]);
+    forward(&nan, "").failed(1, &["pixel_values", "NaN"]);
+    bad[100] = f32::INFINITY;
+    let infinite = place.tensors("inf.safetensors", &[("pixel_values", &[2, 3, 32, 32], &bad)]);
+    forward(&infinite, "").failed(1, &["pixel_values", "inf"]);
+    let fine = place.tensors("fine.safetensors", &[good]);
+    forward(&fine, "--mask-ratio 1").failed(2, &["--mask-ratio"]);
+    forward(&fine, "--mask-ratio -0.5").failed(2, &["mask-ratio"]);
+    assert!(!out.exists());
+    forward(&fine, "").succeeded();
+}
+
+#[test]
+fn wrong_numbers_are_wrong_usage() {
+    let place = Place::new();
+    let pictures = place.pictures(1);
+    for more in ["--blr nan", "--mask-ratio 1.0", "--mask-ratio=-0.1", "--accumulate 0", "--epochs 0", "--no-such-flag"]
+    {
+        pretrain(&place, &pictures, more).failed(2, &["error"]);
+    }
+    run("pretrain --data {} --out {} --batch-size 0", &[&pictures, &place.path("run")]).failed(2, &["--batch-size"]);
+    run("pretrain --data {} --out {} --model enormous", &[&pictures, &place.path("run")])
+        .failed(1, &["enormous", "tiny"]);
+    run("--device gpu info", &[]).failed(2, &["--device"]);
+    run("", &[]).failed(2, &["Usage"]);
+    assert!(!place.path("run").exists());
+}
+
+#[test]
+fn files_that_lie_are_refused() {
+    let place = Place::new();
+    let pictures = place.pictures(1);
+    let checkpoint = place.checkpoint();
+    let weights = checkpoint.join("model.safetensors");
+    let good = fs::read(&weights).unwrap();
+    let header_length = u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
+    let header = String::from_utf8(good[8..8 + header_length].to_vec()).unwrap();
+    let with_header = |header: &[u8]| {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header);
+        bytes.extend_from_slice(&good[8 + header_length..]);
+        bytes
+    };
+    let mut huge = good.clone();
+    huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    let mut longer = good.clone();
+    longer[..8].copy_from_slice(&(good.len() as u64 * 2).to_le_bytes());
+    let mut not_text = good.clone();
+    not_text[20] = 0xff;
+    let lies: [(&str, Vec<u8>); 9] = [
+        ("empty", Vec::new()),
+        ("cut header", good[..header_length / 2].to_vec()),
+        ("cut data", good[..good.len() - 5].to_vec()),
+        ("huge header", huge),
+        ("header longer than the file", longer),
+        ("not UTF-8", not_text),
+        ("not JSON", with_header(b"{\"a\": [1, 2")),
+        ("integers for weights", with_header(header.replace("\"F32\"", "\"I32\"").as_bytes())),
+        ("overlap", with_header(header.replacen("\"data_offsets\":[", "\"data_offsets\":[1", 3).as_bytes())),
+    ];
+    for (what, bytes) in lies {
+        assert_ne!(bytes, good, "{what}");
+        fs::write(&weights, bytes).unwrap();
+        let ran = run("embed --from {} --data {} --out {}", &[&checkpoint, &pictures, &place.path("f.npy")]);
+        assert_eq!(ran.status, 1, "{what}: {}", ran.err);
+        assert!(ran.err.contains("model.safetensors") && !ran.err.contains("panicked"), "{what}: {}", ran.err);
+    }
+    assert!(!place.path("f.npy").exists());
+    fs::write(&weights, &good).unwrap();
+    run("embed --from {} --data {} --out {}", &[&checkpoint, &pictures, &place.path("f.npy")]).succeeded();
+}
+
+#[test]
+fn config_and_weights_that_disagree_are_named() {
+    let place = Place::new();
+    let pictures = place.pictures(1);
+    let checkpoint = place.checkpoint();
+    let mut config = small_config();
+    config.hidden_size = 64;
+    fs::write(checkpoint.join("config.json"), config.to_json()).unwrap();
+    let embed = || run("embed --from {} --data {} --out {}", &[&checkpoint, &pictures, &place.path("f.npy")]);
+    embed().failed(1, &["vit.embeddings.cls_token", "64", "32"]);
+    config = small_config();
+    config.num_hidden_layers = 3;
+    fs::write(checkpoint.join("config.json"), config.to_json()).unwrap();
+    embed().failed(1, &["vit.encoder.layer.2"]);
+    fs::write(checkpoint.join("config.json"), small_config().to_json().replace("\"gelu\"", "\"swoosh\"")).unwrap();
+    embed().failed(1, &["swoosh", "gelu"]);
+    fs::write(checkpoint.join("config.json"), "{").unwrap();
+    embed().failed(1, &["config.json"]);
+    fs::remove_file(checkpoint.join("config.json")).unwrap();
+    embed().failed(1, &["config.json"]);
+}
+
+#[test]
+fn dropout_cannot_be_trained_with() {
+    let place = Place::new();
+    let pictures = place.pictures(1);
+    let model = config_file(&place, |config| config.hidden_dropout_prob = 0.1);
+    run(&format!("pretrain --data {{}} --out {{}} {TRAIN}"), &[&pictures, &place.path("run"), &model])
+        .failed(1, &["dropout"]);
+}
+
+#[test]
+fn an_encoder_alone_cannot_reconstruct() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases/encoder_only");
+    let place = Place::new();
+    let picture = place.pictures(1).join("picture 00.png");
+    run("reconstruct --from {} {} --out {}", &[&folder, &picture, &place.path("x.png")])
+        .failed(1, &["decoder", "embed"]);
+    assert!(!place.path("x.png").exists());
+    run("embed --from {} --data {} --out {}", &[&folder, &picture, &place.path("x.npy")]).succeeded();
+}
+
+#[test]
+fn an_output_that_cannot_be_written_is_named() {
+    let place = Place::new();
+    let pictures = place.pictures(2);
+    let file = place.path("a file");
+    fs::write(&file, "kept").unwrap();
+    let model = config_file(&place, |_| ());
+    run(&format!("pretrain --data {{}} --out {{}} {TRAIN}"), &[&pictures, &file.join("run"), &model])
+        .failed(1, &["a file"]);
+    let checkpoint = place.checkpoint();
+    run("embed --from {} --data {} --out {}", &[&checkpoint, &pictures, &file.join("f.npy")]).failed(1, &["f.npy"]);
+    let picture = pictures.join("picture 00.png");
+    run("reconstruct --from {} {} --out {}", &[&checkpoint, &picture, &file.join("x.png")]).failed(1, &["x.png"]);
+    assert_eq!(fs::read_to_string(&file).unwrap(), "kept");
+}
+
+#[test]
+fn a_full_disk_leaves_the_checkpoint_before_whole() {
+    let place = Place::new();
+    let pictures = place.pictures(4);
+    let model = config_file(&place, |_| ());
+    let out = place.path("run");
+    run(
+        "pretrain --data {} --out {} --model {} --batch-size 4 --steps 4 --checkpoint-every 2 --threads 1",
+        &[&pictures, &out, &model],
+    )
+    .succeeded();
+    let before = fs::read(out.join("checkpoint-2/model.safetensors")).unwrap();
+    // Go on from step 2 where no file may grow beyond 16 KiB: a write fails in the middle as on a full disk.
+    fs::remove_dir_all(out.join("checkpoint-4")).unwrap();
+    let line = "ulimit -f 16; trap '' XFSZ; exec \"$0\" \"$@\"";
+    let ran: Ran = Command::new("bash")
+        .args(["-c", line, env!("CARGO_BIN_EXE_vitmae"), "pretrain", "--resume", "--data"])
+        .arg(&pictures)
+        .arg("--out")
+        .arg(&out)
+        .arg("--model")
+        .arg(&model)
+        .args(["--batch-size", "4", "--steps", "4", "--checkpoint-every", "2", "--threads", "1"])
+        .output()
+        .unwrap()
+        .into();
+    ran.failed(1, &["run"]);
+    assert_eq!(fs::read(out.join("checkpoint-2/model.safetensors")).unwrap(), before);
+    assert!(!out.join("checkpoint-4").exists());
+    let leftovers: Vec<String> = place.list("run").into_iter().filter(|name| name.contains("tmp")).collect();
+    assert!(leftovers.is_empty(), "{leftovers:?}");
+}
+
+#[test]
+fn an_output_folder_with_a_run_in_it_is_not_overwritten() {
+    let place = Place::new();
+    let pictures = place.pictures(4);
+    pretrain(&place, &pictures, "").succeeded();
+    let metrics = fs::read(place.path("run/metrics.jsonl")).unwrap();
+    pretrain(&place, &pictures, "").failed(1, &["--resume"]);
+    assert_eq!(fs::read(place.path("run/metrics.jsonl")).unwrap(), metrics);
+    pretrain(&place, &pictures, "--resume --seed 9").failed(1, &["seed"]);
+}

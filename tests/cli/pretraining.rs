@@ -1,0 +1,122 @@
+//! `pretrain`: what it learns and what it leaves.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::{Place, run, small_config};
+
+fn losses(folder: &Path) -> Vec<f64> {
+    let text = fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64().unwrap()).collect()
+}
+
+fn model(place: &Place) -> std::path::PathBuf {
+    let path = place.path("model.json");
+    fs::write(&path, small_config().to_json()).unwrap();
+    path
+}
+
+#[test]
+fn a_run_learns_and_leaves_its_files() {
+    let place = Place::new();
+    let out = place.path("run");
+    let ran = run(
+        "pretrain --data synthetic:200 --out {} --model {} --batch-size 16 --steps 60 --blr 0.02 --checkpoint-every 30",
+        &[&out, &model(&place)],
+    )
+    .succeeded();
+    let losses = losses(&out);
+    assert_eq!(losses.len(), 60);
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    assert!(mean(&losses[50..]) < 0.8 * mean(&losses[..5]), "{losses:?}");
+
+    let text = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let line: Value = serde_json::from_str(text.lines().nth(9).unwrap()).unwrap();
+    for key in ["step", "epoch", "loss", "learning_rate", "images_per_second", "gradient_norm", "data_wait"] {
+        assert!(line[key].is_number(), "{key} is missing in {line}");
+    }
+    for file in ["loss.svg", "recipe.json", "reconstruction-0.png", "reconstruction-60.png"] {
+        assert!(out.join(file).exists(), "{file} is missing in {:?}", place.list("run"));
+    }
+    assert!(ran.out.contains("reconstruction-60.png") && ran.out.contains("loss.svg"), "{}", ran.out);
+    for file in ["config.json", "model.safetensors", "preprocessor_config.json", "trainer_state.json"] {
+        assert!(out.join("checkpoint-60").join(file).exists(), "{file} is missing");
+    }
+    assert!(out.join("checkpoint-30").exists());
+    // What it saved can be gone on with by the other commands.
+    let features = place.path("f.npy");
+    run("embed --from {} --data synthetic:4 --out {}", &[&out.join("checkpoint-60"), &features]).succeeded();
+    run(
+        "pretrain --data synthetic:20 --out {} --from {} --batch-size 4 --steps 2",
+        &[&place.path("second"), &out.join("checkpoint-60")],
+    )
+    .succeeded();
+}
+
+#[test]
+fn a_resumed_run_ends_where_an_undisturbed_one_does() {
+    let place = Place::new();
+    let model = model(&place);
+    let (whole, halves) = (place.path("whole"), place.path("halves"));
+    let line = "pretrain --data synthetic:50 --out {} --model {} --batch-size 8 --accumulate 2 --steps 12 --checkpoint-every 5";
+    run(line, &[&whole, &model]).succeeded();
+    run(line, &[&halves, &model]).succeeded();
+    // As if the run had been killed behind step 5.
+    fs::remove_dir_all(halves.join("checkpoint-12")).unwrap();
+    fs::remove_dir_all(halves.join("checkpoint-10")).unwrap();
+    run(&format!("{line} --resume"), &[&halves, &model]).succeeded();
+    let weights = |folder: &Path| fs::read(folder.join("checkpoint-12/model.safetensors")).unwrap();
+    assert_eq!(weights(&whole), weights(&halves));
+    assert_eq!(losses(&whole), losses(&halves));
+}
+
+#[test]
+fn neither_micro_batches_nor_accumulation_change_what_is_learned() {
+    let place = Place::new();
+    let model = model(&place);
+    let train = |name: &str, more: &str| {
+        let out = place.path(name);
+        let line = format!("pretrain --data synthetic:64 --out {{}} --model {{}} --steps 6 {more}");
+        run(&line, &[&out, &model]).succeeded();
+        losses(&out)
+    };
+    let whole = train("a", "--batch-size 16");
+    for (name, more) in [("b", "--batch-size 16 --micro-batch 3"), ("c", "--batch-size 4 --accumulate 4")] {
+        for (a, b) in whole.iter().zip(train(name, more)) {
+            assert!((a - b).abs() < 1e-5 * a, "{a} and {b} with {more}");
+        }
+    }
+}
+
+#[test]
+fn ctrl_c_saves_a_checkpoint() {
+    let place = Place::new();
+    let out = place.path("run");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_vitmae"))
+        .args(["pretrain", "--data", "synthetic:500", "--batch-size", "8", "--steps", "100000", "--out"])
+        .arg(&out)
+        .arg("--model")
+        .arg(model(&place))
+        .stderr(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let metrics = out.join("metrics.jsonl");
+    for _ in 0..600 {
+        if fs::read_to_string(&metrics).is_ok_and(|text| text.lines().count() > 3) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(1));
+    let steps = losses(&out).len();
+    assert!(steps > 3);
+    assert!(out.join(format!("checkpoint-{steps}/model.safetensors")).exists(), "{:?}", place.list("run"));
+}

@@ -1,0 +1,8 @@
+//! The data pipeline and the pictures it makes for people.
+
+mod common;
+mod decode;
+mod loader;
+mod picture;
+mod source;
+mod transform;

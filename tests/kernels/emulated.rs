@@ -1,0 +1,119 @@
+//! An emulator for tests: the one in the crate with the feature `emulator`, else one that is built here with the system's C++
+//! compiler. Tests are skipped, and say so, where there is none.
+
+// A test binary uses some of this.
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use vitmae::cuda::*;
+
+#[cfg(not(feature = "emulator"))]
+#[path = "../../src/cuda/emulator.rs"]
+pub mod emulator;
+#[cfg(not(feature = "emulator"))]
+#[path = "../../build/hash.rs"]
+mod hash;
+#[path = "../../build/units.rs"]
+pub mod units;
+
+pub use emulator::{Emulator, Options};
+
+/// A result whose error says why there is no emulator.
+type Outcome<T> = std::result::Result<T, String>;
+
+/// Seeds for the order of blocks and threads: in order, backwards, and two that are drawn.
+pub const SEEDS: [u64; 4] = [0, 1, 2, 3];
+
+/// An emulator, or nothing after saying that the test is skipped.
+pub fn emulator(seed: u64) -> Option<Arc<Emulator>> {
+    match start(Options { seed, ..Options::default() }) {
+        Ok(emulator) => Some(emulator),
+        Err(reason) => {
+            println!("skipped: {reason}");
+            None
+        }
+    }
+}
+
+#[cfg(feature = "emulator")]
+fn start(options: Options) -> Outcome<Arc<Emulator>> {
+    Emulator::new(options).map_err(|error| error.to_string())
+}
+
+#[cfg(not(feature = "emulator"))]
+fn start(options: Options) -> Outcome<Arc<Emulator>> {
+    use std::sync::OnceLock;
+    static LIBRARY: OnceLock<Outcome<PathBuf>> = OnceLock::new();
+    let library = LIBRARY.get_or_init(build).clone()?;
+    // SAFETY: it was built from these sources.
+    unsafe { Emulator::load(&library, options) }.map_err(|error| error.to_string())
+}
+
+/// The kernels folder.
+pub fn kernels_folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
+}
+
+/// Name and text of each `.cu` file, in order.
+pub fn kernel_files() -> Vec<(String, String)> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(kernels_folder()).expect("kernels/ is readable") {
+        let path = entry.expect("kernels/ is readable").path();
+        if path.extension().is_some_and(|extension| extension == "cu") {
+            let name = path.file_name().expect("a file").to_string_lossy().into_owned();
+            files.push((name, std::fs::read_to_string(&path).expect("a readable file")));
+        }
+    }
+    files.sort();
+    files
+}
+
+/// Builds the emulator as a shared library, or finds the one that an earlier test built from the same sources.
+#[cfg(not(feature = "emulator"))]
+fn build() -> Outcome<PathBuf> {
+    use std::process::Command;
+    let compiler = ["CXX", ""].iter().find_map(|name| std::env::var(name).ok()).unwrap_or_else(|| "c++".to_string());
+    let version = Command::new(&compiler).arg("--version").output();
+    let version = version.map_err(|error| format!("no C++ compiler ({compiler}: {error})"))?;
+
+    let folder = kernels_folder();
+    let files = kernel_files();
+    let units = units::units(&folder, &files).map_err(|error| error.to_string())?;
+    let mut parts = vec![version.stdout, units::FLAGS.join(" ").into_bytes()];
+    parts.extend(files.into_iter().map(|(_, text)| text.into_bytes()));
+    for name in ["ptx.cuh", "device.cuh", "emulator/host.h", "emulator/faults.cu", "emulator/runtime.cpp"] {
+        parts.push(std::fs::read(folder.join(name)).map_err(|error| format!("{name}: {error}"))?);
+    }
+    let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let library = target.join(format!("libvitmae_emulator-{:032x}.so", hash::hash(&parts)));
+    if library.is_file() {
+        return Ok(library);
+    }
+
+    let work = tempfile::tempdir_in(target).map_err(|error| error.to_string())?;
+    let run = |command: &mut Command| -> Outcome<()> {
+        let output = command.output().map_err(|error| error.to_string())?;
+        if output.status.success() {
+            return Ok(());
+        }
+        // A compiler that is there and does not compile the kernels is no reason to skip.
+        panic!("{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    let mut objects = Vec::new();
+    for unit in &units {
+        let source = work.path().join(format!("{}.cpp", unit.name));
+        let object = source.with_extension("o");
+        std::fs::write(&source, &unit.text).map_err(|error| error.to_string())?;
+        let mut command = Command::new(&compiler);
+        command.args(units::FLAGS).args(unit.checked.then_some(units::CHECKED));
+        run(command.arg("-c").arg(&source).arg("-o").arg(&object))?;
+        objects.push(object);
+    }
+    let unfinished = work.path().join("library");
+    run(Command::new(&compiler).arg("-shared").args(&objects).arg("-o").arg(&unfinished))?;
+    std::fs::rename(&unfinished, &library).map_err(|error| error.to_string())?;
+    Ok(library)
+}
