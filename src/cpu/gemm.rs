@@ -11,11 +11,11 @@ use crate::cpu::parallel::{self, Shared};
 use crate::cpu::{Float, scratch};
 use crate::ops::Write;
 
-/// Steps along the depth between two uses of the output: a panel of columns fits into the first-level cache.
-const DEPTH: usize = 512;
+/// Bytes of a panel of columns between two uses of the output: what fits into the first-level cache.
+const PANEL_BYTES: usize = 32 << 10;
 /// Steps along the depth that are in panels at the same time.
 const PACKED_DEPTH: usize = 1024;
-/// Rows of an output block, at most: they fit into the second-level cache at [`DEPTH`].
+/// Rows of an output block, at most: they fit into the second-level cache.
 const BLOCK_ROWS: usize = 96;
 /// Columns of an output block, at most.
 const BLOCK_COLUMNS: usize = 128;
@@ -149,6 +149,8 @@ struct Plan {
     /// The depth of a stage; the last one may have less.
     packed: usize,
     stages: usize,
+    /// Steps between two uses of the output, at most.
+    depth: usize,
     /// Pieces of packing in a stage: first those of the left factor, then those of the right one.
     packs: usize,
     left_packs: usize,
@@ -177,6 +179,7 @@ impl Plan {
             right_panels,
             packed: depth.div_ceil(stages),
             stages,
+            depth: PANEL_BYTES / (tile_columns * size_of::<F>()),
             packs: left_packs + right_packs,
             left_packs,
             block_rows,
@@ -240,7 +243,7 @@ impl Plan {
         packed_right: Matrix<F>,
     ) {
         let (left_panel, right_panel) = (self.tile_rows * self.packed, self.tile_columns * self.packed);
-        let parts = sizes.depth.div_ceil(DEPTH).max(1);
+        let parts = sizes.depth.div_ceil(self.depth).max(1);
         let step = sizes.depth.div_ceil(parts);
         for part in 0..parts {
             let (from, to) = (part * step, sizes.depth.min((part + 1) * step));

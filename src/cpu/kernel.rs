@@ -231,3 +231,89 @@ unsafe fn copy_elements<F: Float>(
         }
     }
 }
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use pulp::x86::{V3, V3_512b};
+
+    use super::*;
+
+    /// Passes on its own instruction set.
+    struct Wide(V3_512b, Block<f32>);
+
+    impl WithSimd for Wide {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            self.1.with_simd(self.0);
+        }
+    }
+
+    /// Tiles for AVX-512, on registers that two of AVX each stand in for.
+    #[test]
+    fn wide_tiles_multiply() {
+        let Some(simd) = V3::try_new().map(V3_512b) else {
+            println!("skipped: no AVX2");
+            return;
+        };
+        let (tile_rows, tile_columns) = tile_sizes::<V3_512b, f32>();
+        assert_eq!((tile_rows, tile_columns), (12, 32));
+        for (rows, columns, depth) in [(1, 1, 1), (12, 32, 8), (25, 70, 9), (35, 33, 30), (11, 95, 17), (24, 64, 64)] {
+            for contiguous in [false, true] {
+                // Whole numbers: sums are exact in any order.
+                let number = |index: usize| (index * 7 % 13) as f32 - 6.0;
+                let left: Vec<f32> = (0..rows * depth).map(number).collect();
+                let right: Vec<f32> = (0..depth * columns).map(number).collect();
+                // Either the rows or the steps of the source lie next to each other.
+                let of = |values: &[f32], count: usize| match contiguous {
+                    false => Matrix { start: values.as_ptr(), row: depth, column: 1 },
+                    true => Matrix { start: values.as_ptr(), row: 1, column: count },
+                };
+                let at = |matrix: Matrix<f32>, i: usize, k: usize| {
+                    // SAFETY: inside the vectors above.
+                    unsafe { *matrix.start.add(i * matrix.row + k * matrix.column) }
+                };
+                let panels = |source: Matrix<f32>, count: usize, width: usize| {
+                    let mut panels = vec![f32::NAN; count.div_ceil(width) * width * depth];
+                    for (panel, to) in panels.chunks_exact_mut(width * depth).enumerate() {
+                        let first = panel * width;
+                        // SAFETY: the panel has room for it, and the source that many rows.
+                        unsafe {
+                            pack(to.as_mut_ptr(), width, width.min(count - first), depth, source.skip(first, 0));
+                        }
+                    }
+                    panels
+                };
+                let (a, b) = (of(&left, rows), of(&right, columns));
+                let (packed_a, packed_b) = (panels(a, rows, tile_rows), panels(b, columns, tile_columns));
+                for (packed, source, count, width) in
+                    [(&packed_a, a, rows, tile_rows), (&packed_b, b, columns, tile_columns)]
+                {
+                    for (index, &value) in packed.iter().enumerate() {
+                        let (i, k) = (index / (width * depth) * width + index % width, index / width % depth);
+                        assert_eq!(value, if i < count { at(source, i, k) } else { 0.0 }, "row {i} at depth {k}");
+                    }
+                }
+                let mut out = vec![1.0; rows * columns];
+                let block = Block {
+                    rows,
+                    columns,
+                    depth,
+                    left: Left { start: packed_a.as_ptr(), panel: tile_rows * depth, row: 1, step: tile_rows },
+                    right: Right { start: packed_b.as_ptr(), panel: tile_columns * depth, step: tile_columns },
+                    out: out.as_mut_ptr(),
+                    stride: columns,
+                    write: Write::Accumulate,
+                };
+                Simd::vectorize(simd.0, Wide(simd, block));
+                for i in 0..rows {
+                    for j in 0..columns {
+                        let expected = 1.0 + (0..depth).map(|k| at(a, i, k) * at(b, j, k)).sum::<f32>();
+                        assert_eq!(out[i * columns + j], expected, "({i}, {j}) of {rows} x {columns} x {depth}");
+                    }
+                }
+            }
+        }
+    }
+}

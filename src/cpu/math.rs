@@ -102,12 +102,7 @@ fn exp_parts(x: f32) -> (f32, i32) {
     let shifted = inside.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
     let r = n.mul_add(-LN_2_LOW, n.mul_add(-LN_2_HIGH, inside));
-    let p = 1.987_569_1e-4_f32
-        .mul_add(r, 1.398_199_9e-3)
-        .mul_add(r, 8.333_452e-3)
-        .mul_add(r, 4.166_579_6e-2)
-        .mul_add(r, 0.166_666_66)
-        .mul_add(r, 0.5);
+    let p = polynomial(r, [0.5, 0.166_666_66, 4.166_579_6e-2, 8.333_452e-3, 1.398_199_9e-3, 1.987_569_1e-4, 0.0, 0.0]);
     (p.mul_add(r * r, r) + 1.0, (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32))
 }
 
@@ -122,24 +117,36 @@ fn power_of_two(n: i32) -> f32 {
 pub(super) fn erf(x: f32) -> f32 {
     let magnitude = x.abs();
     let square = x * x;
-    let small = 7.647_168e-5_f32
-        .mul_add(square, -7.942_373_6e-4)
-        .mul_add(square, 5.179_752e-3)
-        .mul_add(square, -0.026_848_594)
-        .mul_add(square, 0.112_834_3)
-        .mul_add(square, -0.376_126_06)
-        .mul_add(square, 0.128_379_16);
+    let small = polynomial(
+        square,
+        [0.128_379_16, -0.376_126_06, 0.112_834_3, -0.026_848_594, 5.179_752e-3, -7.942_373_6e-4, 7.647_168e-5, 0.0],
+    );
     let small = small.mul_add(x, x);
     // From 4 on, 1 - erf is below half a unit in the last place of 1.
     let t = if magnitude > 4.0 { 4.0 } else { magnitude };
-    let logarithm = (-2.168_699_4e-5_f32)
-        .mul_add(t, 4.413_380_8e-4)
-        .mul_add(t, -4.204_570_2e-3)
-        .mul_add(t, 0.025_208_28)
-        .mul_add(t, -0.108_418_61)
-        .mul_add(t, -0.633_219_86)
-        .mul_add(t, -1.129_578_4)
-        .mul_add(t, 1.880_431e-4);
+    let logarithm = polynomial(
+        t,
+        [
+            1.880_431e-4,
+            -1.129_578_4,
+            -0.633_219_86,
+            -0.108_418_61,
+            0.025_208_28,
+            -4.204_570_2e-3,
+            4.413_380_8e-4,
+            -2.168_699_4e-5,
+        ],
+    );
     let large = (1.0 - exp_bounded(logarithm)).copysign(x);
     if magnitude < 1.0 { small } else { large }
+}
+
+/// `c[0] + c[1] x + …`, in pairs (Estrin's scheme): few operations wait for each other. Zeros at the end cost nothing.
+#[inline(always)]
+fn polynomial(x: f32, c: [f32; 8]) -> f32 {
+    let pair = |i: usize| if c[i + 1] == 0.0 { c[i] } else { c[i + 1].mul_add(x, c[i]) };
+    let x2 = x * x;
+    let low = pair(2).mul_add(x2, pair(0));
+    let high = if c[6] == 0.0 { pair(4) } else { pair(6).mul_add(x2, pair(4)) };
+    high.mul_add(x2 * x2, low)
 }
