@@ -188,7 +188,7 @@ mod tests {
             let error =
                 replace(&path, create, |_| Ok(()), |writer| bytes.chunks(1000).try_for_each(|part| writer.bytes(part)))
                     .unwrap_err();
-            let Error::Io { action: "writing", path: named, source } = error else { panic!("{error}") };
+            let Error::Io { action: "writing", path: named, cause: source } = error else { panic!("{error}") };
             assert_eq!((named, source.kind()), (path.clone(), io::ErrorKind::StorageFull));
             assert_eq!(fs::read(&path).unwrap(), b"before");
             assert_eq!(names(folder.path()), ["file"]);
