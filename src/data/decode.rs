@@ -5,7 +5,6 @@
 //! which turns it white); the EXIF orientation is applied (`ImageOps.exif_transpose`); and JPEG is decoded by another
 //! library, whose chroma upsampling and rounding differ by a few levels.
 
-use std::fs::File;
 use std::io::{Cursor, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -13,6 +12,7 @@ use std::path::Path;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
+use crate::files::open;
 use crate::{Error, Result};
 
 /// The number of pixels above which Pillow, too, takes a picture for a decompression bomb.
@@ -106,10 +106,25 @@ impl Decoder {
     /// As [`Decoder::open`], with a buffer for the file's bytes that can be used again.
     pub(crate) fn open_with(&self, path: &Path, bytes: &mut Vec<u8>) -> Result<Image> {
         bytes.clear();
-        File::open(path)
-            .and_then(|mut file| file.read_to_end(bytes))
-            .map_err(|error| picture(path, format!("cannot be read: {error}")))?;
+        let unreadable = |problem: &dyn std::fmt::Display| picture(path, format!("cannot be read: {problem}"));
+        let (file, length) = open(path).map_err(|error| match error {
+            Error::Io { source, .. } => unreadable(&source),
+            other => other,
+        })?;
+        if length > self.max_bytes() {
+            return Err(unreadable(&format!(
+                "{length} bytes are more than a picture of {} pixels takes",
+                self.max_pixels
+            )));
+        }
+        bytes.reserve(length as usize);
+        file.take(self.max_bytes()).read_to_end(bytes).map_err(|error| unreadable(&error))?;
         self.decode(bytes, path)
+    }
+
+    /// Eight bytes hold a 16-bit RGBA pixel; files and decoders keep a little beside the picture.
+    fn max_bytes(&self) -> u64 {
+        self.max_pixels.saturating_mul(8).saturating_add(64 << 20)
     }
 
     /// Decodes the bytes of a file; `name` is for the error.
@@ -143,8 +158,7 @@ impl Decoder {
         }
         let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
         let mut limits = Limits::no_limits();
-        // Eight bytes hold a 16-bit RGBA pixel; decoders also keep a little beside the picture.
-        limits.max_alloc = Some(self.max_pixels.saturating_mul(8).saturating_add(64 << 20));
+        limits.max_alloc = Some(self.max_bytes());
         reader.limits(limits);
         let mut decoder = reader.into_decoder().map_err(|error| describe(&error, format))?;
         let (width, height) = decoder.dimensions();

@@ -61,7 +61,9 @@ impl Pictures for Synthetic {
     }
 
     fn name(&self, index: usize) -> PathBuf {
-        PathBuf::from(format!("synthetic:{}:{}#{index}", self.count, self.seed))
+        let Self { seed, height, width, .. } = self;
+        let class = SYNTHETIC_CLASSES[index % SYNTHETIC_CLASSES.len()];
+        PathBuf::from(format!("synthetic-{seed}-{height}x{width}/{class}-{index}"))
     }
 
     fn label(&self, index: usize) -> Option<u32> {

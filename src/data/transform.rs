@@ -86,7 +86,7 @@ impl CropBox {
 /// Crops to whole pixels and resizes, keeping its buffers from one picture to the next.
 ///
 /// As in Pillow, rows are filtered first, rounded to bytes, and then columns: a filter that overshoots is clipped between
-/// the two. Against Pillow's `crop(..).resize(..)`: at most 1 level off (bilinear), at most 2 (bicubic).
+/// the two. Against Pillow's `crop(..).resize(..)`: at most 1 level off.
 #[derive(Clone, Debug, Default)]
 pub struct Resizer {
     inner: fir::Resizer,

@@ -177,7 +177,8 @@ def make_formats():
     add("grey_16.png", png(deep[:, :, 1:2], 0), 0, rule, Image.fromarray(np.stack([grey] * 3, axis=2)))
 
     add("rgb.jpg", encoded(rgb, "JPEG", **fine), 2, "Baseline, 4:4:4.")
-    add("subsampled.jpg", encoded(rgb, "JPEG", quality=90, subsampling=2), 8, "4:2:0; decoders differ in upsampling.")
+    add("subsampled.jpg", encoded(rgb, "JPEG", quality=90, subsampling=2), 16,
+        "4:2:0; decoders differ in upsampling, most in the last column.")
     add("progressive.jpg", encoded(rgb, "JPEG", progressive=True, **fine), 2, "Progressive.")
     add("grey.jpg", encoded(rgb.convert("L"), "JPEG", quality=95), 2, "One component.")
     add("cmyk_adobe.jpg", encoded(rgb.convert("CMYK"), "JPEG", **fine), 3,
