@@ -222,7 +222,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         for text in ["one", "two"] {
-            write_atomically(&path, |writer| Ok(write!(writer, "{text}").unwrap())).unwrap();
+            write_atomically(&path, |writer| writer.bytes(text.as_bytes())).unwrap();
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
         assert_eq!(names(folder.path()), ["file"]);
