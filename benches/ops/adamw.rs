@@ -7,7 +7,7 @@ use crate::{measure, random};
 pub fn benches(criterion: &mut Criterion) {
     let cpu = Cpu::<f32>::new();
     // As many as ViT-B/16 with its decoder has; in test mode, a few.
-    let testing = std::env::args().any(|argument| argument == "--test");
+    let testing = !std::env::args().any(|argument| argument == "--bench");
     let length = if testing { 1 << 16 } else { 111_907_840 };
     let settings = AdamWSettings {
         learning_rate: 1.5e-4,
