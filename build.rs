@@ -28,6 +28,10 @@ mod units;
 fn main() {
     // Without this line cargo reruns the script when any file of the package changes.
     println!("cargo::rerun-if-changed=build.rs");
+    // Tests run the script on kernels that do not compile.
+    if let Ok(script) = std::env::current_exe() {
+        println!("cargo::rustc-env=VITMAE_BUILD_SCRIPT={}", script.display());
+    }
     if let Err(message) = run() {
         for line in message.lines() {
             println!("cargo::error={line}");

@@ -218,7 +218,7 @@ impl Nvrtc {
         let library = path.display().to_string();
         let unusable = |reason: String| NvrtcError::Unusable { library: library.clone(), reason };
         // SAFETY: loading runs NVRTC's initialisers, which have no preconditions.
-        let loaded = unsafe { libloading::Library::new(path) }.map_err(|error| unusable(error.to_string()))?;
+        let loaded = unsafe { libloading::Library::new(path) }.map_err(|error| unusable(reason_of(&error)))?;
         for symbol in SYMBOLS {
             // SAFETY: the symbol is only looked up, as an address.
             if unsafe { loaded.get::<*const ()>(symbol.to_bytes_with_nul()) }.is_err() {
@@ -230,7 +230,7 @@ impl Nvrtc {
             let nvrtc_version = unsafe {
                 loaded.get::<unsafe extern "C" fn(*mut c_int, *mut c_int) -> sys::nvrtcResult>(b"nvrtcVersion\0")
             }
-            .map_err(|error| unusable(error.to_string()))?;
+            .map_err(|error| unusable(reason_of(&error)))?;
             let (mut major, mut minor) = (0, 0);
             // SAFETY: both pointers are valid for writes.
             check("nvrtcVersion", unsafe { nvrtc_version(&mut major, &mut minor) })?;
@@ -244,7 +244,7 @@ impl Nvrtc {
         if builtins.is_file() {
             // SAFETY: a library of data and functions for NVRTC, without preconditions.
             let builtins =
-                unsafe { libloading::Library::new(&builtins) }.map_err(|error| unusable(error.to_string()))?;
+                unsafe { libloading::Library::new(&builtins) }.map_err(|error| unusable(reason_of(&error)))?;
             std::mem::forget(builtins);
         }
         // Both stay loaded for the life of the process.
@@ -385,6 +385,14 @@ fn entries(folder: &Path) -> Vec<PathBuf> {
         std::fs::read_dir(folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect();
     paths.sort();
     paths
+}
+
+/// The loader's own words, which libloading keeps out of its messages.
+pub fn reason_of(error: &libloading::Error) -> String {
+    match error {
+        libloading::Error::DlOpen { source } | libloading::Error::DlSym { source } => source.to_string(),
+        other => other.to_string(),
+    }
 }
 
 fn check(function: &'static str, status: sys::nvrtcResult) -> Result<(), NvrtcError> {

@@ -8,10 +8,10 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use super::error::{CudaError, Result};
 use super::launch::{Argument, DeviceId, Driver, Grid, Limits, MAX_ARGUMENTS, Stream, exactly};
 use super::modules::{KERNELS, Kernel, KernelFile, Target, embedded_kernels};
+use super::nvrtc::reason_of;
 
 /// Names of the driver library that cudarc tries too.
-const DRIVER_LIBRARIES: &[&str] =
-    if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1", "libnvcuda.so"] };
+const DRIVER_LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
 
 /// What this file calls through cudarc, which panics on a symbol that is missing.
 const DRIVER_SYMBOLS: &[&str] = &[
@@ -100,7 +100,7 @@ fn probe_libraries(names: &[&str]) -> Result<()> {
         let library = match unsafe { libloading::Library::new(*name) } {
             Ok(library) => library,
             Err(error) => {
-                reason = error.to_string();
+                reason = reason_of(&error);
                 continue;
             }
         };

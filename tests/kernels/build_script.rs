@@ -1,24 +1,10 @@
 //! The build script itself, run on copies of the kernels: what it says and when it fails.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use super::emulated::{embedded_kernels, kernels_folder};
 use super::nvrtc;
-
-/// The build script that cargo ran for this build or an equal one, if cargo's folders are as we know them.
-fn script() -> Option<PathBuf> {
-    let builds = Path::new(env!("OUT_DIR")).parent()?.parent()?;
-    let package = format!("{}-", env!("CARGO_PKG_NAME"));
-    let mut scripts = Vec::new();
-    for entry in std::fs::read_dir(builds).ok()?.flatten() {
-        let script = entry.path().join("build-script-build");
-        if entry.file_name().to_string_lossy().starts_with(&package) && script.is_file() {
-            scripts.push((script.metadata().and_then(|data| data.modified()).ok()?, script));
-        }
-    }
-    scripts.into_iter().max().map(|(_, script)| script)
-}
 
 /// A run of the build script.
 struct Run {
@@ -39,10 +25,11 @@ impl Run {
 
 /// Runs it on a copy of the kernels with one more file.
 fn run(extra_kernel: &str, environment: &[(&str, &Path)]) -> Option<Run> {
-    let Some(script) = script() else {
-        println!("skipped: the build script is not where it was expected");
+    let script = env!("VITMAE_BUILD_SCRIPT");
+    if !Path::new(script).is_file() {
+        println!("skipped: the build script is no longer at {script}");
         return None;
-    };
+    }
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (kernels, out) = (folder.path().join("kernels"), folder.path().join("out"));
     std::fs::create_dir_all(kernels.join("emulator")).expect("created");
