@@ -239,7 +239,15 @@ impl Nvrtc {
         if version.0 < 12 {
             return Err(unusable(format!("it is version {}.{}, and 12.0 or newer is needed", version.0, version.1)));
         }
-        // It stays loaded for the life of the process.
+        // NVRTC opens this one by its bare name when it compiles, and not every build of it looks beside itself.
+        let builtins = path.with_file_name(format!("libnvrtc-builtins.so.{}.{}", version.0, version.1));
+        if builtins.is_file() {
+            // SAFETY: a library of data and functions for NVRTC, without preconditions.
+            let builtins =
+                unsafe { libloading::Library::new(&builtins) }.map_err(|error| unusable(error.to_string()))?;
+            std::mem::forget(builtins);
+        }
+        // Both stay loaded for the life of the process.
         std::mem::forget(loaded);
         // SAFETY: only opens libraries by name.
         if !unsafe { sys::is_culib_present() } {

@@ -16,7 +16,7 @@
 // Method, u8: a block takes `tile` consecutive rows. Each patch line (p of one patch) is pw * C consecutive bytes of the
 // image; the 16-byte words that cover it are copied to shared memory with cp.async, whatever the alignment, and every
 // thread then gathers the 16 bytes of one output vector from there. f32: lines are read where they are, four at a time
-// where pw, W and the address allow. The tile is chosen so that it holds a whole number of vectors: every store but the
+// where pw and the address allow. The tile is chosen so that it holds a whole number of vectors: every store but the
 // last tile's tail is 16 bytes even where a row is not a multiple of them (pw = 14). An output that is not 16-byte aligned
 // is written element by element.
 //
@@ -259,7 +259,7 @@ DEVICE void patchify_visible_f32(T* rows, const float* pixels, const u32* ids_ke
 
     const bool aligned = (reinterpret_cast<u64>(tile_rows) & 15) == 0;
     const u32 vectors = aligned ? elements / VECTOR : 0;
-    const bool in_fours = (shape.patch_width.divisor % 4 | shape.width % 4) == 0 && (reinterpret_cast<u64>(pixels) & 15) == 0;
+    const bool in_fours = shape.patch_width.divisor % 4 == 0 && (reinterpret_cast<u64>(pixels) & 15) == 0;
     for (u32 vector = thread_index(); vector < vectors; vector += block_threads()) {
         float values[VECTOR];
         if (in_fours) {

@@ -54,14 +54,14 @@ pub enum Error {
         problem: String,
     },
     /// The operating system refused to read or write.
-    #[error("{action} {}: {source}", path.display())]
+    #[error("{action} {}: {cause}", path.display())]
     Io {
         /// What was being done: `reading`, `writing`, `creating`.
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// The operating system's answer.
-        source: std::io::Error,
+        /// The operating system's answer. It is part of the message, so it is not a `source` that would say it again.
+        cause: std::io::Error,
     },
     /// A device that is not there or cannot do what was asked.
     #[error("device: {0}")]
@@ -80,8 +80,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     /// An [`Error::Io`] for `path`.
-    pub(crate) fn io(action: &'static str, path: impl AsRef<Path>, source: std::io::Error) -> Self {
-        Self::Io { action, path: path.as_ref().to_path_buf(), source }
+    pub(crate) fn io(action: &'static str, path: impl AsRef<Path>, cause: std::io::Error) -> Self {
+        Self::Io { action, path: path.as_ref().to_path_buf(), cause }
     }
 
     /// An [`Error::Shape`].

@@ -188,7 +188,7 @@ mod tests {
             let error =
                 replace(&path, create, |_| Ok(()), |writer| bytes.chunks(1000).try_for_each(|part| writer.bytes(part)))
                     .unwrap_err();
-            let Error::Io { action: "writing", path: named, source } = error else { panic!("{error}") };
+            let Error::Io { action: "writing", path: named, cause: source } = error else { panic!("{error}") };
             assert_eq!((named, source.kind()), (path.clone(), io::ErrorKind::StorageFull));
             assert_eq!(fs::read(&path).unwrap(), b"before");
             assert_eq!(names(folder.path()), ["file"]);
@@ -222,7 +222,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         for text in ["one", "two"] {
-            write_atomically(&path, |writer| Ok(write!(writer, "{text}").unwrap())).unwrap();
+            write_atomically(&path, |writer| writer.bytes(text.as_bytes())).unwrap();
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
         assert_eq!(names(folder.path()), ["file"]);

@@ -84,22 +84,21 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
     progress::clear();
 
     let source = loader.source();
-    let names = arguments.out.with_extension("names.txt");
-    write_atomically(&names, |file| {
-        let mut lines = features.samples.iter().map(|&sample| format!("{}\n", source.name(sample as usize).display()));
-        lines.try_for_each(|line| file.bytes(line.as_bytes()))
-    })?;
+    let names: Vec<String> =
+        features.samples.iter().map(|&sample| format!("{}\n", source.name(sample as usize).display())).collect();
     let shape: Vec<String> = features.shape().iter().map(ToString::to_string).collect();
     if as_npy {
         features.write_npy(&arguments.out)?;
     } else {
         features.write_safetensors(&arguments.out)?;
     }
+    let names_path = arguments.out.with_extension("names.txt");
+    write_atomically(&names_path, |file| names.iter().try_for_each(|name| file.bytes(name.as_bytes())))?;
     let left_out = loader.bad_pictures();
     if left_out > 0 {
         tracing::warn!("{left_out} pictures could not be decoded and were left out");
     }
-    println!("wrote {}: features [{}]; rows as in {}", arguments.out.display(), shape.join(", "), names.display());
+    println!("wrote {}: features [{}]; rows as in {}", arguments.out.display(), shape.join(", "), names_path.display());
     Ok(())
 }
 

@@ -35,7 +35,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     attentions: bool,
     /// Share of patches that are hidden [default: the model's]
-    #[arg(long, value_name = "F", value_parser = mask_ratio)]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = mask_ratio)]
     mask_ratio: Option<f64>,
     /// Decides which patches are hidden where no noise is given
     #[arg(long, value_name = "N", default_value_t = 0)]

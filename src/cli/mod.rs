@@ -50,7 +50,7 @@ struct Global {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Train a masked autoencoder on pictures
-    Pretrain(pretrain::Arguments),
+    Pretrain(Box<pretrain::Arguments>),
     /// Draw original, masked picture and reconstruction side by side
     Reconstruct(reconstruct::Arguments),
     /// Write features of pictures
@@ -88,11 +88,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     if device != DeviceChoice::Cpu {
         bail!("the model does not run on {device} in this version; use --device cpu");
     }
-    let threads = threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), |n| n);
+    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("starting the worker threads")?;
     let backend = Cpu::<f32>::new();
     pool.install(|| match cli.command {
-        Command::Pretrain(arguments) => pretrain::run(backend, arguments, threads, quiet),
+        Command::Pretrain(arguments) => pretrain::run(backend, *arguments, threads, quiet),
         Command::Reconstruct(arguments) => reconstruct::run(backend, &arguments),
         Command::Embed(arguments) => embed::run(backend, arguments, threads, quiet),
         Command::Forward(arguments) => forward::run(backend, &arguments),

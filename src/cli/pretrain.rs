@@ -42,22 +42,22 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
     accumulate: usize,
     /// Base learning rate: that of 256 pictures in a step
-    #[arg(long, value_name = "F", default_value_t = 1.5e-4, value_parser = not_negative)]
+    #[arg(long, value_name = "F", default_value_t = 1.5e-4, allow_negative_numbers = true, value_parser = not_negative)]
     blr: f64,
     /// The learning rate at the end of the cosine
-    #[arg(long, value_name = "F", default_value_t = 0.0, value_parser = not_negative)]
+    #[arg(long, value_name = "F", default_value_t = 0.0, allow_negative_numbers = true, value_parser = not_negative)]
     min_lr: f64,
     /// Epochs of linear warm-up [default: a twentieth of the run, at most 40]
-    #[arg(long, value_name = "F", value_parser = not_negative)]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = not_negative)]
     warmup_epochs: Option<f64>,
     /// Weight decay of matrices; biases, norms and tokens do not decay
-    #[arg(long, value_name = "F", default_value_t = 0.05, value_parser = not_negative)]
+    #[arg(long, value_name = "F", default_value_t = 0.05, allow_negative_numbers = true, value_parser = not_negative)]
     weight_decay: f64,
     /// Scale gradients down to this norm where they are larger
-    #[arg(long, value_name = "F", value_parser = not_negative)]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = not_negative)]
     clip_grad: Option<f64>,
     /// Share of patches that are hidden [default: the model's, 0.75]
-    #[arg(long, value_name = "F", value_parser = mask_ratio)]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = mask_ratio)]
     mask_ratio: Option<f64>,
     /// Predict patches normalised by their own mean and variance
     #[arg(long)]

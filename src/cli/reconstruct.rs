@@ -24,7 +24,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Share of patches that are hidden [default: the model's]
-    #[arg(long, value_name = "F", value_parser = mask_ratio)]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = mask_ratio)]
     mask_ratio: Option<f64>,
     /// Another image size, with interpolated positions [default: the model's]
     #[arg(long, value_name = "N|HxW")]

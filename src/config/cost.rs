@@ -85,8 +85,7 @@ impl MaeConfig {
     /// patch embedding, which has no input gradient.
     ///
     /// # Errors
-    /// [`Error::Value`] for a ratio that is not in `[0, 1)` or leaves nothing visible; [`Error::Config`] when the number
-    /// overflows.
+    /// [`Error::Value`] for a ratio that is not in `[0, 1)`; [`Error::Config`] when the number overflows.
     pub fn flops(&self, mask_ratio: f64) -> Result<Flops> {
         let patches = self.patches();
         let keep = MaskingShape::new(1, patches, mask_ratio)?.keep;

@@ -57,9 +57,7 @@ impl MaeConfig {
         ] {
             ensure((0.0..=1.0).contains(&probability), || format!("{name} {probability} is not in [0, 1]"))?;
         }
-        ensure((0.0..1.0).contains(&self.mask_ratio), || {
-            format!("mask_ratio {} is not in [0, 1): at least one patch must stay visible", self.mask_ratio)
-        })?;
+        ensure((0.0..1.0).contains(&self.mask_ratio), || format!("mask_ratio {} is not in [0, 1)", self.mask_ratio))?;
         ensure(self.layer_norm_eps > 0.0 && self.layer_norm_eps.is_finite(), || {
             format!("layer_norm_eps must be positive, found {}; the original code has 1e-6", self.layer_norm_eps)
         })?;
@@ -101,8 +99,7 @@ impl MaeConfig {
     /// Checks that training computes what the configuration says.
     ///
     /// # Errors
-    /// [`Error::Config`] for dropout other than 0, which training does not have; [`Error::Value`] when the mask ratio leaves
-    /// no patch visible.
+    /// [`Error::Config`] for dropout other than 0, which training does not have.
     pub fn check_trainable(&self) -> Result<()> {
         for (name, probability) in [
             ("hidden_dropout_prob", self.hidden_dropout_prob),
@@ -115,6 +112,6 @@ impl MaeConfig {
                 )
             })?;
         }
-        self.keep().map(|_| ())
+        Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! AdamW: one pass over parameters, moments and gradients.
 
 use crate::Result;
-use crate::cpu::math::{reduce, vectorized};
+use crate::cpu::math::{sum_over, vectorized};
 use crate::cpu::parallel::{self, Shared};
 use crate::cpu::{Cpu, CpuBuffer, Float, check, scratch};
 use crate::ops::{AdamW, AdamWSettings};
@@ -16,8 +16,7 @@ impl<F: Float> AdamW for Cpu<F> {
             let shared = Shared::new(&mut *sums);
             parallel::pieces(length, PIECE, |from, to| {
                 let gradient = &gradient[from..to];
-                let square = |[g]: [F; 1]| g.to_f64() * g.to_f64();
-                let sum = vectorized(|| reduce([gradient], square));
+                let sum = sum_of_squares(gradient);
                 // SAFETY: each piece has its own sum.
                 unsafe { shared.part(from / PIECE, from / PIECE + 1) }.fill(sum);
             });
@@ -47,12 +46,8 @@ impl<F: Float> AdamW for Cpu<F> {
             let (master, first, second) =
                 unsafe { (master.part(from, to), first.part(from, to), second.part(from, to)) };
             let decayed = settings.decayed.clamp(from, to) - from;
-            vectorized(|| {
-                for master in &mut master[..decayed] {
-                    *master *= factors.decay;
-                }
-                update(&factors, master, first, second, &gradient[from..to]);
-            });
+            decay(&factors, &mut master[..decayed]);
+            update(&factors, master, first, second, &gradient[from..to]);
         });
         Ok(())
     }
@@ -87,14 +82,29 @@ impl<F: Float> Factors<F> {
     }
 }
 
-#[inline(always)]
-fn update<F: Float>(factors: &Factors<F>, master: &mut [F], first: &mut [F], second: &mut [F], gradient: &[F]) {
-    let parameters = master.iter_mut().zip(first).zip(second).zip(gradient);
-    for (((master, first), second), &gradient) in parameters {
-        let gradient = gradient * factors.gradient_scale;
-        *first = factors.first.mul_add(gradient - *first, *first);
-        *second = (factors.second_rest * gradient).mul_add(gradient, *second * factors.second);
-        let denominator = second.sqrt() / factors.root_correction + factors.epsilon;
-        *master = factors.step_size.mul_add(*first / denominator, *master);
+vectorized! {
+    fn sum_of_squares<'a, F: Float>(gradient: &'a [F]) -> f64 {
+        sum_over(gradient, gradient, |g, _| g.to_f64() * g.to_f64())
+    }
+}
+
+vectorized! {
+    fn decay<'a, F: Float>(factors: &'a Factors<F>, master: &'a mut [F]) {
+        for master in master {
+            *master *= factors.decay;
+        }
+    }
+}
+
+vectorized! {
+    fn update<'a, F: Float>(factors: &'a Factors<F>, master: &'a mut [F], first: &'a mut [F], second: &'a mut [F], gradient: &'a [F]) {
+        let parameters = master.iter_mut().zip(first).zip(second).zip(gradient);
+        for (((master, first), second), &gradient) in parameters {
+            let gradient = gradient * factors.gradient_scale;
+            *first = factors.first.mul_add(gradient - *first, *first);
+            *second = (factors.second_rest * gradient).mul_add(gradient, *second * factors.second);
+            let denominator = second.sqrt() / factors.root_correction + factors.epsilon;
+            *master = factors.step_size.mul_add(*first / denominator, *master);
+        }
     }
 }

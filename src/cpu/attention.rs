@@ -1,14 +1,18 @@
-//! Self-attention, one head of one sequence at a time: scores exist for a tile of queries and all keys.
+//! Self-attention, one head of one sequence at a time.
+//!
+//! A head's queries, keys and values are copied next to each other, where they stay in the first caches; scores exist for a
+//! tile of queries and all keys.
 
-use crate::Result;
-use crate::cpu::gemm::{Matrix, Sizes, multiply_here};
-use crate::cpu::math::{reduce, vectorized};
+use crate::cpu::gemm::Matrix;
+use crate::cpu::kernel::{self, Block, Left, Right};
+use crate::cpu::math::{LANES, add_up, sum_over, vectorized};
 use crate::cpu::parallel::{self, Shared};
 use crate::cpu::{Cpu, CpuBuffer, Float, check, scratch};
 use crate::ops::{Attention, AttentionShape, Write};
+use crate::{Error, Result};
 
-/// Queries of a tile.
-const QUERIES: usize = 64;
+/// Queries of a tile, at most.
+const QUERIES: usize = 72;
 
 impl<F: Float> Attention for Cpu<F> {
     fn attention_forward(
@@ -23,45 +27,41 @@ impl<F: Float> Attention for Cpu<F> {
         let out = Shared::new(check::output(op, "out", out, &[batch, tokens, heads, head_dim])?);
         let log_sum_exp = Shared::new(check::output(op, "log_sum_exp", log_sum_exp, &[batch, heads, tokens])?);
         let qkv = check::input(op, "qkv", qkv, &[batch, tokens, 3, heads, head_dim])?;
-        let scale = F::from_f64(shape.scale());
-        let room = QUERIES * tokens;
+        let sizes = HeadSizes::new::<F>(op, shape)?;
+        let room = sizes.rows() + sizes.columns() + sizes.rows() + sizes.scores();
         scratch::with(parallel::workers(batch * heads) * room, |scratch: &mut [F]| {
             let scratch = Shared::new(scratch);
             parallel::blocks(batch * heads, |head, worker| {
                 // SAFETY: each worker has its own part.
-                let scores = unsafe { scratch.part(worker * room, (worker + 1) * room) };
-                let [query, key, value] = head_of(shape, qkv.as_ptr(), head);
+                let room = unsafe { scratch.part(worker * room, (worker + 1) * room) };
+                let (query, room) = room.split_at_mut(sizes.rows());
+                let (key_columns, room) = room.split_at_mut(sizes.columns());
+                let (value, scores) = room.split_at_mut(sizes.rows());
+                let [q, k, v] = head_of(shape, qkv.as_ptr(), head);
                 let out = out_of(shape, out.pointer(), head);
-                for from in (0..tokens).step_by(QUERIES) {
-                    let queries = QUERIES.min(tokens - from);
-                    // SAFETY: only this block has this head's log-sum-exp.
-                    let log_sum_exp = unsafe { log_sum_exp.part(head * tokens + from, head * tokens + from + queries) };
-                    // SAFETY: the matrices are inside the buffers, and this head's output is this block's alone.
+                // SAFETY: the head is inside `qkv`.
+                unsafe {
+                    sizes.copy_rows(query, q, F::from_f64(shape.scale()));
+                    sizes.copy_columns(key_columns, k);
+                    sizes.copy_rows(value, v, F::ONE);
+                }
+                for from in (0..tokens).step_by(sizes.tile) {
+                    let queries = sizes.tile.min(tokens - from);
+                    let first = head * tokens + from;
+                    // SAFETY: this head's log-sum-exp is this block's alone.
+                    let log_sum_exp = unsafe { log_sum_exp.part(first, first + queries) };
+                    let mut factors = [F::ZERO; QUERIES + 12];
+                    let out = out.skip(from, 0);
+                    // SAFETY: the factors are as large as their sizes say, and this head's output is this block's alone.
                     unsafe {
-                        let sizes = Sizes { rows: queries, columns: tokens, depth: head_dim };
-                        multiply_here(
-                            sizes,
-                            Write::Assign,
-                            scores.as_mut_ptr(),
-                            tokens,
-                            query.skip_rows(from),
-                            key.transposed(),
-                        );
-                        let out = out.start.add(from * out.row).cast_mut();
-                        vectorized(|| {
-                            for (row, log_sum_exp) in log_sum_exp.iter_mut().enumerate() {
-                                *log_sum_exp = softmax(&mut scores[row * tokens..][..tokens], scale);
-                            }
-                        });
-                        let sizes = Sizes { rows: queries, columns: head_dim, depth: tokens };
-                        multiply_here(
-                            sizes,
-                            Write::Assign,
-                            out,
-                            shape.width(),
-                            Matrix::rows(scores.as_ptr(), tokens),
-                            value,
-                        );
+                        sizes.scores_of(queries, scores, &query[from * sizes.width..], key_columns);
+                        softmax(&sizes, &mut *scores, log_sum_exp, &mut factors[..queries]);
+                        let left = sizes.by_query(scores);
+                        sizes.out_of(queries, tokens, left, value, out, Write::Assign);
+                        for (row, &factor) in factors[..queries].iter().enumerate() {
+                            let out = out.start.add(row * out.row).cast_mut();
+                            multiply(std::slice::from_raw_parts_mut(out, head_dim), factor);
+                        }
                     }
                 }
             });
@@ -83,39 +83,44 @@ impl<F: Float> Attention for Cpu<F> {
         let qkv = check::input(op, "qkv", qkv, &[batch, tokens, 3, heads, head_dim])?;
         let log_sum_exp = check::input(op, "log_sum_exp", log_sum_exp, &[batch, heads, tokens])?;
         let scale = F::from_f64(shape.scale());
-        let room = QUERIES * tokens;
-        scratch::with(parallel::workers(batch * heads) * 2 * room, |scratch: &mut [F]| {
+        let sizes = HeadSizes::new::<F>(op, shape)?;
+        let room = 3 * sizes.rows() + 2 * sizes.columns() + 2 * sizes.scores();
+        scratch::with(parallel::workers(batch * heads) * room, |scratch: &mut [F]| {
             let scratch = Shared::new(scratch);
             parallel::blocks(batch * heads, |head, worker| {
                 // SAFETY: each worker has its own part.
-                let (p, dp) = unsafe { scratch.part(worker * 2 * room, (worker + 1) * 2 * room) }.split_at_mut(room);
-                let [query, key, value] = head_of(shape, qkv.as_ptr(), head);
-                let [dquery, dkey, dvalue] = head_of(shape, dqkv.pointer(), head);
+                let room = unsafe { scratch.part(worker * room, (worker + 1) * room) };
+                let (query, room) = room.split_at_mut(sizes.rows());
+                let (key, room) = room.split_at_mut(sizes.rows());
+                let (gradient, room) = room.split_at_mut(sizes.rows());
+                let (key_columns, room) = room.split_at_mut(sizes.columns());
+                let (value_columns, room) = room.split_at_mut(sizes.columns());
+                let (p, ds) = room.split_at_mut(sizes.scores());
+                let [q, k, v] = head_of(shape, qkv.as_ptr(), head);
+                let [dq, dk, dv] = head_of(shape, dqkv.pointer(), head);
                 let dout = out_of(shape, dout.as_ptr(), head);
-                for from in (0..tokens).step_by(QUERIES) {
-                    let queries = QUERIES.min(tokens - from);
-                    let (query, dquery, dout) = (query.skip_rows(from), dquery.skip_rows(from), dout.skip_rows(from));
+                // SAFETY: the head is inside `qkv` and `dout`. With scaled queries and keys, nothing else needs scaling.
+                unsafe {
+                    sizes.copy_rows(query, q, scale);
+                    sizes.copy_rows(key, k, scale);
+                    sizes.copy_rows(gradient, dout, F::ONE);
+                    sizes.copy_columns(key_columns, k);
+                    sizes.copy_columns(value_columns, v);
+                }
+                for from in (0..tokens).step_by(sizes.tile) {
+                    let queries = sizes.tile.min(tokens - from);
                     let log_sum_exp = &log_sum_exp[head * tokens + from..][..queries];
-                    let (p, dp) = (&mut p[..queries * tokens], &mut dp[..queries * tokens]);
+                    let (query, gradient) = (&query[from * sizes.width..], &gradient[from * sizes.width..]);
                     let later = if from == 0 { Write::Assign } else { Write::Accumulate };
-                    // SAFETY: the matrices are inside the buffers, and this head's gradients are this block's alone.
+                    // SAFETY: the factors are as large as their sizes say, and this head's gradients are this block's alone.
                     unsafe {
-                        let sizes = Sizes { rows: queries, columns: tokens, depth: head_dim };
-                        multiply_here(sizes, Write::Assign, p.as_mut_ptr(), tokens, query, key.transposed());
-                        multiply_here(sizes, Write::Assign, dp.as_mut_ptr(), tokens, dout, value.transposed());
-                        vectorized(|| {
-                            for (row, &log_sum_exp) in log_sum_exp.iter().enumerate() {
-                                let p = &mut p[row * tokens..][..tokens];
-                                probabilities(p, scale, log_sum_exp);
-                                score_gradients(&mut dp[row * tokens..][..tokens], p, scale);
-                            }
-                        });
-                        let (p, ds) = (Matrix::rows(p.as_ptr(), tokens), Matrix::rows(dp.as_ptr(), tokens));
-                        let sizes = Sizes { rows: queries, columns: head_dim, depth: tokens };
-                        multiply_here(sizes, Write::Assign, dquery.start.cast_mut(), dquery.row, ds, key);
-                        let sizes = Sizes { rows: tokens, columns: head_dim, depth: queries };
-                        multiply_here(sizes, later, dkey.start.cast_mut(), dkey.row, ds.transposed(), query);
-                        multiply_here(sizes, later, dvalue.start.cast_mut(), dvalue.row, p.transposed(), dout);
+                        sizes.scores_of(queries, p, query, key_columns);
+                        sizes.scores_of(queries, ds, gradient, value_columns);
+                        probabilities(&sizes, &mut *p, log_sum_exp);
+                        score_gradients(&sizes, &mut *ds, &*p, queries);
+                        sizes.out_of(queries, tokens, sizes.by_query(ds), key, dq.skip(from, 0), Write::Assign);
+                        sizes.out_of(tokens, queries, sizes.by_key(ds), query, dk, later);
+                        sizes.out_of(tokens, queries, sizes.by_key(p), gradient, dv, later);
                     }
                 }
             });
@@ -136,21 +141,149 @@ impl<F: Float> Attention for Cpu<F> {
         let qkv = check::input(op, "qkv", qkv, &[batch, tokens, 3, heads, head_dim])?;
         let log_sum_exp = check::input(op, "log_sum_exp", log_sum_exp, &[batch, heads, tokens])?;
         let scale = F::from_f64(shape.scale());
-        parallel::blocks(batch * heads, |head, _| {
-            // SAFETY: each block has its own head.
-            let out = unsafe { out.part(head * tokens * tokens, (head + 1) * tokens * tokens) };
-            let [query, key, _] = head_of(shape, qkv.as_ptr(), head);
-            let sizes = Sizes { rows: tokens, columns: tokens, depth: head_dim };
-            // SAFETY: the matrices are inside the buffers.
-            unsafe { multiply_here(sizes, Write::Assign, out.as_mut_ptr(), tokens, query, key.transposed()) };
-            vectorized(|| {
-                for row in 0..tokens {
-                    let log_sum_exp = log_sum_exp[head * tokens + row];
-                    self::probabilities(&mut out[row * tokens..][..tokens], scale, log_sum_exp);
+        let sizes = HeadSizes::new::<F>(op, shape)?;
+        let room = sizes.rows() + sizes.columns();
+        scratch::with(parallel::workers(batch * heads) * room, |scratch: &mut [F]| {
+            let scratch = Shared::new(scratch);
+            parallel::blocks(batch * heads, |head, worker| {
+                // SAFETY: each worker has its own part, and each block its own head.
+                let (room, out) = unsafe {
+                    (
+                        scratch.part(worker * room, (worker + 1) * room),
+                        out.part(head * tokens * tokens, (head + 1) * tokens * tokens),
+                    )
+                };
+                let (query, key_columns) = room.split_at_mut(sizes.rows());
+                let [q, k, _] = head_of(shape, qkv.as_ptr(), head);
+                let sizes = HeadSizes { stride: tokens, ..sizes };
+                // SAFETY: the head is inside `qkv`.
+                unsafe {
+                    sizes.copy_rows(query, q, scale);
+                    sizes.copy_columns(key_columns, k);
                 }
+                // SAFETY: the factors are as large as their sizes say.
+                unsafe { sizes.scores_of(tokens, out, query, key_columns) };
+                self::probabilities(&sizes, out, &log_sum_exp[head * tokens..][..tokens]);
             });
-        });
-        Ok(())
+        })
+    }
+}
+
+/// Sizes of one head's working memory.
+#[derive(Clone, Copy, Debug)]
+struct HeadSizes {
+    tokens: usize,
+    head_dim: usize,
+    /// Rows and columns of a tile of the products.
+    panel: (usize, usize),
+    /// Features, filled up to whole panels.
+    width: usize,
+    /// Keys, filled up to whole panels: from one query's scores to the next one's.
+    stride: usize,
+    /// Queries of a tile.
+    tile: usize,
+}
+
+impl HeadSizes {
+    fn new<F: Float>(op: &'static str, shape: AttentionShape) -> Result<Self> {
+        let AttentionShape { tokens, head_dim, .. } = shape;
+        if head_dim == 0 {
+            return Err(Error::shape(op, "head_dim", "at least 1", 0));
+        }
+        let panel = kernel::panels::<F>();
+        let tiles = tokens.div_ceil(QUERIES).max(1);
+        Ok(Self {
+            tokens,
+            head_dim,
+            panel,
+            width: head_dim.next_multiple_of(panel.1),
+            stride: tokens.next_multiple_of(panel.1),
+            tile: tokens.div_ceil(tiles).next_multiple_of(panel.0).max(1),
+        })
+    }
+
+    /// Elements of `[tokens, width]`.
+    fn rows(&self) -> usize {
+        self.tokens * self.width
+    }
+
+    /// Elements of `[stride / panel, head_dim, panel]`.
+    fn columns(&self) -> usize {
+        self.stride * self.head_dim
+    }
+
+    /// Elements of a tile's scores.
+    fn scores(&self) -> usize {
+        self.tile * self.stride
+    }
+
+    /// Copies rows, scaled, to rows of `width` elements.
+    unsafe fn copy_rows<F: Float>(&self, to: &mut [F], from: Matrix<F>, scale: F) {
+        for (row, to) in to.chunks_exact_mut(self.width).enumerate() {
+            // SAFETY: the caller's promise that `from` has all rows of the head.
+            let from = unsafe { std::slice::from_raw_parts(from.start.add(row * from.row), self.head_dim) };
+            copy_scaled(to, from, scale);
+        }
+    }
+
+    /// Copies rows to panels of columns.
+    unsafe fn copy_columns<F: Float>(&self, to: &mut [F], from: Matrix<F>) {
+        let width = self.panel.1;
+        for (panel, to) in to.chunks_exact_mut(width * self.head_dim).enumerate() {
+            let count = width.min(self.tokens - panel * width);
+            // SAFETY: the caller's promise that `from` has all rows of the head.
+            unsafe { kernel::pack(to.as_mut_ptr(), width, count, self.head_dim, from.skip(panel * width, 0)) };
+        }
+    }
+
+    /// A tile's scores as a left factor, a query to a row.
+    fn by_query<F>(&self, scores: &[F]) -> Left<F> {
+        Left { start: scores.as_ptr(), panel: self.panel.0 * self.stride, row: self.stride, step: 1 }
+    }
+
+    /// A tile's scores as a left factor, a key to a row.
+    fn by_key<F>(&self, scores: &[F]) -> Left<F> {
+        Left { start: scores.as_ptr(), panel: self.panel.0, row: 1, step: self.stride }
+    }
+
+    /// `scores = rows columnsᵀ` for the first `queries` rows.
+    unsafe fn scores_of<F: Float>(&self, queries: usize, scores: &mut [F], rows: &[F], columns: &[F]) {
+        let block = Block {
+            rows: queries,
+            columns: self.tokens,
+            depth: self.head_dim,
+            left: Left { start: rows.as_ptr(), panel: self.panel.0 * self.width, row: self.width, step: 1 },
+            right: Right { start: columns.as_ptr(), panel: self.panel.1 * self.head_dim, step: self.panel.1 },
+            out: scores.as_mut_ptr(),
+            stride: self.stride,
+            write: Write::Assign,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { block.multiply() }
+    }
+
+    /// `out (+)= left right`, where `right` has rows of `width` elements.
+    unsafe fn out_of<F: Float>(
+        &self,
+        rows: usize,
+        depth: usize,
+        left: Left<F>,
+        right: &[F],
+        out: Matrix<F>,
+        write: Write,
+    ) {
+        let block = Block {
+            rows,
+            columns: self.head_dim,
+            depth,
+            left,
+            right: Right { start: right.as_ptr(), panel: self.panel.1, step: self.width },
+            out: out.start.cast_mut(),
+            stride: out.row,
+            write,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { block.multiply() }
     }
 }
 
@@ -167,45 +300,87 @@ fn out_of<F>(shape: AttentionShape, out: *const F, head: usize) -> Matrix<F> {
     Matrix::rows(out.wrapping_add(first), shape.width())
 }
 
-/// Scores to probabilities; the natural log-sum-exp of the scaled scores.
-#[inline(always)]
-fn softmax<F: Float>(scores: &mut [F], scale: F) -> F {
-    let largest = largest(scores) * scale;
-    for score in scores.iter_mut() {
-        *score = score.mul_add(scale, -largest).exp();
-    }
-    let sum = reduce([scores], |[p]| p);
-    let factor = F::ONE / sum;
-    for score in scores.iter_mut() {
-        *score *= factor;
-    }
-    largest + F::from_f64(sum.to_f64().ln())
-}
-
-/// Scores to probabilities, from their log-sum-exp.
-#[inline(always)]
-fn probabilities<F: Float>(scores: &mut [F], scale: F, log_sum_exp: F) {
-    for score in scores {
-        *score = score.mul_add(scale, -log_sum_exp).exp();
+vectorized! {
+    /// Copies a row, scaled; what is beyond its end becomes zero.
+    fn copy_scaled<'a, F: Float>(to: &'a mut [F], from: &'a [F], scale: F) {
+        let (to, rest) = to.split_at_mut(from.len());
+        for (to, &from) in to.iter_mut().zip(from) {
+            *to = from * scale;
+        }
+        rest.fill(F::ZERO);
     }
 }
 
-/// The gradient of the unscaled scores from that of the probabilities: `scale p (dp - sum(p dp))`.
-#[inline(always)]
-fn score_gradients<F: Float>(dp: &mut [F], p: &[F], scale: F) {
-    let delta = reduce([&*dp, p], |[dp, p]| dp * p);
-    for (dp, &p) in dp.iter_mut().zip(p) {
-        *dp = (*dp - delta) * p * scale;
+vectorized! {
+    fn multiply<'a, F: Float>(values: &'a mut [F], factor: F) {
+        for value in values {
+            *value *= factor;
+        }
     }
+}
+
+vectorized! {
+    /// A tile's scores to probabilities times a number; each row's natural log-sum-exp, and 1 / that number.
+    fn softmax<'a, F: Float>(sizes: &'a HeadSizes, scores: &'a mut [F], log_sum_exp: &'a mut [F], factors: &'a mut [F]) {
+        for (row, (log_sum_exp, factor)) in log_sum_exp.iter_mut().zip(factors).enumerate() {
+            let scores = &mut scores[row * sizes.stride..][..sizes.tokens];
+            let largest = largest(scores);
+            let sum = exp_all(scores, largest);
+            *log_sum_exp = largest + F::from_f64(sum.to_f64().ln());
+            *factor = F::ONE / sum;
+        }
+    }
+}
+
+vectorized! {
+    /// A tile's scores to probabilities, from their log-sum-exp.
+    fn probabilities<'a, F: Float>(sizes: &'a HeadSizes, scores: &'a mut [F], log_sum_exp: &'a [F]) {
+        for (row, &log_sum_exp) in log_sum_exp.iter().enumerate() {
+            for score in &mut scores[row * sizes.stride..][..sizes.tokens] {
+                *score = (*score - log_sum_exp).exp_bounded();
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// The gradient of a tile's scores from that of the probabilities: `p (dp - sum(p dp))`.
+    fn score_gradients<'a, F: Float>(sizes: &'a HeadSizes, dp: &'a mut [F], p: &'a [F], queries: usize) {
+        for row in 0..queries {
+            let dp = &mut dp[row * sizes.stride..][..sizes.tokens];
+            let p = &p[row * sizes.stride..][..sizes.tokens];
+            let delta = sum_over(dp, p, |dp, p| dp * p);
+            for (dp, &p) in dp.iter_mut().zip(p) {
+                *dp = (*dp - delta) * p;
+            }
+        }
+    }
+}
+
+/// Replaces scores by their exponentials, less the largest one; their sum.
+#[inline(always)]
+fn exp_all<F: Float>(scores: &mut [F], largest: F) -> F {
+    let mut lanes = [F::ZERO; LANES];
+    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for (score, sum) in chunk.iter_mut().zip(&mut lanes) {
+            *score = (*score - largest).exp_bounded();
+            *sum += *score;
+        }
+    }
+    for (score, sum) in rest.iter_mut().zip(&mut lanes) {
+        *score = (*score - largest).exp_bounded();
+        *sum += *score;
+    }
+    add_up(lanes)
 }
 
 /// The largest number.
 #[inline(always)]
 fn largest<F: Float>(values: &[F]) -> F {
-    const LANES: usize = 32;
     let mut lanes = [F::from_f64(f64::NEG_INFINITY); LANES];
-    let chunks = values.chunks_exact(LANES);
-    for (lane, &value) in lanes.iter_mut().zip(chunks.remainder()) {
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for (lane, &value) in lanes.iter_mut().zip(rest) {
         *lane = lane.larger(value);
     }
     for chunk in chunks {

@@ -4,9 +4,10 @@ use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
 
 use crate::cpu::math;
+use crate::cpu::simd::Lanes;
 use crate::ops::Element;
 
-/// f32 or f64.
+/// f32 or f64, and nothing else.
 pub trait Float:
     Element
     + Copy
@@ -20,6 +21,7 @@ pub trait Float:
     + SubAssign
     + MulAssign
     + Sum
+    + Lanes
 {
     /// 0.
     const ZERO: Self;
@@ -37,6 +39,8 @@ pub trait Float:
     fn sqrt(self) -> Self;
     /// The exponential, to about one unit in the last place; 0 where it would be below the smallest normal number.
     fn exp(self) -> Self;
+    /// The exponential of a number that is not above 88, or NaN.
+    fn exp_bounded(self) -> Self;
     /// The error function, to about one unit in the last place of 1.
     fn erf(self) -> Self;
     /// The larger of two numbers; `other` where either is NaN.
@@ -81,6 +85,11 @@ impl Float for f32 {
     }
 
     #[inline(always)]
+    fn exp_bounded(self) -> Self {
+        math::exp_bounded(self)
+    }
+
+    #[inline(always)]
     fn erf(self) -> Self {
         math::erf(self)
     }
@@ -117,6 +126,11 @@ impl Float for f64 {
 
     #[inline(always)]
     fn exp(self) -> Self {
+        self.exp()
+    }
+
+    #[inline(always)]
+    fn exp_bounded(self) -> Self {
         self.exp()
     }
 

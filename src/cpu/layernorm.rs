@@ -1,7 +1,7 @@
 //! LayerNorm: a block of rows at a time, each row in cache from its first read to its write.
 
 use crate::Result;
-use crate::cpu::math::{reduce, vectorized};
+use crate::cpu::math::{sum_over, vectorized};
 use crate::cpu::parallel::{self, Shared};
 use crate::cpu::{Cpu, CpuBuffer, Float, check, scratch};
 use crate::ops::{LayerNorm, LayerNormShape, Write};
@@ -34,13 +34,7 @@ impl<F: Float> LayerNorm for Cpu<F> {
             // SAFETY: pieces are disjoint and inside the rows.
             let (y, mean, rstd) =
                 unsafe { (y.part(from * width, to * width), mean.part(from, to), rstd.part(from, to)) };
-            vectorized(|| {
-                for row in 0..to - from {
-                    let x = &x[(from + row) * width..][..width];
-                    (mean[row], rstd[row]) = statistics(x, epsilon);
-                    normalize(&mut y[row * width..][..width], x, mean[row], rstd[row], gamma, beta);
-                }
-            });
+            rows_forward(y, mean, rstd, &x[from * width..to * width], gamma, beta, epsilon);
         });
         Ok(())
     }
@@ -69,37 +63,44 @@ impl<F: Float> LayerNorm for Cpu<F> {
         let rstd = check::input(op, "rstd", rstd, &[rows])?;
         let gamma = check::input(op, "gamma", gamma, &[width])?;
         let blocks = rows.div_ceil(ROWS);
-        scratch::with(check::product(op, "partial sums", &[blocks, 2, width])?, |partial: &mut [F]| {
+        scratch::with(check::product(op, "partial sums", &[blocks, 3, width])?, |partial: &mut [F]| {
             let sums = Shared::new(partial);
             parallel::blocks(blocks, |block, _| {
                 let (from, to) = (block * ROWS, rows.min((block + 1) * ROWS));
                 // SAFETY: blocks are disjoint.
                 let (dx, sums) = unsafe {
-                    (dx.part(from * width, to * width), sums.part(block * 2 * width, (block + 1) * 2 * width))
+                    (dx.part(from * width, to * width), sums.part(block * 3 * width, (block + 1) * 3 * width))
                 };
-                vectorized(|| {
-                    sums.fill(F::ZERO);
-                    let (dgamma, dbeta) = sums.split_at_mut(width);
-                    for row in from..to {
-                        let dx = &mut dx[(row - from) * width..][..width];
-                        let (dy, x) = (&dy[row * width..][..width], &x[row * width..][..width]);
-                        row_backward(write, dx, dgamma, dbeta, dy, x, mean[row], rstd[row], gamma);
-                    }
-                });
+                sums.fill(F::ZERO);
+                let (dgamma, rest) = sums.split_at_mut(width);
+                let (dbeta, room) = rest.split_at_mut(width);
+                for row in from..to {
+                    let dx = &mut dx[(row - from) * width..][..width];
+                    let (dy, x) = (&dy[row * width..][..width], &x[row * width..][..width]);
+                    row_backward(write, dx, &mut *dgamma, &mut *dbeta, &mut *room, dy, x, mean[row], rstd[row], gamma);
+                }
             });
             parallel::pieces(width, COLUMNS, |from, to| {
                 // SAFETY: pieces are disjoint; the sums are complete and only read from here on.
                 let (dgamma, dbeta, sums) =
-                    unsafe { (dgamma.part(from, to), dbeta.part(from, to), &*sums.part(0, blocks * 2 * width)) };
-                vectorized(|| {
-                    for block in 0..blocks {
-                        let sums = &sums[block * 2 * width..][..2 * width];
-                        add(dgamma, &sums[from..to]);
-                        add(dbeta, &sums[width + from..width + to]);
-                    }
-                });
+                    unsafe { (dgamma.part(from, to), dbeta.part(from, to), &*sums.part(0, blocks * 3 * width)) };
+                for sums in sums.chunks_exact(3 * width.max(1)) {
+                    add(&mut *dgamma, &sums[from..to]);
+                    add(&mut *dbeta, &sums[width + from..width + to]);
+                }
             });
         })
+    }
+}
+
+vectorized! {
+    fn rows_forward<'a, F: Float>(y: &'a mut [F], mean: &'a mut [F], rstd: &'a mut [F], x: &'a [F], gamma: &'a [F], beta: &'a [F], epsilon: f64) {
+        let width = gamma.len();
+        for (row, (mean, rstd)) in mean.iter_mut().zip(rstd).enumerate() {
+            let x = &x[row * width..][..width];
+            (*mean, *rstd) = statistics(x, epsilon);
+            normalize(&mut y[row * width..][..width], x, *mean, *rstd, gamma, beta);
+        }
     }
 }
 
@@ -107,8 +108,8 @@ impl<F: Float> LayerNorm for Cpu<F> {
 #[inline(always)]
 fn statistics<F: Float>(x: &[F], epsilon: f64) -> (F, F) {
     let count = F::from_f64(x.len() as f64);
-    let mean = reduce([x], |[x]| x) / count;
-    let variance = reduce([x], |[x]| (x - mean) * (x - mean)) / count;
+    let mean = sum_over(x, x, |x, _| x) / count;
+    let variance = sum_over(x, x, |x, _| (x - mean) * (x - mean)) / count;
     (mean, F::ONE / (variance + F::from_f64(epsilon)).sqrt())
 }
 
@@ -119,38 +120,32 @@ fn normalize<F: Float>(y: &mut [F], x: &[F], mean: F, rstd: F, gamma: &[F], beta
     }
 }
 
-/// With `n = (x - mean) rstd` and `g = dy gamma`: `dx = rstd (g - mean(g) - n mean(g n))`.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "one row of everything")]
-fn row_backward<F: Float>(
-    write: Write,
-    dx: &mut [F],
-    dgamma: &mut [F],
-    dbeta: &mut [F],
-    dy: &[F],
-    x: &[F],
-    mean: F,
-    rstd: F,
-    gamma: &[F],
-) {
-    let count = F::from_f64(x.len() as f64);
-    let mean_g = reduce([dy, gamma], |[dy, gamma]| dy * gamma) / count;
-    let mean_gn = reduce([dy, gamma, x], |[dy, gamma, x]| dy * gamma * (x - mean)) * rstd / count;
-    let inputs = dy.iter().zip(x).zip(gamma);
-    let outputs = dx.iter_mut().zip(dgamma).zip(dbeta);
-    let accumulate = write == Write::Accumulate;
-    for (((dx, dgamma), dbeta), ((&dy, &x), &gamma)) in outputs.zip(inputs) {
-        let n = (x - mean) * rstd;
-        *dgamma = dy.mul_add(n, *dgamma);
-        *dbeta += dy;
-        let gradient = rstd * (dy * gamma - mean_g - n * mean_gn);
-        *dx = if accumulate { *dx + gradient } else { gradient };
+vectorized! {
+    /// With `n = (x - mean) rstd` and `g = dy gamma`: `dx = rstd (g - mean(g) - n mean(g n))`.
+    fn row_backward<'a, F: Float>(write: Write, dx: &'a mut [F], dgamma: &'a mut [F], dbeta: &'a mut [F], room: &'a mut [F], dy: &'a [F], x: &'a [F], mean: F, rstd: F, gamma: &'a [F]) {
+        let count = F::from_f64(x.len() as f64);
+        // `room` is for `g`.
+        for ((((&dy, &x), &gamma), g), (dgamma, dbeta)) in
+            dy.iter().zip(x).zip(gamma).zip(&mut *room).zip(dgamma.iter_mut().zip(dbeta))
+        {
+            *g = dy * gamma;
+            *dgamma = Float::mul_add(dy, (x - mean) * rstd, *dgamma);
+            *dbeta += dy;
+        }
+        let mean_g = sum_over(room, room, |g, _| g) / count;
+        let mean_gn = sum_over(room, x, |g, x| g * (x - mean)) * rstd / count;
+        let accumulate = write == Write::Accumulate;
+        for ((dx, &g), &x) in dx.iter_mut().zip(&*room).zip(x) {
+            let gradient = rstd * (g - mean_g - (x - mean) * rstd * mean_gn);
+            *dx = if accumulate { *dx + gradient } else { gradient };
+        }
     }
 }
 
-#[inline(always)]
-fn add<F: Float>(sums: &mut [F], values: &[F]) {
-    for (sum, &value) in sums.iter_mut().zip(values) {
-        *sum += value;
+vectorized! {
+    fn add<'a, F: Float>(sums: &'a mut [F], values: &'a [F]) {
+        for (sum, &value) in sums.iter_mut().zip(values) {
+            *sum += value;
+        }
     }
 }

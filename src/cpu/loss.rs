@@ -1,7 +1,7 @@
 //! The reconstruction loss: target, error and gradient of a patch while it is in cache.
 
 use crate::Result;
-use crate::cpu::math::{reduce, vectorized};
+use crate::cpu::math::{sum_over, vectorized};
 use crate::cpu::parallel::{self, Shared};
 use crate::cpu::patchify::Pictures;
 use crate::cpu::{Cpu, CpuBuffer, Float, check, scratch};
@@ -58,12 +58,10 @@ impl<F: Float> Loss for Cpu<F> {
                     }
                     pictures.patch_by_pixel(sample, patch, target);
                     let prediction = &prediction[row * length..][..length];
-                    loss.fill(vectorized(|| {
-                        if norm_pix_loss {
-                            normalize(target);
-                        }
-                        compare(gradient, prediction, target, factor)
-                    }));
+                    if norm_pix_loss {
+                        normalize(target);
+                    }
+                    loss.fill(compare(gradient, prediction, target, factor));
                 }
             });
         })?;
@@ -73,25 +71,27 @@ impl<F: Float> Loss for Cpu<F> {
     }
 }
 
-/// To mean 0 and (unbiased) variance 1.
-#[inline(always)]
-fn normalize<F: Float>(target: &mut [F]) {
-    let count = target.len();
-    let mean = reduce([target], |[t]| t) / F::from_f64(count as f64);
-    let squares = reduce([target], |[t]| (t - mean) * (t - mean));
-    let variance = squares / F::from_f64(count.saturating_sub(1).max(1) as f64);
-    let factor = F::ONE / (variance + F::from_f64(EPSILON)).sqrt();
-    for target in target {
-        *target = (*target - mean) * factor;
+vectorized! {
+    /// To mean 0 and (unbiased) variance 1.
+    fn normalize<'a, F: Float>(target: &'a mut [F]) {
+        let count = target.len();
+        let mean = sum_over(target, target, |t, _| t) / F::from_f64(count as f64);
+        let squares = sum_over(target, target, |t, _| (t - mean) * (t - mean));
+        let variance = squares / F::from_f64(count.saturating_sub(1).max(1) as f64);
+        let factor = F::ONE / (variance + F::from_f64(EPSILON)).sqrt();
+        for target in target {
+            *target = (*target - mean) * factor;
+        }
     }
 }
 
-/// Writes the gradient; the mean squared error.
-#[inline(always)]
-fn compare<F: Float>(gradient: &mut [F], prediction: &[F], target: &[F], factor: F) -> F {
-    for ((gradient, &prediction), &target) in gradient.iter_mut().zip(prediction).zip(target) {
-        *gradient = (prediction - target) * factor;
+vectorized! {
+    /// Writes the gradient; the mean squared error.
+    fn compare<'a, F: Float>(gradient: &'a mut [F], prediction: &'a [F], target: &'a [F], factor: F) -> F {
+        for ((gradient, &prediction), &target) in gradient.iter_mut().zip(prediction).zip(target) {
+            *gradient = (prediction - target) * factor;
+        }
+        let squares = sum_over(prediction, target, |p, t| (p - t) * (p - t));
+        squares / F::from_f64(target.len() as f64)
     }
-    let squares = reduce([prediction, target], |[p, t]| (p - t) * (p - t));
-    squares / F::from_f64(target.len() as f64)
 }

@@ -1,10 +1,12 @@
 //! The CPU backend: f32 for use, f64 for gradient checks.
 
+mod activation;
 mod adamw;
 mod attention;
 mod check;
 mod float;
 mod gemm;
+mod kernel;
 mod layernorm;
 mod linear;
 mod loss;
@@ -14,6 +16,7 @@ mod memory;
 mod parallel;
 mod patchify;
 mod scratch;
+mod simd;
 mod tokens;
 
 pub use float::Float;

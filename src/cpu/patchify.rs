@@ -35,10 +35,15 @@ impl<F: Float> Patchify for Cpu<F> {
     }
 }
 
+/// Channels of the usual picture, for which there are faster loops.
+const COLORS: usize = 3;
+
 /// Checked pictures.
 pub(super) struct Pictures<'a> {
     image: ImageShape,
     pixels: Source<'a>,
+    /// What the bytes of each colour become.
+    table: [[f32; 256]; COLORS],
 }
 
 enum Source<'a> {
@@ -56,24 +61,39 @@ impl<'a> Pictures<'a> {
         image.check()?;
         let ImageShape { channels, height, width, .. } = image;
         let sizes = [batch, channels, height, width];
+        let mut table = [[0.0; 256]; COLORS];
         let pixels = match pixels {
             Pixels::Normalized(values) => Source::Normalized(check::input(op, "pixels", values, &sizes)?),
-            Pixels::Bytes { values, mean, deviation } => Source::Bytes {
-                values: check::input(op, "pixels", values, &sizes)?,
-                mean: check::input(op, "mean", mean, &[channels])?,
-                deviation: check::input(op, "deviation", deviation, &[channels])?,
-            },
+            Pixels::Bytes { values, mean, deviation } => {
+                let values = check::input(op, "pixels", values, &sizes)?;
+                let mean = check::input(op, "mean", mean, &[channels])?;
+                let deviation = check::input(op, "deviation", deviation, &[channels])?;
+                for ((table, &mean), &deviation) in table.iter_mut().zip(mean).zip(deviation) {
+                    for (byte, number) in (0..=u8::MAX).zip(table) {
+                        *number = normalized(byte, mean, deviation);
+                    }
+                }
+                Source::Bytes { values, mean, deviation }
+            }
         };
-        Ok(Self { image, pixels })
+        Ok(Self { image, pixels, table })
     }
 
     /// The numbers of a patch in the order (c, p, q).
     fn patch_by_channel<F: Float>(&self, sample: usize, patch: usize, out: &mut [F]) {
-        let ImageShape { patch_height, patch_width, .. } = self.image;
-        let area = patch_height * patch_width;
-        for (channel, out) in out.chunks_exact_mut(area).enumerate() {
-            for (p, out) in out.chunks_exact_mut(patch_width).enumerate() {
-                self.line(sample, patch, p, channel, out.iter_mut());
+        let ImageShape { channels, patch_height, patch_width, .. } = self.image;
+        let lines = out.chunks_exact_mut(patch_width).enumerate();
+        for (line, out) in lines {
+            let (channel, p) = (line / patch_height, line % patch_height);
+            match self.pixels {
+                Source::Bytes { values, .. } if channels == COLORS => {
+                    let (values, _) = values[self.interleaved(sample, patch, p)..].as_chunks::<COLORS>();
+                    let table = &self.table[channel];
+                    for (out, value) in out.iter_mut().zip(values) {
+                        *out = F::from_f32(table[value[channel] as usize]);
+                    }
+                }
+                _ => self.line(sample, patch, p, channel, out.iter_mut()),
             }
         }
     }
@@ -82,8 +102,27 @@ impl<'a> Pictures<'a> {
     pub(super) fn patch_by_pixel<F: Float>(&self, sample: usize, patch: usize, out: &mut [F]) {
         let ImageShape { channels, patch_width, .. } = self.image;
         for (p, out) in out.chunks_exact_mut(patch_width * channels).enumerate() {
-            for channel in 0..channels {
-                self.line(sample, patch, p, channel, out[channel..].iter_mut().step_by(channels));
+            if channels != COLORS {
+                for channel in 0..channels {
+                    self.line(sample, patch, p, channel, out[channel..].iter_mut().step_by(channels));
+                }
+                continue;
+            }
+            let (out, _) = out.as_chunks_mut::<COLORS>();
+            match self.pixels {
+                Source::Normalized(values) => {
+                    let [r, g, b] = [0, 1, 2].map(|channel| &values[self.planar(sample, patch, p, channel)..]);
+                    for (((out, &r), &g), &b) in out.iter_mut().zip(r).zip(g).zip(b) {
+                        *out = [r, g, b].map(F::from_f32);
+                    }
+                }
+                Source::Bytes { values, .. } => {
+                    let (values, _) = values[self.interleaved(sample, patch, p)..].as_chunks::<COLORS>();
+                    let [red, green, blue] = &self.table;
+                    for (out, &[r, g, b]) in out.iter_mut().zip(values) {
+                        *out = [red[r as usize], green[g as usize], blue[b as usize]].map(F::from_f32);
+                    }
+                }
             }
         }
     }
@@ -98,23 +137,44 @@ impl<'a> Pictures<'a> {
         channel: usize,
         out: impl Iterator<Item = &'o mut F>,
     ) {
-        let ImageShape { channels, height, width, patch_height, patch_width } = self.image;
-        let across = width / patch_width;
-        let (y, x) = (patch / across * patch_height + p, patch % across * patch_width);
         match self.pixels {
             Source::Normalized(values) => {
-                let values = &values[((sample * channels + channel) * height + y) * width + x..];
-                for (out, &value) in out.zip(values) {
+                for (out, &value) in out.zip(&values[self.planar(sample, patch, p, channel)..]) {
                     *out = F::from_f32(value);
                 }
             }
             Source::Bytes { values, mean, deviation } => {
-                let values = &values[((sample * height + y) * width + x) * channels + channel..];
-                let (mean, deviation) = (mean[channel], deviation[channel]);
-                for (out, &value) in out.zip(values.iter().step_by(channels)) {
-                    *out = F::from_f32((f32::from(value) / 255.0 - mean) / deviation);
+                let values = &values[self.interleaved(sample, patch, p) + channel..];
+                for (out, &value) in out.zip(values.iter().step_by(self.image.channels)) {
+                    *out = F::from_f32(normalized(value, mean[channel], deviation[channel]));
                 }
             }
         }
     }
+
+    /// The pixel at which row `p` of a patch starts.
+    fn pixel(&self, patch: usize, p: usize) -> (usize, usize) {
+        let ImageShape { width, patch_height, patch_width, .. } = self.image;
+        let across = width / patch_width;
+        (patch / across * patch_height + p, patch % across * patch_width)
+    }
+
+    /// Where it is in `[B, C, H, W]`.
+    fn planar(&self, sample: usize, patch: usize, p: usize, channel: usize) -> usize {
+        let ImageShape { channels, height, width, .. } = self.image;
+        let (y, x) = self.pixel(patch, p);
+        ((sample * channels + channel) * height + y) * width + x
+    }
+
+    /// Where it is in `[B, H, W, C]`.
+    fn interleaved(&self, sample: usize, patch: usize, p: usize) -> usize {
+        let ImageShape { channels, height, width, .. } = self.image;
+        let (y, x) = self.pixel(patch, p);
+        ((sample * height + y) * width + x) * channels
+    }
+}
+
+/// What the model sees of a byte; each operation rounds to f32, in every precision.
+fn normalized(byte: u8, mean: f32, deviation: f32) -> f32 {
+    (f32::from(byte) / 255.0 - mean) / deviation
 }

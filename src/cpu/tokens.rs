@@ -31,7 +31,8 @@ impl<F: Float> Tokens for Cpu<F> {
             (_, 0) => add(x, class_token, &positions[..width]),
             (sample, token) => {
                 let patch = sample * selected + token - 1;
-                add(x, &patches[patch * width..], &positions[(1 + ids_keep[patch] as usize) * width..]);
+                let position = &positions[(1 + ids_keep[patch] as usize) * width..];
+                add(x, &patches[patch * width..], position);
             }
         });
         Ok(())
@@ -53,11 +54,9 @@ impl<F: Float> Tokens for Cpu<F> {
             let token = row / selected * short + 1 + row % selected;
             dpatch.copy_from_slice(&dx[token * width..][..width]);
         });
-        vectorized(|| {
-            for sample in 0..batch {
-                accumulate(dclass_token, &dx[sample * short * width..]);
-            }
-        });
+        for sample in 0..batch {
+            accumulate(&mut *dclass_token, &dx[sample * short * width..]);
+        }
         Ok(())
     }
 
@@ -116,22 +115,18 @@ impl<F: Float> Tokens for Cpu<F> {
                 let dy = &dy[sample * tokens * width..][..tokens * width];
                 let ids_restore = &ids_restore[sample * shape.patches..][..shape.patches];
                 dx[..width].copy_from_slice(&dy[..width]);
-                vectorized(|| {
-                    sum.fill(F::ZERO);
-                    for (patch, &rank) in ids_restore.iter().enumerate() {
-                        let dy = &dy[(1 + patch) * width..][..width];
-                        match visible(rank, selected) {
-                            Some(token) => dx[token * width..][..width].copy_from_slice(dy),
-                            None => accumulate(sum, dy),
-                        }
+                sum.fill(F::ZERO);
+                for (patch, &rank) in ids_restore.iter().enumerate() {
+                    let dy = &dy[(1 + patch) * width..][..width];
+                    match visible(rank, selected) {
+                        Some(token) => dx[token * width..][..width].copy_from_slice(dy),
+                        None => accumulate(&mut *sum, dy),
                     }
-                });
-            });
-            vectorized(|| {
-                for sample in 0..batch {
-                    accumulate(dmask_token, &sums[sample * width..]);
                 }
             });
+            for sample in 0..batch {
+                accumulate(&mut *dmask_token, &sums[sample * width..]);
+            }
         })
     }
 
@@ -212,25 +207,25 @@ fn rows<F: Float>(out: &mut [F], width: usize, work: impl Fn(usize, &mut [F]) + 
     let count = out.len().checked_div(width).unwrap_or(0);
     let out = Shared::new(out);
     parallel::pieces(count, ROWS, |from, to| {
-        vectorized(|| {
-            for row in from..to {
-                // SAFETY: each row is written once, and inside the output.
-                work(row, unsafe { out.part(row * width, (row + 1) * width) });
-            }
-        });
+        for row in from..to {
+            // SAFETY: each row is written once, and inside the output.
+            work(row, unsafe { out.part(row * width, (row + 1) * width) });
+        }
     });
 }
 
-#[inline(always)]
-fn add<F: Float>(sum: &mut [F], first: &[F], second: &[F]) {
-    for ((sum, &first), &second) in sum.iter_mut().zip(first).zip(second) {
-        *sum = first + second;
+vectorized! {
+    fn add<'a, F: Float>(sum: &'a mut [F], first: &'a [F], second: &'a [F]) {
+        for ((sum, &first), &second) in sum.iter_mut().zip(first).zip(second) {
+            *sum = first + second;
+        }
     }
 }
 
-#[inline(always)]
-fn accumulate<F: Float>(sums: &mut [F], values: &[F]) {
-    for (sum, &value) in sums.iter_mut().zip(values) {
-        *sum += value;
+vectorized! {
+    fn accumulate<'a, F: Float>(sums: &'a mut [F], values: &'a [F]) {
+        for (sum, &value) in sums.iter_mut().zip(values) {
+            *sum += value;
+        }
     }
 }

@@ -45,7 +45,6 @@ const DRIVER_SYMBOLS: &[&str] = &[
     "cuModuleLoadData",
     "cuModuleUnload",
     "cuModuleGetFunction",
-    "cuFuncGetAttribute",
     "cuFuncSetAttribute",
     "cuLaunchKernel",
 ];
@@ -300,20 +299,11 @@ fn resolve(module: Option<sys::CUmodule>, symbol: &'static str, info: &DeviceInf
     let resolving = |error| call("resolving a kernel", error);
     // SAFETY: the module is loaded.
     let function = unsafe { result::module::get_function(module, name) }.map_err(resolving)?;
-    use sys::CUfunction_attribute_enum as Attribute;
-    // Once, here, and not at a launch: it may not change while a graph is captured.
+    // Once, here, and not at a launch: it may not change while a graph is captured. Kernels have no other shared memory.
+    let most = i32::try_from(info.shared_bytes_per_block).unwrap_or(48 << 10);
+    let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     // SAFETY: the function was just resolved.
-    unsafe {
-        let fixed = result::function::get_function_attribute(function, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
-            .map_err(resolving)?;
-        let most = i32::try_from(info.shared_bytes_per_block).unwrap_or(48 << 10) - fixed;
-        result::function::set_function_attribute(
-            function,
-            Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-            most,
-        )
-        .map_err(resolving)?;
-    }
+    unsafe { result::function::set_function_attribute(function, attribute, most) }.map_err(resolving)?;
     Ok(function)
 }
 

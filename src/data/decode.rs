@@ -108,7 +108,7 @@ impl Decoder {
         bytes.clear();
         let unreadable = |problem: &dyn std::fmt::Display| picture(path, format!("cannot be read: {problem}"));
         let (file, length) = open(path).map_err(|error| match error {
-            Error::Io { source, .. } => unreadable(&source),
+            Error::Io { cause, .. } => unreadable(&cause),
             other => other,
         })?;
         if length > self.max_bytes() {

@@ -262,7 +262,7 @@ impl Loader {
         let threads_refused = |error: std::io::Error| Error::Io {
             action: "starting",
             path: PathBuf::from("loader threads"),
-            source: error,
+            cause: error,
         };
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(workers)

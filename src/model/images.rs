@@ -51,7 +51,7 @@ impl Images<'_> {
             return Err(Error::shape("images", "channels", model.channels, self.channels));
         }
         image.check()?;
-        let expected = self.batch.checked_mul(image.length()).unwrap_or(usize::MAX);
+        let expected = self.batch.saturating_mul(image.length());
         let found = match self.values {
             ImageValues::Normalized(values) => {
                 if let Some(place) = values.iter().position(|value| !value.is_finite()) {

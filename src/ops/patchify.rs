@@ -78,7 +78,7 @@ impl ImageShape {
 }
 
 /// A batch of pictures on the device.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub enum Pixels<'a, M: Memory> {
     /// Normalised numbers `[B, C, H, W]`, used as they are.
     Normalized(&'a M::Buffer<f32>),
@@ -92,6 +92,15 @@ pub enum Pixels<'a, M: Memory> {
         deviation: &'a M::Buffer<f32>,
     },
 }
+
+// Not derived: that would ask for buffers that can be copied.
+impl<M: Memory> Clone for Pixels<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M: Memory> Copy for Pixels<'_, M> {}
 
 /// Cuts images into patches.
 pub trait Patchify: Memory {

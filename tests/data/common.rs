@@ -28,7 +28,10 @@ pub fn content(batch: &Batch) -> (Vec<u8>, Vec<u64>, Option<Vec<u32>>, u32, usiz
     (batch.pixels.clone(), batch.samples.clone(), batch.labels.clone(), batch.epoch, batch.index)
 }
 
-pub fn take(loader: &mut Loader, count: usize) -> Vec<(Vec<u8>, Vec<u64>, Option<Vec<u32>>, u32, usize)> {
+/// Pixels, samples, labels, epoch and number of a batch.
+pub type Taken = (Vec<u8>, Vec<u64>, Option<Vec<u32>>, u32, usize);
+
+pub fn take(loader: &mut Loader, count: usize) -> Vec<Taken> {
     (0..count).map(|_| content(&loader.next_batch().unwrap().unwrap())).collect()
 }
 

@@ -1,0 +1,122 @@
+//! A warmed-up call of an op on the CPU allocates nothing, on any thread.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use vitmae::cpu::{Cpu, CpuBuffer};
+use vitmae::ops::{
+    Activation, AdamW, AdamWSettings, Attention, AttentionShape, ImageShape, LayerNorm, LayerNormShape, Linear,
+    LinearShape, Loss, LossShape, Masking, MaskingShape, Memory, Patchify, Pixels, RandomMask, Tokens, TokensShape,
+    Write,
+};
+
+/// How often memory was asked for.
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+
+struct Counting;
+
+// SAFETY: everything is passed on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        COUNT.fetch_add(1, Ordering::SeqCst);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Calls every op once, with buffers that are there already.
+struct Step {
+    cpu: Cpu,
+    floats: Vec<CpuBuffer<f32>>,
+    ids: Vec<CpuBuffer<u32>>,
+    samples: CpuBuffer<u64>,
+    bytes: CpuBuffer<u8>,
+}
+
+const LENGTH: usize = 2 * 197 * 512;
+
+impl Step {
+    fn new() -> Self {
+        let cpu = Cpu::new();
+        let floats = (0..10).map(|_| cpu.buffer(LENGTH).unwrap()).collect();
+        let ids = (0..3).map(|_| cpu.buffer(2 * 196).unwrap()).collect();
+        Self { cpu, floats, ids, samples: cpu.buffer(2).unwrap(), bytes: cpu.buffer(2 * 3 * 224 * 224).unwrap() }
+    }
+
+    fn run(&mut self) -> vitmae::Result<()> {
+        let Self { cpu, floats, ids, samples, bytes } = self;
+        let [a, b, c, d, e, f, g, h, i, j] = &mut floats[..] else { unreachable!() };
+        let [keep, hidden, restore] = &mut ids[..] else { unreachable!() };
+        let masking = MaskingShape { batch: 2, patches: 196, keep: 49 };
+        cpu.masking_random(masking, keep, hidden, restore, a, RandomMask { seed: 1, epoch: 2 }, samples)?;
+        cpu.masking_from_noise(masking, keep, hidden, restore, a, b)?;
+        let image = ImageShape { channels: 3, height: 224, width: 224, patch_height: 16, patch_width: 16 };
+        let pixels: Pixels<Cpu> = Pixels::Bytes { values: bytes, mean: a, deviation: b };
+        cpu.patchify_visible_forward(image, 2, 49, c, pixels, keep)?;
+        let loss = LossShape { image, batch: 2, predicted: 100, norm_pix_loss: true, scale: 0.1 };
+        cpu.loss_forward_backward(loss, c, d, e, f, pixels, hidden, a)?;
+        let tokens = TokensShape { batch: 2, patches: 196, selected: 49, width: 512 };
+        cpu.tokens_assemble_forward(tokens, c, d, e, f, keep)?;
+        cpu.tokens_assemble_backward(tokens, c, d, e)?;
+        cpu.tokens_unshuffle_forward(tokens, c, d, e, f, restore)?;
+        cpu.tokens_unshuffle_backward(tokens, c, d, e, restore)?;
+        cpu.tokens_gather_forward(tokens, c, d, keep)?;
+        cpu.tokens_gather_backward(tokens, c, d, keep)?;
+        let norm = LayerNormShape { rows: 300, width: 512, epsilon: 1e-6 };
+        cpu.layernorm_forward(norm, c, d, e, f, g, h)?;
+        cpu.layernorm_backward(norm, Write::Accumulate, c, d, e, f, g, h, i, j)?;
+        for (inputs, outputs) in [(512, 300), (300, 512), (33, 7)] {
+            let linear = LinearShape { rows: 394, inputs, outputs };
+            cpu.linear_forward(linear, c, d, e, Some(f))?;
+            cpu.linear_residual_forward(linear, c, d, e, f, Some(g))?;
+            cpu.linear_activation_forward(linear, Activation::Gelu, c, d, e, f, Some(g))?;
+            cpu.linear_backward_input(linear, Write::Assign, c, d, e)?;
+            cpu.linear_activation_backward_input(linear, Activation::Gelu, c, d, e, f)?;
+            cpu.linear_backward_weight(linear, c, Some(d), e, f)?;
+        }
+        cpu.activation_forward(LENGTH, Activation::Gelu, c, d)?;
+        let attention = AttentionShape { batch: 2, tokens: 100, heads: 5, head_dim: 64 };
+        cpu.attention_forward(attention, c, d, e)?;
+        cpu.attention_backward(attention, c, d, e, f)?;
+        cpu.attention_probabilities(attention, c, d, e)?;
+        cpu.gradient_norm(LENGTH, c)?;
+        let settings = AdamWSettings {
+            learning_rate: 1e-3,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.05,
+            step: 1,
+            gradient_scale: 1.0,
+            length: LENGTH,
+            decayed: LENGTH / 2,
+        };
+        cpu.adamw_step(settings, c, d, e, f, g)
+    }
+}
+
+#[test]
+fn a_warmed_up_step_allocates_nothing() {
+    for threads in [1, 2, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let mut step = Step::new();
+        pool.install(|| {
+            step.run().unwrap();
+            step.run().unwrap();
+            let before = COUNT.load(Ordering::SeqCst);
+            for _ in 0..5 {
+                step.run().unwrap();
+            }
+            let count = COUNT.load(Ordering::SeqCst) - before;
+            assert_eq!(count, 0, "allocations on {threads} threads");
+        });
+    }
+}
