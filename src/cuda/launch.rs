@@ -301,6 +301,26 @@ impl<T: Pod> Buffer<T> {
     }
 }
 
+impl Buffer<u8> {
+    /// `len` elements from a byte on. Both lie inside, and the byte is a multiple of the element's alignment.
+    pub(crate) fn part<T: Pod>(&self, byte: usize, len: usize) -> Slice<'_, T> {
+        debug_assert!(byte + len * size_of::<T>() <= self.len);
+        let address = self.address + byte as u64;
+        Slice { address, len, device: self.driver.device(), guard: None, element: PhantomData }
+    }
+
+    /// The same, to be written.
+    ///
+    /// # Safety
+    ///
+    /// Nobody else uses these elements while the result lives.
+    pub(crate) unsafe fn part_mut<T: Pod>(&self, byte: usize, len: usize) -> SliceMut<'_, T> {
+        debug_assert!(byte + len * size_of::<T>() <= self.len);
+        let address = self.address + byte as u64;
+        SliceMut { address, len, device: self.driver.device(), guard: None, element: PhantomData }
+    }
+}
+
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
         if self.address != 0 {

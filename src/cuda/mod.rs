@@ -3,6 +3,7 @@
 //! [`devices`] lists GPUs, [`Gpu::open`] opens one, [`Gpu::new_stream`] or [`Gpu::stream`] (a caller's cudarc stream) gives a
 //! [`Stream`], and each op family has one module of launchers. Nothing here panics where the driver or NVRTC is missing.
 
+pub mod backend;
 pub mod driver;
 #[cfg(feature = "emulator")]
 pub mod emulator;
@@ -16,6 +17,7 @@ pub mod modules;
 pub mod nvrtc;
 pub mod patchify;
 
+pub use backend::{Cuda, CudaBuffer, CudaElement};
 pub use driver::{DeviceInfo, Gpu, devices};
 pub use error::{CudaError, Result};
 pub use launch::{Buffer, DeviceId, Slice, SliceMut, Stream};

@@ -1,0 +1,208 @@
+//! The CUDA backend as the model sees it: a stream, and buffers that share one allocation.
+//!
+//! Each op family implements its trait of [`crate::ops`] in its own module, over the launchers there.
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use half::bf16;
+
+use super::launch::{Buffer, Slice, SliceMut, Stream};
+use crate::ops::{Element, Memory};
+use crate::{Error, Result};
+
+/// The type of activations and weight matrices on a GPU: [`bf16`] to train, `f32` to compare.
+pub trait CudaElement: Element + super::patchify::RowElement {
+    /// Rounds to this type.
+    fn from_f64(value: f64) -> Self;
+    /// Widens to f64.
+    fn to_f64(self) -> f64;
+    /// The working copy of masters: `None` where these are the masters themselves.
+    #[must_use]
+    fn is_master() -> bool;
+}
+
+impl CudaElement for f32 {
+    fn from_f64(value: f64) -> Self {
+        value as f32
+    }
+
+    fn to_f64(self) -> f64 {
+        self.into()
+    }
+
+    fn is_master() -> bool {
+        true
+    }
+}
+
+impl CudaElement for bf16 {
+    fn from_f64(value: f64) -> Self {
+        Self::from_f64(value)
+    }
+
+    fn to_f64(self) -> f64 {
+        self.to_f64()
+    }
+
+    fn is_master() -> bool {
+        false
+    }
+}
+
+/// A GPU, or the emulator, as a device of the model: everything runs on one stream. Cheap to clone.
+#[derive(Debug)]
+pub struct Cuda<E> {
+    stream: Stream,
+    element: PhantomData<E>,
+}
+
+impl<E> Clone for Cuda<E> {
+    fn clone(&self) -> Self {
+        Self { stream: self.stream.clone(), element: PhantomData }
+    }
+}
+
+impl<E: CudaElement> Cuda<E> {
+    /// A backend whose work goes to `stream`.
+    #[must_use]
+    pub fn new(stream: Stream) -> Self {
+        Self { stream, element: PhantomData }
+    }
+
+    /// Where its work goes.
+    #[must_use]
+    pub fn stream(&self) -> &Stream {
+        &self.stream
+    }
+}
+
+/// Elements of an allocation on the device, which lives as long as any buffer of it.
+#[derive(Debug)]
+pub struct CudaBuffer<T> {
+    memory: Arc<Buffer<u8>>,
+    /// Where it starts in the allocation.
+    byte: usize,
+    length: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: Element> CudaBuffer<T> {
+    /// Number of elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether there are no elements.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// All of it, to be read.
+    #[must_use]
+    pub fn slice(&self) -> Slice<'_, T> {
+        self.memory.part(self.byte, self.length)
+    }
+
+    /// All of it, to be written.
+    #[must_use]
+    pub fn slice_mut(&mut self) -> SliceMut<'_, T> {
+        // SAFETY: whoever made an alias promised to use one handle at a time.
+        unsafe { self.memory.part_mut(self.byte, self.length) }
+    }
+
+    /// The first `sizes` (multiplied) elements, to be read: how an op takes its inputs.
+    pub(crate) fn input(&self, op: &'static str, what: &'static str, sizes: &[usize]) -> Result<Slice<'_, T>> {
+        let length = checked(op, what, sizes, self.length)?;
+        Ok(self.memory.part(self.byte, length))
+    }
+
+    /// The first `sizes` (multiplied) elements, to be written: how an op takes its outputs.
+    pub(crate) fn output(&mut self, op: &'static str, what: &'static str, sizes: &[usize]) -> Result<SliceMut<'_, T>> {
+        let length = checked(op, what, sizes, self.length)?;
+        // SAFETY: as for `slice_mut`.
+        Ok(unsafe { self.memory.part_mut(self.byte, length) })
+    }
+}
+
+fn checked(op: &'static str, what: &'static str, sizes: &[usize], found: usize) -> Result<usize> {
+    let length = sizes.iter().try_fold(1_usize, |product, &size| product.checked_mul(size));
+    match length {
+        Some(length) if length <= found => Ok(length),
+        _ => Err(Error::shape(op, what, format!("at least {sizes:?} elements"), found)),
+    }
+}
+
+impl<E: CudaElement> Memory for Cuda<E> {
+    type Element = E;
+    type Master = f32;
+    type Buffer<T: Element> = CudaBuffer<T>;
+
+    fn buffer<T: Element>(&self, length: usize) -> Result<CudaBuffer<T>> {
+        let bytes = length.saturating_mul(size_of::<T>());
+        let memory = Arc::new(self.stream.zeros(bytes)?);
+        Ok(CudaBuffer { memory, byte: 0, length, element: PhantomData })
+    }
+
+    unsafe fn alias<T: Element>(&self, buffer: &CudaBuffer<T>, offset: usize, length: usize) -> Result<CudaBuffer<T>> {
+        if offset.checked_add(length).is_none_or(|end| end > buffer.length) {
+            let found = format!("{length} from {offset} on");
+            return Err(Error::shape("alias", "range", format!("inside {} elements", buffer.length), found));
+        }
+        let byte = buffer.byte + offset * size_of::<T>();
+        Ok(CudaBuffer { memory: Arc::clone(&buffer.memory), byte, length, element: PhantomData })
+    }
+
+    unsafe fn working_copy(&self, master: &CudaBuffer<f32>, length: usize) -> Result<CudaBuffer<E>> {
+        if !E::is_master() {
+            return self.buffer(length);
+        }
+        // SAFETY: the caller's promise.
+        let alias = unsafe { self.alias(master, 0, length)? };
+        Ok(CudaBuffer { memory: alias.memory, byte: alias.byte, length, element: PhantomData })
+    }
+
+    fn refresh(&self, working: &mut CudaBuffer<E>, master: &CudaBuffer<f32>) -> Result<()> {
+        if E::is_master() {
+            return Ok(());
+        }
+        let _ = (working, master);
+        Err(Error::Device("rounding masters to bf16 is not written yet".to_string()))
+    }
+
+    fn length<T: Element>(&self, buffer: &CudaBuffer<T>) -> usize {
+        buffer.length
+    }
+
+    fn upload<T: Element>(&self, to: &mut CudaBuffer<T>, from: &[T]) -> Result<()> {
+        let mut to = to.output("upload", "target", &[from.len()])?;
+        Ok(self.stream.write(&mut to, from)?)
+    }
+
+    fn download<T: Element>(&self, to: &mut [T], from: &CudaBuffer<T>) -> Result<()> {
+        let from = from.input("download", "source", &[to.len()])?;
+        Ok(self.stream.read(to, &from)?)
+    }
+
+    fn zero<T: Element>(&self, buffer: &mut CudaBuffer<T>) -> Result<()> {
+        Ok(self.stream.fill(&mut buffer.slice_mut(), 0)?)
+    }
+
+    fn element(value: f64) -> E {
+        E::from_f64(value)
+    }
+
+    fn master(value: f64) -> f32 {
+        value as f32
+    }
+
+    fn element_f64(value: E) -> f64 {
+        value.to_f64()
+    }
+
+    fn master_f64(value: f32) -> f64 {
+        value.into()
+    }
+}
