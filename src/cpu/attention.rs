@@ -28,20 +28,22 @@ impl<F: Float> Attention for Cpu<F> {
         let log_sum_exp = Shared::new(check::output(op, "log_sum_exp", log_sum_exp, &[batch, heads, tokens])?);
         let qkv = check::input(op, "qkv", qkv, &[batch, tokens, 3, heads, head_dim])?;
         let sizes = HeadSizes::new::<F>(op, shape)?;
-        let room = sizes.rows() + sizes.columns() + sizes.rows() + sizes.scores();
+        let scale = F::from_f64(shape.scale());
+        let room = sizes.panels() + sizes.columns() + sizes.rows() + 2 * sizes.scores();
         scratch::with(parallel::workers(batch * heads) * room, |scratch: &mut [F]| {
             let scratch = Shared::new(scratch);
             parallel::blocks(batch * heads, |head, worker| {
                 // SAFETY: each worker has its own part.
                 let room = unsafe { scratch.part(worker * room, (worker + 1) * room) };
-                let (query, room) = room.split_at_mut(sizes.rows());
+                let (query, room) = room.split_at_mut(sizes.panels());
                 let (key_columns, room) = room.split_at_mut(sizes.columns());
-                let (value, scores) = room.split_at_mut(sizes.rows());
+                let (value, room) = room.split_at_mut(sizes.rows());
+                let (scores, score_panels) = room.split_at_mut(sizes.scores());
                 let [q, k, v] = head_of(shape, qkv.as_ptr(), head);
                 let out = out_of(shape, out.pointer(), head);
                 // SAFETY: the head is inside `qkv`.
                 unsafe {
-                    sizes.copy_rows(query, q, F::from_f64(shape.scale()));
+                    sizes.copy_panels(query, q);
                     sizes.copy_columns(key_columns, k);
                     sizes.copy_rows(value, v, F::ONE);
                 }
@@ -54,9 +56,9 @@ impl<F: Float> Attention for Cpu<F> {
                     let out = out.skip(from, 0);
                     // SAFETY: the factors are as large as their sizes say, and this head's output is this block's alone.
                     unsafe {
-                        sizes.scores_of(queries, scores, &query[from * sizes.width..], key_columns);
-                        softmax(&sizes, &mut *scores, log_sum_exp, &mut factors[..queries]);
-                        let left = sizes.by_query(scores);
+                        sizes.scores_of(queries, scores, &query[from * head_dim..], key_columns);
+                        softmax(&sizes, &mut *scores, log_sum_exp, &mut factors[..queries], scale);
+                        let left = sizes.by_query(queries, score_panels, scores);
                         sizes.out_of(queries, tokens, left, value, out, Write::Assign);
                         for (row, &factor) in factors[..queries].iter().enumerate() {
                             let out = out.start.add(row * out.row).cast_mut();
@@ -84,23 +86,28 @@ impl<F: Float> Attention for Cpu<F> {
         let log_sum_exp = check::input(op, "log_sum_exp", log_sum_exp, &[batch, heads, tokens])?;
         let scale = F::from_f64(shape.scale());
         let sizes = HeadSizes::new::<F>(op, shape)?;
-        let room = 3 * sizes.rows() + 2 * sizes.columns() + 2 * sizes.scores();
+        let room = 2 * sizes.panels() + 3 * sizes.rows() + 2 * sizes.columns() + 3 * sizes.scores();
         scratch::with(parallel::workers(batch * heads) * room, |scratch: &mut [F]| {
             let scratch = Shared::new(scratch);
             parallel::blocks(batch * heads, |head, worker| {
                 // SAFETY: each worker has its own part.
                 let room = unsafe { scratch.part(worker * room, (worker + 1) * room) };
+                let (query_panels, room) = room.split_at_mut(sizes.panels());
+                let (gradient_panels, room) = room.split_at_mut(sizes.panels());
                 let (query, room) = room.split_at_mut(sizes.rows());
                 let (key, room) = room.split_at_mut(sizes.rows());
                 let (gradient, room) = room.split_at_mut(sizes.rows());
                 let (key_columns, room) = room.split_at_mut(sizes.columns());
                 let (value_columns, room) = room.split_at_mut(sizes.columns());
-                let (p, ds) = room.split_at_mut(sizes.scores());
+                let (p, room) = room.split_at_mut(sizes.scores());
+                let (ds, ds_panels) = room.split_at_mut(sizes.scores());
                 let [q, k, v] = head_of(shape, qkv.as_ptr(), head);
                 let [dq, dk, dv] = head_of(shape, dqkv.pointer(), head);
                 let dout = out_of(shape, dout.as_ptr(), head);
-                // SAFETY: the head is inside `qkv` and `dout`. With scaled queries and keys, nothing else needs scaling.
+                // SAFETY: the head is inside `qkv` and `dout`. With scaled queries and keys, the gradients of scores need no scaling.
                 unsafe {
+                    sizes.copy_panels(query_panels, q);
+                    sizes.copy_panels(gradient_panels, dout);
                     sizes.copy_rows(query, q, scale);
                     sizes.copy_rows(key, k, scale);
                     sizes.copy_rows(gradient, dout, F::ONE);
@@ -114,11 +121,12 @@ impl<F: Float> Attention for Cpu<F> {
                     let later = if from == 0 { Write::Assign } else { Write::Accumulate };
                     // SAFETY: the factors are as large as their sizes say, and this head's gradients are this block's alone.
                     unsafe {
-                        sizes.scores_of(queries, p, query, key_columns);
-                        sizes.scores_of(queries, ds, gradient, value_columns);
-                        probabilities(&sizes, &mut *p, log_sum_exp);
+                        sizes.scores_of(queries, p, &query_panels[from * head_dim..], key_columns);
+                        sizes.scores_of(queries, ds, &gradient_panels[from * head_dim..], value_columns);
+                        probabilities(&sizes, &mut *p, log_sum_exp, scale);
                         score_gradients(&sizes, &mut *ds, &*p, queries);
-                        sizes.out_of(queries, tokens, sizes.by_query(ds), key, dq.skip(from, 0), Write::Assign);
+                        let left = sizes.by_query(queries, ds_panels, ds);
+                        sizes.out_of(queries, tokens, left, key, dq.skip(from, 0), Write::Assign);
                         sizes.out_of(tokens, queries, sizes.by_key(ds), query, dk, later);
                         sizes.out_of(tokens, queries, sizes.by_key(p), gradient, dv, later);
                     }
@@ -142,7 +150,7 @@ impl<F: Float> Attention for Cpu<F> {
         let log_sum_exp = check::input(op, "log_sum_exp", log_sum_exp, &[batch, heads, tokens])?;
         let scale = F::from_f64(shape.scale());
         let sizes = HeadSizes::new::<F>(op, shape)?;
-        let room = sizes.rows() + sizes.columns();
+        let room = sizes.panels() + sizes.columns();
         scratch::with(parallel::workers(batch * heads) * room, |scratch: &mut [F]| {
             let scratch = Shared::new(scratch);
             parallel::blocks(batch * heads, |head, worker| {
@@ -153,17 +161,17 @@ impl<F: Float> Attention for Cpu<F> {
                         out.part(head * tokens * tokens, (head + 1) * tokens * tokens),
                     )
                 };
-                let (query, key_columns) = room.split_at_mut(sizes.rows());
+                let (query, key_columns) = room.split_at_mut(sizes.panels());
                 let [q, k, _] = head_of(shape, qkv.as_ptr(), head);
                 let sizes = HeadSizes { stride: tokens, ..sizes };
                 // SAFETY: the head is inside `qkv`.
                 unsafe {
-                    sizes.copy_rows(query, q, scale);
+                    sizes.copy_panels(query, q);
                     sizes.copy_columns(key_columns, k);
                 }
                 // SAFETY: the factors are as large as their sizes say.
                 unsafe { sizes.scores_of(tokens, out, query, key_columns) };
-                self::probabilities(&sizes, out, &log_sum_exp[head * tokens..][..tokens]);
+                self::probabilities(&sizes, out, &log_sum_exp[head * tokens..][..tokens], scale);
             });
         })
     }
@@ -207,6 +215,11 @@ impl HeadSizes {
         self.tokens * self.width
     }
 
+    /// Elements of `[tokens / panel, head_dim, panel]`, the last panel filled up.
+    fn panels(&self) -> usize {
+        self.tokens.next_multiple_of(self.panel.0) * self.head_dim
+    }
+
     /// Elements of `[stride / panel, head_dim, panel]`.
     fn columns(&self) -> usize {
         self.stride * self.head_dim
@@ -226,33 +239,38 @@ impl HeadSizes {
         }
     }
 
-    /// Copies rows to panels of columns.
-    unsafe fn copy_columns<F: Float>(&self, to: &mut [F], from: Matrix<F>) {
-        let width = self.panel.1;
-        for (panel, to) in to.chunks_exact_mut(width * self.head_dim).enumerate() {
-            let count = width.min(self.tokens - panel * width);
-            // SAFETY: the caller's promise that `from` has all rows of the head.
-            unsafe { kernel::pack(to.as_mut_ptr(), width, count, self.head_dim, from.skip(panel * width, 0)) };
-        }
+    /// Copies rows to panels of a left factor.
+    unsafe fn copy_panels<F: Float>(&self, to: &mut [F], from: Matrix<F>) {
+        // SAFETY: the caller's promise that `from` has all rows of the head.
+        unsafe { pack_all(self.panel.0, self.tokens, self.head_dim, to, from) }
     }
 
-    /// A tile's scores as a left factor, a query to a row.
-    fn by_query<F>(&self, scores: &[F]) -> Left<F> {
-        Left { start: scores.as_ptr(), panel: self.panel.0 * self.stride, row: self.stride, step: 1 }
+    /// Copies rows to panels of columns.
+    unsafe fn copy_columns<F: Float>(&self, to: &mut [F], from: Matrix<F>) {
+        // SAFETY: the caller's promise that `from` has all rows of the head.
+        unsafe { pack_all(self.panel.1, self.tokens, self.head_dim, to, from) }
+    }
+
+    /// A tile's scores as a left factor, a query to a row: copied to `panels`.
+    fn by_query<F: Float>(&self, queries: usize, panels: &mut [F], scores: &[F]) -> Left<F> {
+        let scores = Matrix::rows(scores.as_ptr(), self.stride);
+        // SAFETY: a tile's scores have `queries` rows of `stride` elements.
+        unsafe { pack_all(self.panel.0, queries, self.tokens, panels, scores) }
+        Left { start: panels.as_ptr(), panel: self.panel.0 * self.tokens, step: self.panel.0 }
     }
 
     /// A tile's scores as a left factor, a key to a row.
     fn by_key<F>(&self, scores: &[F]) -> Left<F> {
-        Left { start: scores.as_ptr(), panel: self.panel.0, row: 1, step: self.stride }
+        Left { start: scores.as_ptr(), panel: self.panel.0, step: self.stride }
     }
 
-    /// `scores = rows columnsᵀ` for the first `queries` rows.
+    /// `scores = rows columnsᵀ` for the first `queries` rows; both in panels.
     unsafe fn scores_of<F: Float>(&self, queries: usize, scores: &mut [F], rows: &[F], columns: &[F]) {
         let block = Block {
             rows: queries,
             columns: self.tokens,
             depth: self.head_dim,
-            left: Left { start: rows.as_ptr(), panel: self.panel.0 * self.width, row: self.width, step: 1 },
+            left: Left { start: rows.as_ptr(), panel: self.panel.0 * self.head_dim, step: self.panel.0 },
             right: Right { start: columns.as_ptr(), panel: self.panel.1 * self.head_dim, step: self.panel.1 },
             out: scores.as_mut_ptr(),
             stride: self.stride,
@@ -284,6 +302,19 @@ impl HeadSizes {
         };
         // SAFETY: the caller's promise.
         unsafe { block.multiply() }
+    }
+}
+
+/// Copies `count` rows of `depth` elements to panels of `width` rows.
+///
+/// # Safety
+/// That much of `from` can be read.
+unsafe fn pack_all<F: Float>(width: usize, count: usize, depth: usize, to: &mut [F], from: Matrix<F>) {
+    let panels = to.chunks_exact_mut(width * depth).take(count.div_ceil(width));
+    for (panel, to) in panels.enumerate() {
+        let rows = width.min(count - panel * width);
+        // SAFETY: the panel has room for it; the rest is the caller's promise.
+        unsafe { kernel::pack(to.as_mut_ptr(), width, rows, depth, from.skip(panel * width, 0)) };
     }
 }
 
@@ -321,11 +352,11 @@ vectorized! {
 
 vectorized! {
     /// A tile's scores to probabilities times a number; each row's natural log-sum-exp, and 1 / that number.
-    fn softmax<'a, F: Float>(sizes: &'a HeadSizes, scores: &'a mut [F], log_sum_exp: &'a mut [F], factors: &'a mut [F]) {
+    fn softmax<'a, F: Float>(sizes: &'a HeadSizes, scores: &'a mut [F], log_sum_exp: &'a mut [F], factors: &'a mut [F], scale: F) {
         for (row, (log_sum_exp, factor)) in log_sum_exp.iter_mut().zip(factors).enumerate() {
             let scores = &mut scores[row * sizes.stride..][..sizes.tokens];
-            let largest = largest(scores);
-            let sum = exp_all(scores, largest);
+            let largest = largest(scores) * scale;
+            let sum = exp_all(scores, scale, largest);
             *log_sum_exp = largest + F::from_f64(sum.to_f64().ln());
             *factor = F::ONE / sum;
         }
@@ -334,10 +365,10 @@ vectorized! {
 
 vectorized! {
     /// A tile's scores to probabilities, from their log-sum-exp.
-    fn probabilities<'a, F: Float>(sizes: &'a HeadSizes, scores: &'a mut [F], log_sum_exp: &'a [F]) {
+    fn probabilities<'a, F: Float>(sizes: &'a HeadSizes, scores: &'a mut [F], log_sum_exp: &'a [F], scale: F) {
         for (row, &log_sum_exp) in log_sum_exp.iter().enumerate() {
             for score in &mut scores[row * sizes.stride..][..sizes.tokens] {
-                *score = (*score - log_sum_exp).exp_bounded();
+                *score = Float::mul_add(*score, scale, -log_sum_exp).exp_bounded();
             }
         }
     }
@@ -357,19 +388,19 @@ vectorized! {
     }
 }
 
-/// Replaces scores by their exponentials, less the largest one; their sum.
+/// Replaces scores by the exponentials of what they are scaled, less the largest one; their sum.
 #[inline(always)]
-fn exp_all<F: Float>(scores: &mut [F], largest: F) -> F {
+fn exp_all<F: Float>(scores: &mut [F], scale: F, largest: F) -> F {
     let mut lanes = [F::ZERO; LANES];
     let (chunks, rest) = scores.as_chunks_mut::<LANES>();
     for chunk in chunks {
         for (score, sum) in chunk.iter_mut().zip(&mut lanes) {
-            *score = (*score - largest).exp_bounded();
+            *score = Float::mul_add(*score, scale, -largest).exp_bounded();
             *sum += *score;
         }
     }
     for (score, sum) in rest.iter_mut().zip(&mut lanes) {
-        *score = (*score - largest).exp_bounded();
+        *score = Float::mul_add(*score, scale, -largest).exp_bounded();
         *sum += *score;
     }
     add_up(lanes)

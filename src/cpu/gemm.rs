@@ -254,7 +254,6 @@ impl Plan {
                 left: Left {
                     start: packed_left.start.wrapping_add(rows.0 * self.packed + from * self.tile_rows),
                     panel: left_panel,
-                    row: 1,
                     step: self.tile_rows,
                 },
                 right: Right {

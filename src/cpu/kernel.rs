@@ -3,43 +3,26 @@
 //! Rows of the left factor are broadcast, columns of the right one are loaded as vectors. Both come in panels: as many rows or
 //! columns as a tile has, next to each other for every step along the depth.
 
-use pulp::{Arch, Simd, WithSimd};
-
 use crate::cpu::Float;
 use crate::cpu::gemm::Matrix;
+use crate::cpu::simd::Vector;
 use crate::ops::Write;
 
 /// Vectors of a tile's row.
-const VECTORS: usize = 2;
-
-/// Rows and columns of a tile in registers of the instruction set `S`.
-#[inline(always)]
-const fn tile_sizes<S: Simd, F: Float>() -> (usize, usize) {
-    let vector = size_of::<F::Vector<S>>();
-    // 24 sums in 32 registers with AVX-512, 12 in 16 elsewhere.
-    (if vector == 64 { 12 } else { 6 }, VECTORS * vector / size_of::<F>())
-}
+pub(super) const VECTORS: usize = 2;
 
 /// Rows and columns of a tile on this machine.
 pub(super) fn panels<F: Float>() -> (usize, usize) {
-    struct Ask<F>(std::marker::PhantomData<F>);
-    impl<F: Float> WithSimd for Ask<F> {
-        type Output = (usize, usize);
-
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, _: S) -> (usize, usize) {
-            tile_sizes::<S, F>()
-        }
-    }
-    Arch::new().dispatch(Ask::<F>(std::marker::PhantomData))
+    let lanes = F::lanes();
+    // 24 sums in 32 registers with AVX-512, 12 in 16 elsewhere.
+    (if lanes * size_of::<F>() == 64 { 12 } else { 6 }, VECTORS * lanes)
 }
 
-/// The left factor: row `i` at depth `k` is `i / tile rows * panel + i % tile rows * row + k * step` after the start.
+/// The left factor: row `i` at depth `k` is `i / tile rows * panel + i % tile rows + k * step` after the start.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Left<F> {
     pub(super) start: *const F,
     pub(super) panel: usize,
-    pub(super) row: usize,
     pub(super) step: usize,
 }
 
@@ -54,7 +37,7 @@ pub(super) struct Right<F> {
 
 /// A block of the output: `out (+)= left right`, with rows of `stride` elements.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Block<F> {
+pub struct Block<F> {
     pub(super) rows: usize,
     pub(super) columns: usize,
     pub(super) depth: usize,
@@ -70,109 +53,118 @@ impl<F: Float> Block<F> {
     ///
     /// # Safety
     /// What the factors and the output say can be read and written, and nobody else uses the output.
+    pub(super) unsafe fn multiply(&self) {
+        // SAFETY: the caller's promise.
+        unsafe { F::multiply_block(self) }
+    }
+
+    /// [`Block::multiply`] with vectors `V` and tiles of up to `ROWS` rows. A caller that has the vectors' instructions
+    /// enabled inlines all of it.
+    ///
+    /// # Safety
+    /// As there; the machine has the instructions, and [`panels`] says `ROWS` rows and two vectors.
     #[inline(always)]
-    pub(super) unsafe fn multiply(self) {
-        Arch::new().dispatch(self);
+    pub(super) unsafe fn multiply_with<V: Vector<F>, const ROWS: usize>(&self) {
+        for column in (0..self.columns).step_by(VECTORS * V::LANES) {
+            // SAFETY: whoever made the block promised that all of it is there.
+            unsafe {
+                let mut row = self.tiles::<V, ROWS>(0, column, ROWS);
+                if ROWS > 6 {
+                    row = self.tiles::<V, 6>(row, column, ROWS);
+                }
+                row = self.tiles::<V, 2>(row, column, ROWS);
+                self.tiles::<V, 1>(row, column, ROWS);
+            }
+        }
     }
 
     /// All tiles with `R` rows that fit below `row`; the row that comes next.
     #[inline(always)]
-    unsafe fn tiles<S: Simd, const R: usize>(&self, simd: S, row: usize, column: usize) -> usize {
-        let (tile_rows, tile_columns) = tile_sizes::<S, F>();
+    unsafe fn tiles<V: Vector<F>, const R: usize>(&self, mut row: usize, column: usize, tile_rows: usize) -> usize {
+        let tile_columns = VECTORS * V::LANES;
         let columns = tile_columns.min(self.columns - column);
-        let mut row = row;
         while row + R <= self.rows {
             // SAFETY: the tile is inside the block.
             unsafe {
-                let left = self.left.start.add(row / tile_rows * self.left.panel + row % tile_rows * self.left.row);
+                let left = self.left.start.add(row / tile_rows * self.left.panel + row % tile_rows);
                 let right = self.right.start.add(column / tile_columns * self.right.panel);
                 let out = self.out.add(row * self.stride + column);
-                self.tile::<S, R>(simd, left, right, out, columns);
+                let sums = self.tile::<V, R>(left, right);
+                if columns == tile_columns {
+                    self.store(&sums, out);
+                } else {
+                    self.store_some(&sums, out, columns);
+                }
             }
             row += R;
         }
         row
     }
 
+    /// The sums of a tile. They stay in registers: nothing here takes their address.
     #[inline(always)]
-    unsafe fn tile<S: Simd, const R: usize>(
-        &self,
-        simd: S,
-        mut left: *const F,
-        mut right: *const F,
-        out: *mut F,
-        columns: usize,
-    ) {
-        let (_, tile_columns) = tile_sizes::<S, F>();
-        let lanes = tile_columns / VECTORS;
-        let zero = F::splat(simd, F::ZERO);
-        let mut sums = [[zero; VECTORS]; R];
-        // SAFETY: the caller's promise: `R` rows and a whole panel of columns can be read at every depth, and `columns` of
-        // `R` rows written.
+    unsafe fn tile<V: Vector<F>, const R: usize>(&self, mut left: *const F, mut right: *const F) -> [[V; VECTORS]; R] {
+        // SAFETY: the caller's promise: `R` rows and a whole panel of columns can be read at every depth.
         unsafe {
+            let mut sums = [[V::splat(F::ZERO); VECTORS]; R];
             for _ in 0..self.depth {
-                let columns: [F::Vector<S>; VECTORS] =
-                    std::array::from_fn(|vector| right.add(vector * lanes).cast::<F::Vector<S>>().read_unaligned());
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let value = F::splat(simd, *left.add(row * self.left.row));
-                    for (sum, &column) in sums.iter_mut().zip(&columns) {
-                        *sum = F::multiply_add(simd, value, column, *sum);
-                    }
+                let columns: [V; VECTORS] = [V::load(right), V::load(right.add(V::LANES))];
+                let mut row = 0;
+                while row < R {
+                    let value = V::splat(*left.add(row));
+                    sums[row][0] = value.multiply_add(columns[0], sums[row][0]);
+                    sums[row][1] = value.multiply_add(columns[1], sums[row][1]);
+                    row += 1;
                 }
                 left = left.add(self.left.step);
                 right = right.add(self.right.step);
             }
-            for (row, sums) in sums.iter().enumerate() {
-                let out = out.add(row * self.stride);
-                if columns == tile_columns {
-                    for (vector, &sum) in sums.iter().enumerate() {
-                        let out = out.add(vector * lanes).cast::<F::Vector<S>>();
-                        let sum = match self.write {
-                            Write::Assign => sum,
-                            Write::Accumulate => F::plus(simd, out.read_unaligned(), sum),
-                        };
-                        out.write_unaligned(sum);
-                    }
-                } else {
-                    let sums = sums.as_ptr().cast::<F>();
-                    for column in 0..columns {
-                        let sum = *sums.add(column);
-                        *out.add(column) = match self.write {
-                            Write::Assign => sum,
-                            Write::Accumulate => *out.add(column) + sum,
-                        };
-                    }
-                }
-            }
+            sums
         }
     }
-}
 
-impl<F: Float> WithSimd for Block<F> {
-    type Output = ();
-
+    /// Stores a whole tile.
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (tile_rows, tile_columns) = tile_sizes::<S, F>();
-        let mut column = 0;
-        while column < self.columns {
-            // SAFETY: whoever made the block promised that all of it is there.
-            unsafe {
-                let mut row = 0;
-                if tile_rows == 12 {
-                    row = self.tiles::<S, 12>(simd, row, column);
+    unsafe fn store<V: Vector<F>, const R: usize>(&self, sums: &[[V; VECTORS]; R], out: *mut F) {
+        for (row, sums) in sums.iter().enumerate() {
+            for (vector, &sum) in sums.iter().enumerate() {
+                // SAFETY: the tile is inside the output.
+                unsafe {
+                    let out = out.add(row * self.stride + vector * V::LANES);
+                    let sum = match self.write {
+                        Write::Assign => sum,
+                        Write::Accumulate => V::load(out).plus(sum),
+                    };
+                    sum.store(out);
                 }
-                row = self.tiles::<S, 6>(simd, row, column);
-                row = self.tiles::<S, 5>(simd, row, column);
-                row = self.tiles::<S, 4>(simd, row, column);
-                row = self.tiles::<S, 3>(simd, row, column);
-                row = self.tiles::<S, 2>(simd, row, column);
-                self.tiles::<S, 1>(simd, row, column);
             }
-            column += tile_columns;
+        }
+    }
+
+    /// Stores the first columns of a tile, by way of memory.
+    #[inline(always)]
+    unsafe fn store_some<V: Vector<F>, const R: usize>(&self, sums: &[[V; VECTORS]; R], out: *mut F, columns: usize) {
+        let mut room = [F::ZERO; MOST_COLUMNS];
+        for (row, sums) in sums.iter().enumerate() {
+            // SAFETY: the room holds the widest tile's row; `columns` of the row are inside the output.
+            unsafe {
+                for (vector, &sum) in sums.iter().enumerate() {
+                    sum.store(room.as_mut_ptr().add(vector * V::LANES));
+                }
+                let out = std::slice::from_raw_parts_mut(out.add(row * self.stride), columns);
+                for (out, &sum) in out.iter_mut().zip(&room) {
+                    *out = match self.write {
+                        Write::Assign => sum,
+                        Write::Accumulate => *out + sum,
+                    };
+                }
+            }
         }
     }
 }
+
+/// Columns of the widest tile: two vectors of AVX-512.
+const MOST_COLUMNS: usize = 32;
 
 /// Copies `count` rows of `source`, to a depth of `depth`, to a panel of `width` rows: `[depth, width]`; the rows that are
 /// missing become zero.
@@ -227,92 +219,6 @@ unsafe fn copy_elements<F: Float>(
             unsafe {
                 let value = if row < count { *source.start.add(row * source.row + k * source.column) } else { F::ZERO };
                 *panel.add(k * width + row) = value;
-            }
-        }
-    }
-}
-
-#[cfg(all(test, target_arch = "x86_64"))]
-mod tests {
-    use pulp::x86::{V3, V3_512b};
-
-    use super::*;
-
-    /// Passes on its own instruction set.
-    struct Wide(V3_512b, Block<f32>);
-
-    impl WithSimd for Wide {
-        type Output = ();
-
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, _: S) {
-            self.1.with_simd(self.0);
-        }
-    }
-
-    /// Tiles for AVX-512, on registers that two of AVX each stand in for.
-    #[test]
-    fn wide_tiles_multiply() {
-        let Some(simd) = V3::try_new().map(V3_512b) else {
-            println!("skipped: no AVX2");
-            return;
-        };
-        let (tile_rows, tile_columns) = tile_sizes::<V3_512b, f32>();
-        assert_eq!((tile_rows, tile_columns), (12, 32));
-        for (rows, columns, depth) in [(1, 1, 1), (12, 32, 8), (25, 70, 9), (35, 33, 30), (11, 95, 17), (24, 64, 64)] {
-            for contiguous in [false, true] {
-                // Whole numbers: sums are exact in any order.
-                let number = |index: usize| (index * 7 % 13) as f32 - 6.0;
-                let left: Vec<f32> = (0..rows * depth).map(number).collect();
-                let right: Vec<f32> = (0..depth * columns).map(number).collect();
-                // Either the rows or the steps of the source lie next to each other.
-                let of = |values: &[f32], count: usize| match contiguous {
-                    false => Matrix { start: values.as_ptr(), row: depth, column: 1 },
-                    true => Matrix { start: values.as_ptr(), row: 1, column: count },
-                };
-                let at = |matrix: Matrix<f32>, i: usize, k: usize| {
-                    // SAFETY: inside the vectors above.
-                    unsafe { *matrix.start.add(i * matrix.row + k * matrix.column) }
-                };
-                let panels = |source: Matrix<f32>, count: usize, width: usize| {
-                    let mut panels = vec![f32::NAN; count.div_ceil(width) * width * depth];
-                    for (panel, to) in panels.chunks_exact_mut(width * depth).enumerate() {
-                        let first = panel * width;
-                        // SAFETY: the panel has room for it, and the source that many rows.
-                        unsafe {
-                            pack(to.as_mut_ptr(), width, width.min(count - first), depth, source.skip(first, 0));
-                        }
-                    }
-                    panels
-                };
-                let (a, b) = (of(&left, rows), of(&right, columns));
-                let (packed_a, packed_b) = (panels(a, rows, tile_rows), panels(b, columns, tile_columns));
-                for (packed, source, count, width) in
-                    [(&packed_a, a, rows, tile_rows), (&packed_b, b, columns, tile_columns)]
-                {
-                    for (index, &value) in packed.iter().enumerate() {
-                        let (i, k) = (index / (width * depth) * width + index % width, index / width % depth);
-                        assert_eq!(value, if i < count { at(source, i, k) } else { 0.0 }, "row {i} at depth {k}");
-                    }
-                }
-                let mut out = vec![1.0; rows * columns];
-                let block = Block {
-                    rows,
-                    columns,
-                    depth,
-                    left: Left { start: packed_a.as_ptr(), panel: tile_rows * depth, row: 1, step: tile_rows },
-                    right: Right { start: packed_b.as_ptr(), panel: tile_columns * depth, step: tile_columns },
-                    out: out.as_mut_ptr(),
-                    stride: columns,
-                    write: Write::Accumulate,
-                };
-                Simd::vectorize(simd.0, Wide(simd, block));
-                for i in 0..rows {
-                    for j in 0..columns {
-                        let expected = 1.0 + (0..depth).map(|k| at(a, i, k) * at(b, j, k)).sum::<f32>();
-                        assert_eq!(out[i * columns + j], expected, "({i}, {j}) of {rows} x {columns} x {depth}");
-                    }
-                }
             }
         }
     }

@@ -14,15 +14,16 @@ macro_rules! vectorized {
     (@output $output:ty) => { $output };
     (
         $(#[$meta:meta])*
-        fn $name:ident<$life:lifetime $(, $generic:ident: $bound:path)*>($($argument:ident: $type:ty),* $(,)?)
+        fn $name:ident<$life:lifetime, $float:ident: Float $(, $generic:ident: $bound:path)*>($($argument:ident: $type:ty),* $(,)?)
         $(-> $output:ty)? $body:block
     ) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments, reason = "a row of everything")]
-        #[inline(always)]
-        fn $name<$life $(, $generic: $bound)*>($($argument: $type),*) $(-> $output)? {
-            struct Job<$life $(, $generic: $bound)*>($($type,)* std::marker::PhantomData<(&$life (), $($generic),*)>);
-            impl<$life $(, $generic: $bound)*> pulp::WithSimd for Job<$life $(, $generic)*> {
+        fn $name<$life, $float: Float $(, $generic: $bound)*>($($argument: $type),*) $(-> $output)? {
+            struct Job<$life, $float: Float $(, $generic: $bound)*>(
+                $($type,)* std::marker::PhantomData<(&$life (), $float, $($generic),*)>
+            );
+            impl<$life, $float: Float $(, $generic: $bound)*> pulp::WithSimd for Job<$life, $float $(, $generic)*> {
                 type Output = vectorized!(@output $($output)?);
 
                 #[inline(always)]
@@ -31,7 +32,7 @@ macro_rules! vectorized {
                     $body
                 }
             }
-            pulp::Arch::new().dispatch(Job::<$life $(, $generic)*>($($argument,)* std::marker::PhantomData))
+            $float::dispatch(Job::<$life, $float $(, $generic)*>($($argument,)* std::marker::PhantomData))
         }
     };
 }

@@ -1,19 +1,81 @@
-//! Vector registers for the two floating-point types.
+//! Vector registers: what the inner loops of matrix products need of each instruction set, and which of them a number type uses.
 
 use std::fmt::Debug;
 
-use pulp::Simd;
+use crate::cpu::Float;
+use crate::cpu::kernel::Block;
 
-/// What the inner loop of a matrix product does with vector registers of the instruction set `S`.
-pub trait Lanes: Copy + Debug {
-    /// A register full of numbers, in the order of memory.
-    type Vector<S: Simd>: Copy;
+/// A register full of numbers, in the order of memory.
+///
+/// # Safety
+/// Every method needs the instructions of its register, which the caller has looked for.
+pub(super) trait Vector<F>: Copy {
+    /// How many numbers it holds.
+    const LANES: usize;
     /// The same number everywhere.
-    fn splat<S: Simd>(simd: S, value: Self) -> Self::Vector<S>;
+    unsafe fn splat(value: F) -> Self;
+    /// From memory, at any alignment.
+    unsafe fn load(from: *const F) -> Self;
+    /// To memory, at any alignment.
+    unsafe fn store(self, to: *mut F);
+    /// `self + other`.
+    unsafe fn plus(self, other: Self) -> Self;
+    /// `self * factor + term`.
+    unsafe fn multiply_add(self, factor: Self, term: Self) -> Self;
+}
+
+/// Numbers that compilers put into whatever registers there are.
+#[derive(Clone, Copy)]
+struct Plain<F>([F; 4]);
+
+impl<F: Float> Vector<F> for Plain<F> {
+    const LANES: usize = 4;
+
+    #[inline(always)]
+    unsafe fn splat(value: F) -> Self {
+        Self([value; 4])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const F) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { from.cast::<[F; 4]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut F) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[F; 4]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn plus(self, other: Self) -> Self {
+        Self(std::array::from_fn(|lane| self.0[lane] + other.0[lane]))
+    }
+
+    /// Rounded twice: where there is no instruction for it, rounding once costs a call.
+    #[inline(always)]
+    unsafe fn multiply_add(self, factor: Self, term: Self) -> Self {
+        Self(std::array::from_fn(|lane| self.0[lane] * factor.0[lane] + term.0[lane]))
+    }
+}
+
+/// The registers and instructions that a number type uses on this machine.
+pub trait Lanes: Copy + Debug {
+    /// Numbers in a vector.
+    #[doc(hidden)]
+    fn lanes() -> usize;
+    /// Multiplies a block with the widest vectors.
+    ///
+    /// # Safety
+    /// As for [`Block::multiply`].
+    #[doc(hidden)]
+    unsafe fn multiply_block(block: &Block<Self>);
     /// Does the first steps of [`pack`](crate::cpu::kernel::pack) for a source with contiguous rows; how many it did.
     ///
     /// # Safety
     /// As there.
+    #[doc(hidden)]
     unsafe fn transpose(
         panel: *mut Self,
         width: usize,
@@ -22,14 +84,50 @@ pub trait Lanes: Copy + Debug {
         source: *const Self,
         row: usize,
     ) -> usize;
-    /// `a + b`.
-    fn plus<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
-    /// `a * b + c`.
-    fn multiply_add<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, c: Self::Vector<S>) -> Self::Vector<S>;
+    /// Runs a job compiled for the widest vectors.
+    #[doc(hidden)]
+    fn dispatch<J: pulp::WithSimd>(job: J) -> J::Output;
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx512() -> bool {
+    std::arch::is_x86_feature_detected!("avx512f")
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx2() -> bool {
+    std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
 }
 
 impl Lanes for f32 {
-    type Vector<S: Simd> = S::f32s;
+    fn lanes() -> usize {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if has_avx512() {
+                return 16;
+            }
+            if has_avx2() {
+                return 8;
+            }
+        }
+        4
+    }
+
+    unsafe fn multiply_block(block: &Block<f32>) {
+        // SAFETY: the instructions were looked for; the rest is the caller's promise.
+        unsafe {
+            #[cfg(target_arch = "x86_64")]
+            {
+                if has_avx512() {
+                    return x86::multiply_f32_avx512(block);
+                }
+                if has_avx2() {
+                    return x86::multiply_f32_avx2(block);
+                }
+            }
+            block.multiply_with::<Plain<f32>, 6>();
+        }
+    }
 
     unsafe fn transpose(
         panel: *mut f32,
@@ -49,47 +147,171 @@ impl Lanes for f32 {
     }
 
     #[inline(always)]
-    fn splat<S: Simd>(simd: S, value: Self) -> S::f32s {
-        simd.splat_f32s(value)
-    }
-
-    #[inline(always)]
-    fn plus<S: Simd>(simd: S, a: S::f32s, b: S::f32s) -> S::f32s {
-        simd.add_f32s(a, b)
-    }
-
-    #[inline(always)]
-    fn multiply_add<S: Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
-        simd.mul_add_f32s(a, b, c)
+    fn dispatch<J: pulp::WithSimd>(job: J) -> J::Output {
+        pulp::Arch::new().dispatch(job)
     }
 }
 
+/// For references and gradient checks: fast enough with AVX2, and half the time to compile.
 impl Lanes for f64 {
-    type Vector<S: Simd> = S::f64s;
+    fn lanes() -> usize {
+        4
+    }
+
+    unsafe fn multiply_block(block: &Block<f64>) {
+        // SAFETY: the instructions were looked for; the rest is the caller's promise.
+        unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if has_avx2() {
+                return x86::multiply_f64_avx2(block);
+            }
+            block.multiply_with::<Plain<f64>, 6>();
+        }
+    }
 
     unsafe fn transpose(_: *mut f64, _: usize, _: usize, _: usize, _: *const f64, _: usize) -> usize {
         0
     }
 
     #[inline(always)]
-    fn splat<S: Simd>(simd: S, value: Self) -> S::f64s {
-        simd.splat_f64s(value)
-    }
-
-    #[inline(always)]
-    fn plus<S: Simd>(simd: S, a: S::f64s, b: S::f64s) -> S::f64s {
-        simd.add_f64s(a, b)
-    }
-
-    #[inline(always)]
-    fn multiply_add<S: Simd>(simd: S, a: S::f64s, b: S::f64s, c: S::f64s) -> S::f64s {
-        simd.mul_add_f64s(a, b, c)
+    fn dispatch<J: pulp::WithSimd>(job: J) -> J::Output {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(simd) = pulp::x86::V3::try_new() {
+            return pulp::Simd::vectorize(simd, job);
+        }
+        job.with_simd(pulp::Scalar)
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
+
+    use super::Vector;
+    use crate::cpu::kernel::Block;
+
+    impl Vector<f32> for __m512 {
+        const LANES: usize = 16;
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            // SAFETY: the caller has the instructions.
+            unsafe { _mm512_set1_ps(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: the caller has the instructions and the memory.
+            unsafe { _mm512_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(to, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn plus(self, other: Self) -> Self {
+            // SAFETY: the caller has the instructions.
+            unsafe { _mm512_add_ps(self, other) }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply_add(self, factor: Self, term: Self) -> Self {
+            // SAFETY: the caller has the instructions.
+            unsafe { _mm512_fmadd_ps(self, factor, term) }
+        }
+    }
+
+    impl Vector<f32> for __m256 {
+        const LANES: usize = 8;
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            // SAFETY: the caller has the instructions.
+            unsafe { _mm256_set1_ps(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: the caller has the instructions and the memory.
+            unsafe { _mm256_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: as above.
+            unsafe { _mm256_storeu_ps(to, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn plus(self, other: Self) -> Self {
+            // SAFETY: the caller has the instructions.
+            unsafe { _mm256_add_ps(self, other) }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply_add(self, factor: Self, term: Self) -> Self {
+            // SAFETY: the caller has the instructions.
+            unsafe { _mm256_fmadd_ps(self, factor, term) }
+        }
+    }
+
+    impl Vector<f64> for __m256d {
+        const LANES: usize = 4;
+
+        #[inline(always)]
+        unsafe fn splat(value: f64) -> Self {
+            // SAFETY: the caller has the instructions.
+            unsafe { _mm256_set1_pd(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f64) -> Self {
+            // SAFETY: the caller has the instructions and the memory.
+            unsafe { _mm256_loadu_pd(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f64) {
+            // SAFETY: as above.
+            unsafe { _mm256_storeu_pd(to, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn plus(self, other: Self) -> Self {
+            // SAFETY: the caller has the instructions.
+            unsafe { _mm256_add_pd(self, other) }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply_add(self, factor: Self, term: Self) -> Self {
+            // SAFETY: the caller has the instructions.
+            unsafe { _mm256_fmadd_pd(self, factor, term) }
+        }
+    }
+
+    /// [`Block::multiply_with`] AVX-512.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn multiply_f32_avx512(block: &Block<f32>) {
+        // SAFETY: the caller's promise.
+        unsafe { block.multiply_with::<__m512, 12>() }
+    }
+
+    /// [`Block::multiply_with`] AVX2.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn multiply_f32_avx2(block: &Block<f32>) {
+        // SAFETY: the caller's promise.
+        unsafe { block.multiply_with::<__m256, 6>() }
+    }
+
+    /// [`Block::multiply_with`] AVX2.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn multiply_f64_avx2(block: &Block<f64>) {
+        // SAFETY: the caller's promise.
+        unsafe { block.multiply_with::<__m256d, 6>() }
+    }
 
     /// [`Lanes::transpose`](super::Lanes::transpose) in blocks of 8 by 8; `width` is even.
     #[target_feature(enable = "avx")]
@@ -155,5 +377,102 @@ mod x86 {
             let (a, b) = (fours[i % 4], fours[i % 4 + 4]);
             if i < 4 { _mm256_permute2f128_ps(a, b, 0x20) } else { _mm256_permute2f128_ps(a, b, 0x31) }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::gemm::Matrix;
+    use crate::cpu::kernel::{Left, Right, pack};
+    use crate::ops::Write;
+
+    /// What a set of registers multiplies with: its name, rows and columns of a tile, and the function.
+    type Set<F> = (&'static str, (usize, usize), unsafe fn(&Block<F>));
+
+    unsafe fn plain<F: Float>(block: &Block<F>) {
+        // SAFETY: the caller's promise.
+        unsafe { block.multiply_with::<Plain<F>, 6>() }
+    }
+
+    /// Every set of registers that this machine has, not just the widest.
+    #[test]
+    fn blocks_multiply_with_all_registers() {
+        let mut f32_sets: Vec<Set<f32>> = vec![("plain f32", (6, 8), plain)];
+        let mut f64_sets: Vec<Set<f64>> = vec![("plain f64", (6, 8), plain)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if has_avx2() {
+                f32_sets.push(("AVX2 f32", (6, 16), x86::multiply_f32_avx2));
+                f64_sets.push(("AVX2 f64", (6, 8), x86::multiply_f64_avx2));
+            }
+            if has_avx512() {
+                f32_sets.push(("AVX-512 f32", (12, 32), x86::multiply_f32_avx512));
+            }
+        }
+        f32_sets.into_iter().for_each(check);
+        f64_sets.into_iter().for_each(check);
+    }
+
+    fn check<F: Float>((name, (tile_rows, tile_columns), multiply): Set<F>) {
+        for (rows, columns, depth) in [(1, 1, 1), (12, 32, 8), (25, 70, 9), (35, 33, 30), (11, 95, 17), (24, 64, 64)] {
+            for contiguous in [false, true] {
+                // Whole numbers: sums are exact in any order.
+                let number = |index: usize| F::from_f64((index * 7 % 13) as f64 - 6.0);
+                let left: Vec<F> = (0..rows * depth).map(number).collect();
+                let right: Vec<F> = (0..depth * columns).map(number).collect();
+                // Either the rows or the steps of the source lie next to each other.
+                let of = |values: &[F], count: usize| match contiguous {
+                    false => Matrix { start: values.as_ptr(), row: depth, column: 1 },
+                    true => Matrix { start: values.as_ptr(), row: 1, column: count },
+                };
+                // SAFETY: inside the vectors above.
+                let at = |matrix: Matrix<F>, i: usize, k: usize| unsafe {
+                    *matrix.start.add(i * matrix.row + k * matrix.column)
+                };
+                let panels = |source: Matrix<F>, count: usize, width: usize| {
+                    let mut panels = vec![F::from_f64(f64::NAN); count.div_ceil(width) * width * depth];
+                    for (panel, to) in panels.chunks_exact_mut(width * depth).enumerate() {
+                        let first = panel * width;
+                        // SAFETY: the panel has room for it, and the source that many rows.
+                        unsafe {
+                            pack(to.as_mut_ptr(), width, width.min(count - first), depth, source.skip(first, 0));
+                        }
+                    }
+                    panels
+                };
+                let (a, b) = (of(&left, rows), of(&right, columns));
+                let (packed_a, packed_b) = (panels(a, rows, tile_rows), panels(b, columns, tile_columns));
+                for (packed, source, count, width) in
+                    [(&packed_a, a, rows, tile_rows), (&packed_b, b, columns, tile_columns)]
+                {
+                    for (index, &value) in packed.iter().enumerate() {
+                        let (i, k) = (index / (width * depth) * width + index % width, index / width % depth);
+                        let expected = if i < count { at(source, i, k) } else { F::ZERO };
+                        assert!(value == expected, "{name}: row {i} at depth {k}: {value:?}, not {expected:?}");
+                    }
+                }
+                let mut out = vec![F::ONE; rows * columns];
+                let block = Block {
+                    rows,
+                    columns,
+                    depth,
+                    left: Left { start: packed_a.as_ptr(), panel: tile_rows * depth, step: tile_rows },
+                    right: Right { start: packed_b.as_ptr(), panel: tile_columns * depth, step: tile_columns },
+                    out: out.as_mut_ptr(),
+                    stride: columns,
+                    write: Write::Accumulate,
+                };
+                // SAFETY: the panels are as large as the block says, and the registers are there.
+                unsafe { multiply(&block) };
+                for i in 0..rows {
+                    for j in 0..columns {
+                        let expected = F::ONE + (0..depth).map(|k| at(a, i, k) * at(b, j, k)).sum::<F>();
+                        let found = out[i * columns + j];
+                        assert!(found == expected, "{name}: ({i}, {j}) of {rows} x {columns} x {depth}: {found:?}");
+                    }
+                }
+            }
+        }
     }
 }
