@@ -1,4 +1,4 @@
-// Helpers that several kernels share: division by launch constants, Philox, element types. Plain C++ over ptx.cuh.
+// Helpers that several kernels share: division by launch constants, sums, Philox, element types. Plain C++ over ptx.cuh.
 #ifndef VITMAE_DEVICE_CUH
 #define VITMAE_DEVICE_CUH
 
@@ -26,6 +26,32 @@ DEVICE u32 divide(u32& dividend, const Divider& by) {
     return quotient;
 }
 
+// The sum over a warp, the same bits in every lane: a butterfly adds equal pairs everywhere.
+DEVICE float warp_sum(float value) {
+    UNROLL
+    for (u32 distance = 16; distance > 0; distance /= 2) value += shuffle_xor(value, distance);
+    return value;
+}
+
+// Sums of 32 neighbouring columns of a matrix [rows, stride], one per lane, by a block of WARPS warps in a fixed order: warp w
+// takes rows w, w + WARPS, ...; the first warp then adds up the warps and returns the sums, the others return anything.
+// `column` points to the lane's column of row 0; a lane with no column passes inside = false. `shared`: WARPS * 32 floats.
+template <u32 WARPS>
+DEVICE float sum_of_column(float* shared, const float* column, bool inside, u32 rows, u32 stride) {
+    float sum = 0.0f;
+    if (inside) {
+        for (u32 row = warp_index(); row < rows; row += WARPS) sum += column[static_cast<u64>(row) * stride];
+    }
+    shared[thread_index()] = sum;
+    block_barrier();
+    sum = 0.0f;
+    if (warp_index() == 0) {
+        UNROLL
+        for (u32 warp = 0; warp < WARPS; ++warp) sum += shared[warp * 32 + lane_index()];
+    }
+    return sum;
+}
+
 // Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): four random words from a counter and
 // a key. The CPU side uses the rand_philox crate; both are held against Random123's known answers.
 DEVICE u32x4 philox(u32x4 counter, u32 key_low, u32 key_high) {
@@ -50,13 +76,22 @@ DEVICE u32x4 philox_of_sample(u32 block, u32 stream, u64 sample, u32 epoch, u64 
     return philox(counter, static_cast<u32>(seed), static_cast<u32>(seed >> 32));
 }
 
-// An output element type: how many make 16 bytes, and how to store one and sixteen bytes of them.
+// An element type: how many make 16 bytes, and how to load and store one and sixteen bytes of them as floats.
 template <typename T>
 struct Element;
 
 template <>
 struct Element<float> {
     static constexpr u32 PER_16_BYTES = 4;
+
+    DEVICE static float load(const float* address) { return *address; }
+
+    DEVICE static void unpack(const u32x4& words, float* values) {
+        values[0] = bits_float(words.x);
+        values[1] = bits_float(words.y);
+        values[2] = bits_float(words.z);
+        values[3] = bits_float(words.w);
+    }
 
     DEVICE static void store(float* address, float value) { *address = value; }
 
@@ -69,6 +104,17 @@ template <>
 struct Element<bf16> {
     static constexpr u32 PER_16_BYTES = 8;
 
+    DEVICE static float load(const bf16* address) { return bits_float(static_cast<u32>(address->bits) << 16); }
+
+    DEVICE static void unpack(const u32x4& words, float* values) {
+        const u32 pairs[4] = {words.x, words.y, words.z, words.w};
+        UNROLL
+        for (u32 i = 0; i < 4; ++i) {
+            values[2 * i] = bits_float(pairs[i] << 16);
+            values[2 * i + 1] = bits_float(pairs[i] & 0xffff0000u);
+        }
+    }
+
     DEVICE static void store(bf16* address, float value) { address->bits = round_bf16(value); }
 
     DEVICE static void store_vector(bf16* address, const float* values) {
@@ -76,5 +122,28 @@ struct Element<bf16> {
                            pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7])});
     }
 };
+
+// WIDTH elements as floats: one, or as many as make 16 bytes at an address that is a multiple of 16. Memory that nothing
+// writes during the launch.
+template <u32 WIDTH, typename T>
+DEVICE void load_elements(const T* address, float* values) {
+    if constexpr (WIDTH == 1) {
+        values[0] = Element<T>::load(address);
+    } else {
+        constexpr u32 PER_LOAD = Element<T>::PER_16_BYTES;
+        UNROLL
+        for (u32 first = 0; first < WIDTH; first += PER_LOAD) Element<T>::unpack(load_16(address + first), values + first);
+    }
+}
+
+// Rounds and stores WIDTH floats: one, or as many as make 16 bytes.
+template <u32 WIDTH, typename T>
+DEVICE void store_elements(T* address, const float* values) {
+    if constexpr (WIDTH == 1) {
+        Element<T>::store(address, values[0]);
+    } else {
+        Element<T>::store_vector(address, values);
+    }
+}
 
 #endif

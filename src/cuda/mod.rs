@@ -11,6 +11,7 @@ pub mod error;
 #[path = "../../build/hash.rs"]
 mod hash;
 pub mod launch;
+pub mod layernorm;
 pub mod masking;
 pub mod modules;
 #[path = "../../build/nvrtc.rs"]

@@ -17,6 +17,21 @@ pub struct Kernel(usize);
 
 /// Kernel files and the symbols that launchers use from them. A test holds it against `kernels/`.
 pub const KERNELS: &[(&str, &str)] = &[
+    ("layernorm.cu", "layernorm_forward_f32"),
+    ("layernorm.cu", "layernorm_forward_bf16"),
+    ("layernorm.cu", "layernorm_backward_dx_any_f32"),
+    ("layernorm.cu", "layernorm_backward_dx_256_f32"),
+    ("layernorm.cu", "layernorm_backward_dx_512_f32"),
+    ("layernorm.cu", "layernorm_backward_dx_768_f32"),
+    ("layernorm.cu", "layernorm_backward_dx_1024_f32"),
+    ("layernorm.cu", "layernorm_backward_dx_1280_f32"),
+    ("layernorm.cu", "layernorm_backward_dx_any_bf16"),
+    ("layernorm.cu", "layernorm_backward_dx_256_bf16"),
+    ("layernorm.cu", "layernorm_backward_dx_512_bf16"),
+    ("layernorm.cu", "layernorm_backward_dx_768_bf16"),
+    ("layernorm.cu", "layernorm_backward_dx_1024_bf16"),
+    ("layernorm.cu", "layernorm_backward_dx_1280_bf16"),
+    ("layernorm.cu", "layernorm_backward_parameters"),
     ("masking.cu", "masking_forward_noise_f32"),
     ("masking.cu", "masking_forward_random"),
     ("patchify.cu", "patchify_visible_forward_u8_f32"),

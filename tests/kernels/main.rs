@@ -3,8 +3,10 @@
 
 mod build_script;
 mod emulated;
+mod layernorm;
 mod masking;
 mod patchify;
+mod reference;
 
 use emulated::launch::{Argument, Grid};
 use emulated::modules::{KERNELS, Target};

@@ -1,0 +1,222 @@
+//! LayerNorm on the emulator against the CPU in f64.
+
+use half::bf16;
+use vitmae::cpu::Cpu;
+use vitmae::ops::{LayerNorm, LayerNormShape, Write};
+
+use super::emulated::layernorm::{LayerNormGradients, LayerNormSaved, layernorm_backward};
+use super::emulated::layernorm::{LayerNormOutput, layernorm_backward_partials, layernorm_forward};
+use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, Stream, emulator};
+use super::reference::{Bench, close, close_masters, random};
+
+fn shape(rows: usize, width: usize) -> LayerNormShape {
+    LayerNormShape { rows, width, epsilon: 1e-6 }
+}
+
+/// Every path: registers of one to five units, full and not; rows read again by vectors; element by element.
+const WIDTHS: [usize; 17] = [1, 7, 8, 40, 192, 200, 256, 384, 512, 520, 768, 1000, 1024, 1280, 1283, 1288, 1536];
+
+/// Inputs of a LayerNorm.
+struct Inputs {
+    x: Vec<f64>,
+    gamma: Vec<f64>,
+    beta: Vec<f64>,
+    dy: Vec<f64>,
+    /// What dx holds before.
+    old: Vec<f64>,
+}
+
+impl Inputs {
+    fn new(shape: LayerNormShape, offset: f64) -> Self {
+        let LayerNormShape { rows, width, .. } = shape;
+        let near_one = |values: Vec<f64>| values.into_iter().map(|value| 1.0 + value / 2.0).collect();
+        Self {
+            x: random(1, rows * width).into_iter().map(|value| value + offset).collect(),
+            gamma: near_one(random(2, width)),
+            beta: random(3, width),
+            dy: random(4, rows * width),
+            old: random(5, rows * width),
+        }
+    }
+}
+
+/// `y`, `mean` and `rstd`.
+fn forward<B: LayerNorm>(bench: &Bench<'_, B>, shape: LayerNormShape, inputs: &Inputs) -> [Vec<f64>; 3] {
+    let mut y = bench.poisoned(shape.rows * shape.width);
+    let [mut mean, mut rstd] = [(); 2].map(|()| bench.masters(&vec![f64::NAN; shape.rows]));
+    let (x, gamma, beta) = (bench.elements(&inputs.x), bench.masters(&inputs.gamma), bench.masters(&inputs.beta));
+    bench.backend.layernorm_forward(shape, &mut y, &mut mean, &mut rstd, &x, &gamma, &beta).expect("no fault");
+    [bench.read(&y), bench.read_masters(&mean), bench.read_masters(&rstd)]
+}
+
+/// `dx`, `dgamma` and `dbeta`, the latter two on top of betas.
+fn backward<B: LayerNorm>(
+    bench: &Bench<'_, B>,
+    shape: LayerNormShape,
+    write: Write,
+    inputs: &Inputs,
+    statistics: &[Vec<f64>; 2],
+) -> [Vec<f64>; 3] {
+    let mut dx = match write {
+        Write::Assign => bench.poisoned(shape.rows * shape.width),
+        Write::Accumulate => bench.elements(&inputs.old),
+    };
+    let [mut dgamma, mut dbeta] = [(); 2].map(|()| bench.masters(&inputs.beta));
+    let (dy, x, gamma) = (bench.elements(&inputs.dy), bench.elements(&inputs.x), bench.masters(&inputs.gamma));
+    let [mean, rstd] = statistics.each_ref().map(|values| bench.masters(values));
+    bench
+        .backend
+        .layernorm_backward(shape, write, &mut dx, &mut dgamma, &mut dbeta, &dy, &x, &mean, &rstd, &gamma)
+        .expect("no fault");
+    [bench.read(&dx), bench.read_masters(&dgamma), bench.read_masters(&dbeta)]
+}
+
+fn check_forward<E: CudaElement>(stream: &Stream, shape: LayerNormShape, shift: usize) {
+    let inputs = Inputs::new(shape, 0.25);
+    let [y, mean, rstd] = forward(&Bench { backend: &Cpu::<f64>::new(), shift: 0 }, shape, &inputs);
+    let backend = Cuda::<E>::new(stream.clone());
+    let found = forward(&Bench { backend: &backend, shift }, shape, &inputs);
+    let what = format!("{shape:?}, shift {shift}, {} bytes", size_of::<E>());
+    close::<Cuda<E>>(&format!("y, {what}"), &found[0], &y, 2.0);
+    close_masters(&format!("mean, {what}"), &found[1], &mean);
+    close_masters(&format!("rstd, {what}"), &found[2], &rstd);
+}
+
+fn check_backward<E: CudaElement>(stream: &Stream, shape: LayerNormShape, write: Write, shift: usize) {
+    let inputs = Inputs::new(shape, 0.25);
+    let reference = Bench { backend: &Cpu::<f64>::new(), shift: 0 };
+    let [_, mean, rstd] = forward(&reference, shape, &inputs);
+    // As the device holds them.
+    let statistics = [mean, rstd].map(|values| values.into_iter().map(|value| f64::from(value as f32)).collect());
+    let [dx, dgamma, dbeta] = backward(&reference, shape, write, &inputs, &statistics);
+    let backend = Cuda::<E>::new(stream.clone());
+    let bench = Bench { backend: &backend, shift };
+    let found = backward(&bench, shape, write, &inputs, &statistics);
+    let what = format!("{shape:?}, {write:?}, shift {shift}, {} bytes", size_of::<E>());
+    close::<Cuda<E>>(&format!("dx, {what}"), &found[0], &dx, 3.0);
+    close_masters(&format!("dgamma, {what}"), &found[1], &dgamma);
+    close_masters(&format!("dbeta, {what}"), &found[2], &dbeta);
+    // The scratch memory holds other numbers now.
+    assert_eq!(found, backward(&bench, shape, write, &inputs, &statistics), "{what}: twice the same");
+}
+
+#[test]
+fn layernorm_forward_matches_the_cpu_at_every_width() {
+    for (seed, rows) in SEEDS.into_iter().zip([1, 5, 17, 34]) {
+        let Some(emulator) = emulator(seed) else { return };
+        let stream = emulator.stream();
+        for width in WIDTHS {
+            check_forward::<bf16>(&stream, shape(rows, width), 0);
+            check_forward::<f32>(&stream, shape(rows, width), 0);
+        }
+        check_forward::<bf16>(&stream, shape(3, 64), 1);
+        check_forward::<f32>(&stream, shape(3, 64), 2);
+        check_forward::<bf16>(&stream, shape(0, 64), 0);
+    }
+}
+
+#[test]
+fn layernorm_backward_matches_the_cpu_at_every_width() {
+    // 16 blocks at most on the emulator: from 65 rows on, or 257 on the narrowest path, warps take more than one turn.
+    for (seed, rows) in SEEDS.into_iter().zip([1, 5, 70, 2]) {
+        let Some(emulator) = emulator(seed) else { return };
+        let stream = emulator.stream();
+        for width in WIDTHS {
+            check_backward::<bf16>(&stream, shape(rows, width), Write::Accumulate, 0);
+            check_backward::<f32>(&stream, shape(rows, width), Write::Assign, 0);
+        }
+        for (rows, width) in [(300, 40), (197, 264), (3, 768)] {
+            check_backward::<bf16>(&stream, shape(rows, width), Write::Assign, 0);
+            check_backward::<f32>(&stream, shape(rows, width), Write::Accumulate, 0);
+        }
+        check_backward::<bf16>(&stream, shape(3, 64), Write::Accumulate, 1);
+        check_backward::<f32>(&stream, shape(3, 64), Write::Assign, 2);
+        check_backward::<bf16>(&stream, shape(0, 64), Write::Assign, 0);
+    }
+}
+
+#[test]
+fn a_large_mean_costs_no_digits_of_the_variance() {
+    let Some(emulator) = emulator(0) else { return };
+    let backend = Cuda::<f32>::new(emulator.stream());
+    for width in [384, 1283, 1536] {
+        let shape = shape(3, width);
+        // The mean of squares less the square of the mean would be off by several percent here.
+        let inputs = Inputs::new(shape, 1000.0);
+        let [y, ..] = forward(&Bench { backend: &Cpu::<f64>::new(), shift: 0 }, shape, &inputs);
+        let [found, ..] = forward(&Bench { backend: &backend, shift: 0 }, shape, &inputs);
+        let worst = found.iter().zip(&y).fold(0.0, |worst: f64, (found, y)| worst.max((found - y).abs()));
+        assert!(worst < 1e-3, "{width}: {worst}");
+    }
+}
+
+#[test]
+fn a_constant_row_is_beta() {
+    let Some(emulator) = emulator(0) else { return };
+    let backend = Cuda::<bf16>::new(emulator.stream());
+    let shape = LayerNormShape { rows: 2, width: 96, epsilon: 1e-12 };
+    let mut inputs = Inputs::new(shape, 0.0);
+    inputs.x.fill(0.5);
+    let [y, mean, rstd] = forward(&Bench { backend: &backend, shift: 0 }, shape, &inputs);
+    assert!(y.chunks(96).all(|y| y == inputs.beta));
+    assert_eq!(mean, [0.5; 2]);
+    close_masters("rstd", &rstd, &[1e6; 2]);
+}
+
+#[test]
+fn layernorm_refuses_what_does_not_fit() {
+    let Some(emulator) = emulator(0) else { return };
+    let stream = emulator.stream();
+    let good = shape(6, 32);
+    let matrix = || stream.zeros::<f32>(6 * 32).expect("reserved");
+    let vector = |len| stream.zeros::<f32>(len).expect("reserved");
+    let (x, gamma, beta) = (matrix(), vector(32), vector(32));
+    let (mut y, mut mean, mut rstd) = (matrix(), vector(6), vector(6));
+    let mut refused = |shape: LayerNormShape| {
+        let mut output = LayerNormOutput { y: y.as_mut_slice(), mean: mean.as_mut_slice(), rstd: rstd.as_mut_slice() };
+        let result = layernorm_forward(&stream, &mut output, &x.as_slice(), &gamma.as_slice(), &beta.as_slice(), shape);
+        let error = result.expect_err("refused");
+        assert!(matches!(error, CudaError::Shape { .. }), "{error:?}");
+        error.to_string()
+    };
+    assert!(refused(shape(7, 32)).contains("length of y is 192, expected 224"));
+    assert!(refused(shape(12, 16)).contains("length of mean is 6, expected 12"));
+    assert!(refused(shape(6, 0)).contains("number of features is 0"));
+    refused(shape(6, 1 << 30));
+    refused(shape(1 << 31, 32));
+    refused(shape(usize::MAX, 32));
+
+    let partials = layernorm_backward_partials(&stream, good);
+    let run = |partials: usize, dbeta: usize| {
+        let (mut dx, mut dgamma) = (matrix(), vector(32));
+        let (mut dbeta, mut partials) = (vector(dbeta), vector(partials));
+        let (dy, mean, rstd) = (matrix(), vector(6), vector(6));
+        let mut gradients = LayerNormGradients {
+            dx: dx.as_mut_slice(),
+            dgamma: dgamma.as_mut_slice(),
+            dbeta: dbeta.as_mut_slice(),
+            partials: partials.as_mut_slice(),
+        };
+        let saved = LayerNormSaved {
+            dy: dy.as_slice(),
+            x: x.as_slice(),
+            mean: mean.as_slice(),
+            rstd: rstd.as_slice(),
+            gamma: gamma.as_slice(),
+        };
+        layernorm_backward(&stream, &mut gradients, &saved, Write::Assign, good)
+    };
+    run(partials, 32).expect("no fault");
+    assert!(run(partials - 1, 32).expect_err("refused").to_string().contains("length of partials is 127"));
+    assert!(run(partials, 31).expect_err("refused").to_string().contains("length of dbeta is 31, expected 32"));
+
+    // Through the backend: the same as an error of the library.
+    let backend = Cuda::<f32>::new(stream.clone());
+    let bench = Bench { backend: &backend, shift: 0 };
+    let inputs = Inputs::new(good, 0.0);
+    let (mut y, mut mean, mut rstd) = (bench.poisoned(192), bench.masters(&[0.0]), bench.masters(&[0.0; 6]));
+    let (x, gamma, beta) = (bench.elements(&inputs.x), bench.masters(&inputs.gamma), bench.masters(&inputs.beta));
+    let large = shape(400, 32);
+    let error = backend.layernorm_forward(large, &mut y, &mut mean, &mut rstd, &x, &gamma, &beta);
+    assert!(matches!(error, Err(vitmae::Error::Shape { op: "layernorm_forward", .. })), "{error:?}");
+}
