@@ -33,25 +33,6 @@ DEVICE float warp_sum(float value) {
     return value;
 }
 
-// Sums of 32 neighbouring columns of a matrix [rows, stride], one per lane, by a block of WARPS warps in a fixed order: warp w
-// takes rows w, w + WARPS, ...; the first warp then adds up the warps and returns the sums, the others return anything.
-// `column` points to the lane's column of row 0; a lane with no column passes inside = false. `shared`: WARPS * 32 floats.
-template <u32 WARPS>
-DEVICE float sum_of_column(float* shared, const float* column, bool inside, u32 rows, u32 stride) {
-    float sum = 0.0f;
-    if (inside) {
-        for (u32 row = warp_index(); row < rows; row += WARPS) sum += column[static_cast<u64>(row) * stride];
-    }
-    shared[thread_index()] = sum;
-    block_barrier();
-    sum = 0.0f;
-    if (warp_index() == 0) {
-        UNROLL
-        for (u32 warp = 0; warp < WARPS; ++warp) sum += shared[warp * 32 + lane_index()];
-    }
-    return sum;
-}
-
 // Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): four random words from a counter and
 // a key. The CPU side uses the rand_philox crate; both are held against Random123's known answers.
 DEVICE u32x4 philox(u32x4 counter, u32 key_low, u32 key_high) {
@@ -144,6 +125,25 @@ DEVICE void store_elements(T* address, const float* values) {
     } else {
         Element<T>::store_vector(address, values);
     }
+}
+
+// Sums of 32 neighbouring columns of a matrix [rows, stride], one per lane, by a block of WARPS warps in a fixed order: warp w
+// takes rows w, w + WARPS, ...; the first warp then adds up the warps and returns the sums, the others return anything.
+// `column` points to the lane's column of row 0; a lane with no column passes inside = false. `shared`: WARPS * 32 floats.
+template <u32 WARPS, typename T>
+DEVICE float sum_of_column(float* shared, const T* column, bool inside, u32 rows, u64 stride) {
+    float sum = 0.0f;
+    if (inside) {
+        for (u32 row = warp_index(); row < rows; row += WARPS) sum += Element<T>::load(column + row * stride);
+    }
+    shared[thread_index()] = sum;
+    block_barrier();
+    sum = 0.0f;
+    if (warp_index() == 0) {
+        UNROLL
+        for (u32 warp = 0; warp < WARPS; ++warp) sum += shared[warp * 32 + lane_index()];
+    }
+    return sum;
 }
 
 #endif

@@ -12,7 +12,9 @@ use crate::ops::{Element, Memory};
 use crate::{Error, Result};
 
 /// The type of activations and weight matrices on a GPU: [`bf16`] to train, `f32` to compare.
-pub trait CudaElement: Element + super::layernorm::LayerNormElement + super::patchify::RowElement {
+pub trait CudaElement:
+    Element + super::layernorm::LayerNormElement + super::patchify::RowElement + super::tokens::TokenElement
+{
     /// Rounds to this type.
     fn from_f64(value: f64) -> Self;
     /// Widens to f64.

@@ -17,6 +17,7 @@ pub mod modules;
 #[path = "../../build/nvrtc.rs"]
 pub mod nvrtc;
 pub mod patchify;
+pub mod tokens;
 
 pub use backend::{Cuda, CudaBuffer, CudaElement};
 pub use driver::{DeviceInfo, Gpu, devices};

@@ -38,6 +38,19 @@ pub const KERNELS: &[(&str, &str)] = &[
     ("patchify.cu", "patchify_visible_forward_u8_bf16"),
     ("patchify.cu", "patchify_visible_forward_f32_f32"),
     ("patchify.cu", "patchify_visible_forward_f32_bf16"),
+    ("tokens.cu", "tokens_assemble_forward_f32"),
+    ("tokens.cu", "tokens_assemble_forward_bf16"),
+    ("tokens.cu", "tokens_assemble_backward_f32"),
+    ("tokens.cu", "tokens_assemble_backward_bf16"),
+    ("tokens.cu", "tokens_unshuffle_forward_f32"),
+    ("tokens.cu", "tokens_unshuffle_forward_bf16"),
+    ("tokens.cu", "tokens_unshuffle_backward_f32"),
+    ("tokens.cu", "tokens_unshuffle_backward_bf16"),
+    ("tokens.cu", "tokens_gather_forward_f32"),
+    ("tokens.cu", "tokens_gather_forward_bf16"),
+    ("tokens.cu", "tokens_gather_backward_f32"),
+    ("tokens.cu", "tokens_gather_backward_bf16"),
+    ("tokens.cu", "tokens_unshuffle_backward_mask_token"),
 ];
 
 impl Kernel {

@@ -33,6 +33,9 @@ impl TokensShape {
 }
 
 /// Assembling, unshuffling and selecting tokens.
+///
+/// The ids of a sample are distinct. An id that is no patch is an error on the CPU; a GPU, which cannot tell in time, writes a
+/// row of NaN, or leaves the row out in [`Tokens::tokens_gather_backward`].
 pub trait Tokens: Memory {
     /// The encoder's input `x` `[B, 1 + n, D]`: `x[b, 0] = class_token + positions[0]`,
     /// `x[b, 1 + j] = patches[b, j] + positions[1 + ids_keep[b, j]]`, with `patches` `[B, n, D]`, `positions` `[1 + L, D]`.

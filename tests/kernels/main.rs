@@ -7,6 +7,8 @@ mod layernorm;
 mod masking;
 mod patchify;
 mod reference;
+mod scratch;
+mod tokens;
 
 use emulated::launch::{Argument, Grid};
 use emulated::modules::{KERNELS, Target};
