@@ -132,6 +132,30 @@ DEVICE void multiply_by_rows(f32x4 (&s)[M][2 * GROUPS], const u32x4 (&left)[M][W
     }
 }
 
+// The same with the 16 * M rows of `left`, another tile, loaded on the way.
+template <u32 WIDTH, u32 M, u32 GROUPS>
+DEVICE void multiply_by_rows(f32x4 (&s)[M][2 * GROUPS], const u8* left, const u8* rows) {
+    UNROLL
+    for (u32 m = 0; m < M; ++m) clear(s[m]);
+    const u8* left_address = rows_first(left, tile_stride(WIDTH));
+    const u8* address = columns_first(rows, tile_stride(WIDTH));
+    UNROLL
+    for (u32 k = 0; k < WIDTH / 16; ++k) {
+        u32x4 a[M];
+        UNROLL
+        for (u32 m = 0; m < M; ++m) a[m] = load_matrices(left_address + m * 16 * tile_stride(WIDTH) + 32 * k);
+        UNROLL
+        for (u32 group = 0; group < GROUPS; ++group) {
+            const u32x4 b = load_matrices(address + group * 16 * tile_stride(WIDTH) + 32 * k);
+            UNROLL
+            for (u32 m = 0; m < M; ++m) {
+                s[m][2 * group] = multiply_matrices(a[m], b.x, b.y, s[m][2 * group]);
+                s[m][2 * group + 1] = multiply_matrices(a[m], b.z, b.w, s[m][2 * group + 1]);
+            }
+        }
+    }
+}
+
 // sums[m] += left[m] rows: a product over 16 * GROUPS rows of a tile, for M 16-row fragments.
 template <u32 WIDTH, u32 M, u32 GROUPS>
 DEVICE void multiply_over_rows(f32x4 (&sums)[M][WIDTH / 8], const u32x4 (&left)[M][GROUPS], const u8* rows) {
@@ -147,6 +171,17 @@ DEVICE void multiply_over_rows(f32x4 (&sums)[M][WIDTH / 8], const u32x4 (&left)[
                 sums[m][2 * pair + 1] = multiply_matrices(left[m][group], b.z, b.w, sums[m][2 * pair + 1]);
             }
         }
+    }
+}
+
+// Removes the scores of keys from `end` on; the scores' first key is `first`.
+template <u32 COUNT>
+DEVICE void hide_keys(f32x4 (&s)[COUNT], u32 first, u32 end) {
+    UNROLL
+    for (u32 i = 0; i < COUNT; ++i) {
+        const u32 key = first + 8 * i + 2 * (lane_index() % 4);
+        if (key >= end) s[i].x = s[i].z = minus_infinity();
+        if (key + 1 >= end) s[i].y = s[i].w = minus_infinity();
     }
 }
 

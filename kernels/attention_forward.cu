@@ -5,7 +5,7 @@
 //   attention_forward_whole_d64_n64_bf16, _d64_n80_, _d80_n80_   short sequences: a block per head, a warp per 16 queries,
 //                                                                whole rows of scores in registers
 //   attention_forward_resident_d32_bf16, _d64_, _d80_            keys and values of a head stay in shared memory; a warp takes
-//                                                                32 queries and walks over the keys
+//                                                                16 or 32 queries and walks over the keys
 //   attention_forward_streamed_d32_bf16, _d64_, _d80_, _d128_    any N: a block takes some queries and streams the keys past
 //
 // The number after d is the most features that a kernel takes; fewer are filled up with zeros in shared memory.
@@ -23,7 +23,7 @@
 //
 // Launch, with S = 2 * d + 16 bytes per row in shared memory:
 //   whole     B * H blocks of n / 16 warps; 3 n S bytes
-//   resident  B * H blocks of ceil(N / 32) warps, or fewer; (2 * 16 ceil(N / 16) + 32 ceil(N / 32)) S bytes
+//   resident  B * H blocks of any number of warps; (2 * 16 ceil(N / 16) + Q ceil(N / Q)) S bytes; Q = 16 for d80, else 32
 //   streamed  B * H * ceil(N / Q) blocks of 4 warps; (Q + 256) S bytes; Q = 128 queries up to d64, else 64
 //
 // Bytes: 8 B N H D + 4 B H N. FLOPs: 4 B H N^2 D, and B H N^2 exponentials.
@@ -47,17 +47,6 @@ struct Rows {
         }
     }
 };
-
-// Removes the scores of keys from `end` on; the scores' first key is `first`.
-template <u32 COUNT>
-DEVICE void hide_keys(f32x4 (&s)[COUNT], u32 first, u32 end) {
-    UNROLL
-    for (u32 i = 0; i < COUNT; ++i) {
-        const u32 key = first + 8 * i + 2 * (lane_index() % 4);
-        if (key >= end) s[i].x = s[i].z = minus_infinity();
-        if (key + 1 >= end) s[i].y = s[i].w = minus_infinity();
-    }
-}
 
 // The largest score of each of the two rows, in units of log2.
 template <u32 COUNT>
@@ -296,22 +285,22 @@ attention_forward_whole_d80_n80_bf16(bf16* __restrict__ out, float* __restrict__
     forward_whole<80, 5>(out, log_sum_exp, qkv, shape);
 }
 
-KERNEL(320)
+KERNEL(512)
 attention_forward_resident_d32_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
                                     const AttentionShape shape) {
-    forward_resident<32, 2, 4>(out, log_sum_exp, qkv, shape);
+    forward_resident<32, 2, 3>(out, log_sum_exp, qkv, shape);
 }
 
-KERNEL(320)
+KERNEL(256)
 attention_forward_resident_d64_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
                                     const AttentionShape shape) {
     forward_resident<64, 2, 2>(out, log_sum_exp, qkv, shape);
 }
 
-KERNEL(320)
+KERNEL(288)
 attention_forward_resident_d80_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
                                     const AttentionShape shape) {
-    forward_resident<80, 2, 2>(out, log_sum_exp, qkv, shape);
+    forward_resident<80, 1, 4>(out, log_sum_exp, qkv, shape);
 }
 
 KERNEL(128)
@@ -326,10 +315,10 @@ attention_forward_streamed_d64_bf16(bf16* __restrict__ out, float* __restrict__ 
     forward_streamed<64, 2, 4>(out, log_sum_exp, qkv, shape);
 }
 
-KERNEL(128)
+KERNEL(256)
 attention_forward_streamed_d80_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
                                     const AttentionShape shape) {
-    forward_streamed<80, 1, 4>(out, log_sum_exp, qkv, shape);
+    forward_streamed<80, 1, 2>(out, log_sum_exp, qkv, shape);
 }
 
 KERNEL(128)
