@@ -1,0 +1,253 @@
+// What the attention kernels share: shapes, tiles of bf16 rows in shared memory, fragments, and the online softmax.
+//
+// A tile is rows of one head (D features) in shared memory, filled up with zeros to WIDTH features, a multiple of 16, and to
+// whole 16-row groups. Rows lie 2 * WIDTH + 16 bytes apart: an odd multiple of 16 bytes, so that the eight rows of a matrix
+// that load_matrices reads fall into different banks.
+//
+// Scores live in units of log2: exp(s / sqrt(D)) = exp2(s * scale_log2), which saves a multiplication per element.
+#ifndef VITMAE_ATTENTION_CUH
+#define VITMAE_ATTENTION_CUH
+
+#include "device.cuh"
+
+// Sizes of an attention op, as the launchers fill them in (`AttentionParameters` in src/cuda/attention.rs, same layout).
+struct AttentionShape {
+    u32 tokens;    // N
+    u32 heads;     // H
+    u32 head_dim;  // D
+    float scale;   // 1 / sqrt(D)
+};
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+DEVICE float minus_infinity() { return bits_float(0xff800000u); }
+
+// Where one head of one sequence lies in packed qkv [B, N, 3, H, D] or in [B, N, H, D].
+template <typename T>
+struct HeadRows {
+    T* start;
+    u64 stride;  // elements from one token to the next
+
+    DEVICE T* row(u32 token) const { return start + token * stride; }
+};
+
+// `which`: 0 for queries, 1 for keys, 2 for values.
+template <typename T>
+DEVICE HeadRows<T> packed_rows(T* qkv, u32 sample, u32 head, u32 which, const AttentionShape& shape) {
+    const u64 stride = 3ull * shape.heads * shape.head_dim;
+    const u64 within = (static_cast<u64>(which) * shape.heads + head) * shape.head_dim;
+    return {qkv + sample * shape.tokens * stride + within, stride};
+}
+
+template <typename T>
+DEVICE HeadRows<T> output_rows(T* out, u32 sample, u32 head, const AttentionShape& shape) {
+    const u64 stride = static_cast<u64>(shape.heads) * shape.head_dim;
+    return {out + sample * shape.tokens * stride + static_cast<u64>(head) * shape.head_dim, stride};
+}
+
+// A block's sample, head and tile; the head changes fastest, because the rows of neighbouring heads lie side by side.
+struct BlockPlace {
+    u32 sample;
+    u32 head;
+    u32 tile;
+
+    DEVICE BlockPlace(u32 tiles, const AttentionShape& shape) {
+        const u32 group = block_index() / shape.heads;
+        head = block_index() - group * shape.heads;
+        sample = group / tiles;
+        tile = group - sample * tiles;
+    }
+
+    // Index of a token's number in [B, H, N].
+    DEVICE u64 statistic(u32 token, const AttentionShape& shape) const {
+        return (static_cast<u64>(sample) * shape.heads + head) * shape.tokens + token;
+    }
+};
+
+DEVICE constexpr u32 tile_stride(u32 width) { return 2 * width + 16; }
+
+// Starts to copy `rows` rows from token `first` on into a tile; zeros for tokens and features that do not exist.
+template <u32 WIDTH>
+DEVICE void copy_tile(u8* tile, const HeadRows<const bf16>& from, u32 first, u32 rows, const AttentionShape& shape) {
+    constexpr u32 WORDS = WIDTH / 8;
+    for (u32 i = thread_index(); i < rows * WORDS; i += block_threads()) {
+        const u32 row = i / WORDS, word = i % WORDS;
+        const bool exists = first + row < shape.tokens && 8 * word < shape.head_dim;
+        const bf16* source = exists ? from.row(first + row) + 8 * word : from.start;
+        copy_async_16_or_zero(tile + row * tile_stride(WIDTH) + 16 * word, source, exists);
+    }
+}
+
+// The address that a lane gives to load 16 x 16 elements of a tile: rows 0-7 then 8-15 of the first 8 columns, then of the
+// others. Straight: fragment `a` of those rows. Transposed: b_0, b_1 of the first 8 columns and of the last, for a product
+// over the tile's rows.
+DEVICE const u8* rows_first(const u8* tile, u32 stride) {
+    return tile + (lane_index() & 15) * stride + (lane_index() >> 4) * 16;
+}
+
+// The same with columns before rows. Straight: b_0, b_1 of the first 8 rows and of the last, for a product over the tile's
+// columns. Transposed: fragment `a` of the tile's transpose.
+DEVICE const u8* columns_first(const u8* tile, u32 stride) {
+    return tile + ((lane_index() & 7) + (lane_index() >> 4) * 8) * stride + ((lane_index() >> 3) & 1) * 16;
+}
+
+// a0 for the 8 columns from 2 c on, a1: two neighbouring 16x8 tiles of sums become fragment `a` of 16 columns.
+DEVICE u32x4 as_left(const f32x4& first, const f32x4& second) {
+    return {pack_bf16(first.x, first.y), pack_bf16(first.z, first.w), pack_bf16(second.x, second.y),
+            pack_bf16(second.z, second.w)};
+}
+
+template <u32 COUNT>
+DEVICE void clear(f32x4 (&sums)[COUNT]) {
+    UNROLL
+    for (u32 i = 0; i < COUNT; ++i) sums[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+}
+
+// Fragments `a` of 16 rows of a tile.
+template <u32 WIDTH>
+DEVICE void load_left(u32x4 (&left)[WIDTH / 16], const u8* rows) {
+    const u8* address = rows_first(rows, tile_stride(WIDTH));
+    UNROLL
+    for (u32 k = 0; k < WIDTH / 16; ++k) left[k] = load_matrices(address + 32 * k);
+}
+
+// s[m] = left[m] rows^T: a product over features with 16 * GROUPS rows of a tile, for M 16-row fragments.
+template <u32 WIDTH, u32 M, u32 GROUPS>
+DEVICE void multiply_by_rows(f32x4 (&s)[M][2 * GROUPS], const u32x4 (&left)[M][WIDTH / 16], const u8* rows) {
+    UNROLL
+    for (u32 m = 0; m < M; ++m) clear(s[m]);
+    const u8* address = columns_first(rows, tile_stride(WIDTH));
+    UNROLL
+    for (u32 k = 0; k < WIDTH / 16; ++k) {
+        UNROLL
+        for (u32 group = 0; group < GROUPS; ++group) {
+            const u32x4 b = load_matrices(address + group * 16 * tile_stride(WIDTH) + 32 * k);
+            UNROLL
+            for (u32 m = 0; m < M; ++m) {
+                s[m][2 * group] = multiply_matrices(left[m][k], b.x, b.y, s[m][2 * group]);
+                s[m][2 * group + 1] = multiply_matrices(left[m][k], b.z, b.w, s[m][2 * group + 1]);
+            }
+        }
+    }
+}
+
+// The same with the 16 * M rows of `left`, another tile, loaded on the way.
+template <u32 WIDTH, u32 M, u32 GROUPS>
+DEVICE void multiply_by_rows(f32x4 (&s)[M][2 * GROUPS], const u8* left, const u8* rows) {
+    UNROLL
+    for (u32 m = 0; m < M; ++m) clear(s[m]);
+    const u8* left_address = rows_first(left, tile_stride(WIDTH));
+    const u8* address = columns_first(rows, tile_stride(WIDTH));
+    UNROLL
+    for (u32 k = 0; k < WIDTH / 16; ++k) {
+        u32x4 a[M];
+        UNROLL
+        for (u32 m = 0; m < M; ++m) a[m] = load_matrices(left_address + m * 16 * tile_stride(WIDTH) + 32 * k);
+        UNROLL
+        for (u32 group = 0; group < GROUPS; ++group) {
+            const u32x4 b = load_matrices(address + group * 16 * tile_stride(WIDTH) + 32 * k);
+            UNROLL
+            for (u32 m = 0; m < M; ++m) {
+                s[m][2 * group] = multiply_matrices(a[m], b.x, b.y, s[m][2 * group]);
+                s[m][2 * group + 1] = multiply_matrices(a[m], b.z, b.w, s[m][2 * group + 1]);
+            }
+        }
+    }
+}
+
+// sums[m] += left[m] rows: a product over 16 * GROUPS rows of a tile, for M 16-row fragments.
+template <u32 WIDTH, u32 M, u32 GROUPS>
+DEVICE void multiply_over_rows(f32x4 (&sums)[M][WIDTH / 8], const u32x4 (&left)[M][GROUPS], const u8* rows) {
+    const u8* address = rows_first(rows, tile_stride(WIDTH));
+    UNROLL
+    for (u32 group = 0; group < GROUPS; ++group) {
+        UNROLL
+        for (u32 pair = 0; pair < WIDTH / 16; ++pair) {
+            const u32x4 b = load_matrices_transposed(address + group * 16 * tile_stride(WIDTH) + 32 * pair);
+            UNROLL
+            for (u32 m = 0; m < M; ++m) {
+                sums[m][2 * pair] = multiply_matrices(left[m][group], b.x, b.y, sums[m][2 * pair]);
+                sums[m][2 * pair + 1] = multiply_matrices(left[m][group], b.z, b.w, sums[m][2 * pair + 1]);
+            }
+        }
+    }
+}
+
+// Removes the scores of keys from `end` on; the scores' first key is `first`.
+template <u32 COUNT>
+DEVICE void hide_keys(f32x4 (&s)[COUNT], u32 first, u32 end) {
+    UNROLL
+    for (u32 i = 0; i < COUNT; ++i) {
+        const u32 key = first + 8 * i + 2 * (lane_index() % 4);
+        if (key >= end) s[i].x = s[i].z = minus_infinity();
+        if (key + 1 >= end) s[i].y = s[i].w = minus_infinity();
+    }
+}
+
+// Sums or maxima over the four lanes that share rows of a fragment.
+DEVICE float sum_of_row(float value) {
+    value += shuffle_xor(value, 1);
+    return value + shuffle_xor(value, 2);
+}
+
+DEVICE float maximum(float a, float b) { return a > b ? a : b; }
+
+DEVICE float maximum_of_row(float value) {
+    value = maximum(value, shuffle_xor(value, 1));
+    return maximum(value, shuffle_xor(value, 2));
+}
+
+// Transposes 4 x 4 words over four neighbouring lanes: word i of lane c becomes word c of lane i.
+DEVICE void transpose_over_lanes(u32 (&words)[4]) {
+    const bool odd = lane_index() & 1, upper = lane_index() & 2;
+    UNROLL
+    for (u32 i = 0; i < 4; i += 2) {
+        const u32 other = shuffle_xor(odd ? words[i] : words[i + 1], 1);
+        words[i] = odd ? other : words[i];
+        words[i + 1] = odd ? words[i + 1] : other;
+    }
+    UNROLL
+    for (u32 i = 0; i < 2; ++i) {
+        const u32 other = shuffle_xor(upper ? words[i] : words[i + 2], 2);
+        words[i] = upper ? other : words[i];
+        words[i + 2] = upper ? words[i + 2] : other;
+    }
+}
+
+// Writes 16 rows of sums as bf16, times a factor per row half, from token `first` on; only tokens and features that exist.
+// Four lanes hold eight features of a row in four words; exchanging words gives each lane 16 bytes of four groups of eight.
+template <u32 WIDTH>
+DEVICE void store_rows(const HeadRows<bf16>& to, const f32x4 (&sums)[WIDTH / 8], u32 first, float factor, float factor_8,
+                       const AttentionShape& shape) {
+    constexpr u32 EIGHTS = WIDTH / 8;
+    const u32 row = first + lane_index() / 4, column = lane_index() % 4;
+    UNROLL
+    for (u32 half = 0; half < 2; ++half) {
+        const u32 token = row + 8 * half;
+        const float by = half == 0 ? factor : factor_8;
+        bf16* target = token < shape.tokens ? to.row(token) : nullptr;
+        u32 packed[EIGHTS];
+        UNROLL
+        for (u32 i = 0; i < EIGHTS; ++i) {
+            packed[i] = half == 0 ? pack_bf16(sums[i].x * by, sums[i].y * by) : pack_bf16(sums[i].z * by, sums[i].w * by);
+        }
+        UNROLL
+        for (u32 i = 0; i + 4 <= EIGHTS; i += 4) {
+            u32 words[4] = {packed[i], packed[i + 1], packed[i + 2], packed[i + 3]};
+            transpose_over_lanes(words);
+            const u32 feature = 8 * (i + column);
+            if (target != nullptr && feature < shape.head_dim) {
+                store_16(target + feature, {words[0], words[1], words[2], words[3]});
+            }
+        }
+        UNROLL
+        for (u32 i = EIGHTS / 4 * 4; i < EIGHTS; ++i) {
+            if (target != nullptr && 8 * i < shape.head_dim) {
+                *reinterpret_cast<u32*>(target + 8 * i + 2 * column) = packed[i];
+            }
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,328 @@
+// Attention, forward, bf16: out = softmax(q k^T / sqrt(D)) v per head (Vaswani et al., arXiv 1706.03762), with the natural
+// log-sum-exp of the scaled scores for the backward pass. The softmax over a row is done piece by piece where a row does not
+// fit into registers (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135).
+//
+//   attention_forward_whole_d64_n64_bf16, _d64_n80_, _d80_n80_   short sequences: a block per head, a warp per 16 queries,
+//                                                                whole rows of scores in registers
+//   attention_forward_resident_d32_bf16, _d64_, _d80_            keys and values of a head stay in shared memory; a warp takes
+//                                                                16 or 32 queries and walks over the keys
+//   attention_forward_streamed_d32_bf16, _d64_, _d80_, _d128_    any N: a block takes some queries and streams the keys past
+//
+// The number after d is the most features that a kernel takes; fewer are filled up with zeros in shared memory.
+//
+// Pointers, all distinct (no aliasing):
+//   out          [B, N, H * D], bf16, assigned
+//   log_sum_exp  [B, H, N], f32, assigned: what the backward pass needs besides qkv
+//   qkv          [B, N, 3, H, D], bf16
+// Products accumulate in f32; scores, maxima and sums are f32; probabilities are rounded to bf16 for the product with v.
+// The reference value of a row's exponentials is raised only when its maximum grew by more than 2^8, so that rescaling is
+// rare; the result does not depend on it except for rounding. No order depends on timing.
+//
+// Preconditions, checked by src/cuda/attention.rs: D is a multiple of 8 and at most the kernel's; all buffers 16-byte aligned
+// and as long as their shapes; B * H * tiles below 2^31; N at most 64 or 80 (whole); shared memory fits the device.
+//
+// Launch, with S = 2 * d + 16 bytes per row in shared memory:
+//   whole     B * H blocks of n / 16 warps; 3 n S bytes
+//   resident  B * H blocks of any number of warps; (2 * 16 ceil(N / 16) + Q ceil(N / Q)) S bytes; Q = 16 for d80, else 32
+//   streamed  B * H * ceil(N / Q) blocks of 4 warps; (Q + 256) S bytes; Q = 128 queries up to d64, else 64
+//
+// Bytes: 8 B N H D + 4 B H N. FLOPs: 4 B H N^2 D, and B H N^2 exponentials.
+// Bound by: memory for short sequences; exponentials, matrix instructions and shared memory alike for long ones.
+#include "attention.cuh"
+
+// What a warp keeps of M times 16 rows while it walks over the keys. Components x, y of sums belong to row lane / 4, z and w to
+// the row 8 further on; so do entries 0 and 1 of the statistics.
+template <u32 WIDTH, u32 M>
+struct Rows {
+    f32x4 out[M][WIDTH / 8];
+    float reference[M][2];  // what the exponentials are relative to, in units of log2
+    float sum[M][2];        // of exponentials, over this lane's columns
+
+    DEVICE Rows() {
+        UNROLL
+        for (u32 m = 0; m < M; ++m) {
+            clear(out[m]);
+            reference[m][0] = reference[m][1] = minus_infinity();
+            sum[m][0] = sum[m][1] = 0.0f;
+        }
+    }
+};
+
+// The largest score of each of the two rows, in units of log2.
+template <u32 COUNT>
+DEVICE void maxima(float (&largest)[2], const f32x4 (&s)[COUNT], float scale_log2) {
+    float first = minus_infinity(), second = minus_infinity();
+    UNROLL
+    for (u32 i = 0; i < COUNT; ++i) {
+        first = maximum(first, maximum(s[i].x, s[i].y));
+        second = maximum(second, maximum(s[i].z, s[i].w));
+    }
+    largest[0] = maximum_of_row(first) * scale_log2;
+    largest[1] = maximum_of_row(second) * scale_log2;
+}
+
+// Scores to exponentials, in place; adds them to this lane's sums.
+template <u32 COUNT>
+DEVICE void exponentials(f32x4 (&s)[COUNT], float (&sum)[2], const float (&reference)[2], float scale_log2) {
+    UNROLL
+    for (u32 i = 0; i < COUNT; ++i) {
+        s[i].x = exp2_approximate(s[i].x * scale_log2 - reference[0]);
+        s[i].y = exp2_approximate(s[i].y * scale_log2 - reference[0]);
+        s[i].z = exp2_approximate(s[i].z * scale_log2 - reference[1]);
+        s[i].w = exp2_approximate(s[i].w * scale_log2 - reference[1]);
+        sum[0] += s[i].x + s[i].y;
+        sum[1] += s[i].z + s[i].w;
+    }
+}
+
+// Raises the references of 16 rows where the largest score ran away from them, and what was summed so far with it.
+template <u32 WIDTH, u32 M>
+DEVICE void raise_reference(Rows<WIDTH, M>& rows, u32 m, const float (&largest)[2]) {
+    constexpr float SLACK = 8.0f;
+    const bool grew = largest[0] > rows.reference[m][0] + SLACK || largest[1] > rows.reference[m][1] + SLACK;
+    if (ballot(grew) == 0) return;
+    float factor[2];
+    UNROLL
+    for (u32 half = 0; half < 2; ++half) {
+        const float raised = maximum(rows.reference[m][half], largest[half]);
+        factor[half] = exp2_approximate(rows.reference[m][half] - raised);
+        rows.reference[m][half] = raised;
+        rows.sum[m][half] *= factor[half];
+    }
+    UNROLL
+    for (u32 i = 0; i < WIDTH / 8; ++i) {
+        rows.out[m][i].x *= factor[0];
+        rows.out[m][i].y *= factor[0];
+        rows.out[m][i].z *= factor[1];
+        rows.out[m][i].w *= factor[1];
+    }
+}
+
+// One step over 16 * GROUPS keys, the first of which is `first`; with LAST, those from N on are left out.
+template <u32 WIDTH, u32 M, u32 GROUPS, bool LAST>
+DEVICE void attend(Rows<WIDTH, M>& rows, const u32x4 (&query)[M][WIDTH / 16], const u8* keys, const u8* values, u32 first,
+                   const AttentionShape& shape) {
+    const float scale_log2 = shape.scale * LOG2_E;
+    f32x4 s[M][2 * GROUPS];
+    multiply_by_rows<WIDTH, M, GROUPS>(s, query, keys);
+    u32x4 p[M][GROUPS];
+    UNROLL
+    for (u32 m = 0; m < M; ++m) {
+        if (LAST) hide_keys(s[m], first, shape.tokens);
+        float largest[2];
+        maxima(largest, s[m], scale_log2);
+        raise_reference(rows, m, largest);
+        exponentials(s[m], rows.sum[m], rows.reference[m], scale_log2);
+        UNROLL
+        for (u32 group = 0; group < GROUPS; ++group) p[m][group] = as_left(s[m][2 * group], s[m][2 * group + 1]);
+    }
+    multiply_over_rows<WIDTH, M, GROUPS>(rows.out, p, values);
+}
+
+// The keys [first, end) of a tile whose first row is key `first`: whole steps, then 16 keys at a time.
+template <u32 WIDTH, u32 M, u32 GROUPS>
+DEVICE void attend_all(Rows<WIDTH, M>& rows, const u32x4 (&query)[M][WIDTH / 16], const u8* keys, const u8* values, u32 first,
+                       u32 end, const AttentionShape& shape) {
+    constexpr u32 STEP = 16 * GROUPS;
+    u32 key = first;
+    for (; key + STEP <= end; key += STEP) {
+        const u32 offset = (key - first) * tile_stride(WIDTH);
+        attend<WIDTH, M, GROUPS, false>(rows, query, keys + offset, values + offset, key, shape);
+    }
+    for (; key < end; key += 16) {
+        const u32 offset = (key - first) * tile_stride(WIDTH);
+        attend<WIDTH, M, 1, true>(rows, query, keys + offset, values + offset, key, shape);
+    }
+}
+
+// Divides by the sums and writes 16 rows and their log-sum-exp, from token `first` on.
+template <u32 WIDTH>
+DEVICE void finish(bf16* out, float* log_sum_exp, const f32x4 (&sums)[WIDTH / 8], const float (&reference)[2],
+                   const float (&lane_sum)[2], u32 first, const BlockPlace& place, const AttentionShape& shape) {
+    const float sum[2] = {sum_of_row(lane_sum[0]), sum_of_row(lane_sum[1])};
+    store_rows<WIDTH>(output_rows(out, place.sample, place.head, shape), sums, first, 1.0f / sum[0], 1.0f / sum[1], shape);
+    const u32 half = lane_index() % 4;
+    const u32 token = first + lane_index() / 4 + 8 * half;
+    if (half < 2 && token < shape.tokens) {
+        const float first_value = reference[0] * LN_2 + natural_logarithm(sum[0]);
+        const float second_value = reference[1] * LN_2 + natural_logarithm(sum[1]);
+        log_sum_exp[place.statistic(token, shape)] = half == 0 ? first_value : second_value;
+    }
+}
+
+template <u32 WIDTH, u32 GROUPS>
+DEVICE void forward_whole(bf16* out, float* log_sum_exp, const bf16* qkv, const AttentionShape& shape) {
+    constexpr u32 ROWS = 16 * GROUPS;
+    const BlockPlace place(1, shape);
+    u8* query_tile = shared_memory<u8>();
+    u8* key_tile = query_tile + ROWS * tile_stride(WIDTH);
+    u8* value_tile = key_tile + ROWS * tile_stride(WIDTH);
+    copy_tile<WIDTH>(query_tile, packed_rows(qkv, place.sample, place.head, 0, shape), 0, ROWS, shape);
+    copy_tile<WIDTH>(key_tile, packed_rows(qkv, place.sample, place.head, 1, shape), 0, ROWS, shape);
+    copy_async_commit();
+    copy_tile<WIDTH>(value_tile, packed_rows(qkv, place.sample, place.head, 2, shape), 0, ROWS, shape);
+    copy_async_commit();
+
+    const u32 first = 16 * warp_index();
+    const bool works = first < shape.tokens;
+    const float scale_log2 = shape.scale * LOG2_E;
+    u32x4 p[1][GROUPS];
+    float largest[2], sum[2] = {0.0f, 0.0f};
+    copy_async_wait_groups<1>();
+    block_barrier();
+    if (works) {
+        u32x4 query[1][WIDTH / 16];
+        load_left<WIDTH>(query[0], query_tile + first * tile_stride(WIDTH));
+        f32x4 s[1][2 * GROUPS];
+        multiply_by_rows<WIDTH, 1, GROUPS>(s, query, key_tile);
+        hide_keys(s[0], 0, shape.tokens);
+        maxima(largest, s[0], scale_log2);
+        exponentials(s[0], sum, largest, scale_log2);
+        UNROLL
+        for (u32 group = 0; group < GROUPS; ++group) p[0][group] = as_left(s[0][2 * group], s[0][2 * group + 1]);
+    }
+    copy_async_wait_groups<0>();
+    block_barrier();
+    if (works) {
+        f32x4 sums[1][WIDTH / 8];
+        clear(sums[0]);
+        multiply_over_rows<WIDTH, 1, GROUPS>(sums, p, value_tile);
+        finish<WIDTH>(out, log_sum_exp, sums[0], largest, sum, first, place, shape);
+    }
+}
+
+template <u32 WIDTH, u32 M, u32 GROUPS>
+DEVICE void forward_resident(bf16* out, float* log_sum_exp, const bf16* qkv, const AttentionShape& shape) {
+    constexpr u32 QUERIES = 16 * M;
+    const BlockPlace place(1, shape);
+    const u32 key_rows = (shape.tokens + 15) / 16 * 16;
+    const u32 query_rows = (shape.tokens + QUERIES - 1) / QUERIES * QUERIES;
+    u8* key_tile = shared_memory<u8>();
+    u8* value_tile = key_tile + key_rows * tile_stride(WIDTH);
+    u8* query_tile = value_tile + key_rows * tile_stride(WIDTH);
+    copy_tile<WIDTH>(query_tile, packed_rows(qkv, place.sample, place.head, 0, shape), 0, query_rows, shape);
+    copy_tile<WIDTH>(key_tile, packed_rows(qkv, place.sample, place.head, 1, shape), 0, key_rows, shape);
+    copy_tile<WIDTH>(value_tile, packed_rows(qkv, place.sample, place.head, 2, shape), 0, key_rows, shape);
+    copy_async_wait();
+    block_barrier();
+    for (u32 first = QUERIES * warp_index(); first < shape.tokens; first += QUERIES * (block_threads() / 32)) {
+        u32x4 query[M][WIDTH / 16];
+        UNROLL
+        for (u32 m = 0; m < M; ++m) load_left<WIDTH>(query[m], query_tile + (first + 16 * m) * tile_stride(WIDTH));
+        Rows<WIDTH, M> rows;
+        attend_all<WIDTH, M, GROUPS>(rows, query, key_tile, value_tile, 0, shape.tokens, shape);
+        UNROLL
+        for (u32 m = 0; m < M; ++m) {
+            finish<WIDTH>(out, log_sum_exp, rows.out[m], rows.reference[m], rows.sum[m], first + 16 * m, place, shape);
+        }
+    }
+}
+
+// Keys that are in shared memory at a time, in each of two stages.
+constexpr u32 STREAMED_KEYS = 64;
+
+template <u32 WIDTH, u32 M, u32 GROUPS>
+DEVICE void forward_streamed(bf16* out, float* log_sum_exp, const bf16* qkv, const AttentionShape& shape) {
+    constexpr u32 WARPS = 4, QUERIES = 16 * M * WARPS, STRIDE = tile_stride(WIDTH);
+    const BlockPlace place((shape.tokens + QUERIES - 1) / QUERIES, shape);
+    const HeadRows<const bf16> keys = packed_rows(qkv, place.sample, place.head, 1, shape);
+    const HeadRows<const bf16> values = packed_rows(qkv, place.sample, place.head, 2, shape);
+    u8* query_tile = shared_memory<u8>();
+    u8* stages = query_tile + QUERIES * STRIDE;
+    const auto copy_stage = [&](u32 stage) {
+        u8* tile = stages + (stage & 1) * (2 * STREAMED_KEYS * STRIDE);
+        copy_tile<WIDTH>(tile, keys, stage * STREAMED_KEYS, STREAMED_KEYS, shape);
+        copy_tile<WIDTH>(tile + STREAMED_KEYS * STRIDE, values, stage * STREAMED_KEYS, STREAMED_KEYS, shape);
+    };
+    copy_tile<WIDTH>(query_tile, packed_rows(qkv, place.sample, place.head, 0, shape), place.tile * QUERIES, QUERIES, shape);
+    copy_stage(0);
+    copy_async_commit();
+
+    const u32 mine = 16 * M * warp_index();
+    const u32 first = place.tile * QUERIES + mine;
+    u32x4 query[M][WIDTH / 16];
+    Rows<WIDTH, M> rows;
+    const u32 count = (shape.tokens + STREAMED_KEYS - 1) / STREAMED_KEYS;
+    for (u32 stage = 0; stage < count; ++stage) {
+        if (stage + 1 < count) copy_stage(stage + 1);
+        copy_async_commit();
+        copy_async_wait_groups<1>();
+        block_barrier();
+        if (stage == 0) {
+            UNROLL
+            for (u32 m = 0; m < M; ++m) load_left<WIDTH>(query[m], query_tile + (mine + 16 * m) * STRIDE);
+        }
+        const u8* tile = stages + (stage & 1) * (2 * STREAMED_KEYS * STRIDE);
+        const u32 key = stage * STREAMED_KEYS;
+        const u32 end = minimum(key + STREAMED_KEYS, shape.tokens);
+        if (first < shape.tokens) {
+            attend_all<WIDTH, M, GROUPS>(rows, query, tile, tile + STREAMED_KEYS * STRIDE, key, end, shape);
+        }
+        block_barrier();
+    }
+    if (first >= shape.tokens) return;
+    UNROLL
+    for (u32 m = 0; m < M; ++m) {
+        finish<WIDTH>(out, log_sum_exp, rows.out[m], rows.reference[m], rows.sum[m], first + 16 * m, place, shape);
+    }
+}
+
+KERNEL(128)
+attention_forward_whole_d64_n64_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
+                                     const AttentionShape shape) {
+    forward_whole<64, 4>(out, log_sum_exp, qkv, shape);
+}
+
+KERNEL(160)
+attention_forward_whole_d64_n80_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
+                                     const AttentionShape shape) {
+    forward_whole<64, 5>(out, log_sum_exp, qkv, shape);
+}
+
+KERNEL(160)
+attention_forward_whole_d80_n80_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
+                                     const AttentionShape shape) {
+    forward_whole<80, 5>(out, log_sum_exp, qkv, shape);
+}
+
+KERNEL(512)
+attention_forward_resident_d32_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
+                                    const AttentionShape shape) {
+    forward_resident<32, 2, 3>(out, log_sum_exp, qkv, shape);
+}
+
+KERNEL(256)
+attention_forward_resident_d64_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
+                                    const AttentionShape shape) {
+    forward_resident<64, 2, 2>(out, log_sum_exp, qkv, shape);
+}
+
+KERNEL(288)
+attention_forward_resident_d80_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
+                                    const AttentionShape shape) {
+    forward_resident<80, 1, 4>(out, log_sum_exp, qkv, shape);
+}
+
+KERNEL(128)
+attention_forward_streamed_d32_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
+                                    const AttentionShape shape) {
+    forward_streamed<32, 2, 4>(out, log_sum_exp, qkv, shape);
+}
+
+KERNEL(128)
+attention_forward_streamed_d64_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
+                                    const AttentionShape shape) {
+    forward_streamed<64, 2, 4>(out, log_sum_exp, qkv, shape);
+}
+
+KERNEL(256)
+attention_forward_streamed_d80_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
+                                    const AttentionShape shape) {
+    forward_streamed<80, 1, 2>(out, log_sum_exp, qkv, shape);
+}
+
+KERNEL(128)
+attention_forward_streamed_d128_bf16(bf16* __restrict__ out, float* __restrict__ log_sum_exp, const bf16* __restrict__ qkv,
+                                     const AttentionShape shape) {
+    forward_streamed<128, 1, 4>(out, log_sum_exp, qkv, shape);
+}
