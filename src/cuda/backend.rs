@@ -3,7 +3,7 @@
 //! Each op family implements its trait of [`crate::ops`] in its own module, over the launchers there.
 
 use std::marker::PhantomData;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
 
@@ -54,12 +54,13 @@ impl CudaElement for bf16 {
 #[derive(Debug)]
 pub struct Cuda<E> {
     stream: Stream,
+    scratch: Arc<Mutex<Option<Buffer<f32>>>>,
     element: PhantomData<E>,
 }
 
 impl<E> Clone for Cuda<E> {
     fn clone(&self) -> Self {
-        Self { stream: self.stream.clone(), element: PhantomData }
+        Self { stream: self.stream.clone(), scratch: Arc::clone(&self.scratch), element: PhantomData }
     }
 }
 
@@ -67,13 +68,36 @@ impl<E: CudaElement> Cuda<E> {
     /// A backend whose work goes to `stream`.
     #[must_use]
     pub fn new(stream: Stream) -> Self {
-        Self { stream, element: PhantomData }
+        Self { stream, scratch: Arc::default(), element: PhantomData }
     }
 
     /// Where its work goes.
     #[must_use]
     pub fn stream(&self) -> &Stream {
         &self.stream
+    }
+
+    /// Lends `length` numbers of device memory with arbitrary content to the launches that `work` makes: partial sums and
+    /// the like. They are the next caller's as soon as `work` returns, which is right because launches on one stream run in
+    /// order.
+    ///
+    /// The memory only grows, so that after the first step nothing is allocated. Growing gives the old memory back in the
+    /// stream's order, after the launches that still use it. A captured graph keeps the address that it saw: run what it
+    /// captures once before, and nothing that needs more memory after.
+    ///
+    /// `work` must not ask for scratch memory itself: it would wait for its own.
+    ///
+    /// # Errors
+    /// What `work` returns, or [`Error::Cuda`] when there is not enough memory.
+    pub fn with_scratch<R>(&self, length: usize, work: impl FnOnce(&mut SliceMut<'_, f32>) -> Result<R>) -> Result<R> {
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let memory = match scratch.take().filter(|memory| memory.len() >= length) {
+            Some(memory) => memory,
+            // Rounded up, so that many sizes soon meet in one allocation. The old memory is given back by now.
+            None => self.stream.uninitialised(length.checked_next_power_of_two().unwrap_or(length))?,
+        };
+        let memory = scratch.insert(memory);
+        work(&mut memory.as_mut_slice().range(0..length)?)
     }
 }
 
