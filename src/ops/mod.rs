@@ -25,7 +25,8 @@ pub mod philox;
 mod spec;
 mod tokens;
 
-pub use adamw::{AdamW, AdamWSettings};
+pub(crate) use adamw::power;
+pub use adamw::{AdamW, AdamWSettings, AdamWState};
 pub use attention::{Attention, AttentionShape};
 pub use layernorm::{LayerNorm, LayerNormShape};
 pub use linear::{Activation, Linear, LinearShape};
