@@ -1,10 +1,11 @@
-// Helpers that several kernels share: division by launch constants, Philox, element types. Plain C++ over ptx.cuh.
+// Helpers that several kernels share: division by launch constants, sums, Philox, element types. Plain C++ over ptx.cuh.
 #ifndef VITMAE_DEVICE_CUH
 #define VITMAE_DEVICE_CUH
 
 #include "ptx.cuh"
 
 DEVICE u32 minimum(u32 a, u32 b) { return a < b ? a : b; }
+DEVICE u64 minimum(u64 a, u64 b) { return a < b ? a : b; }
 
 DEVICE u32 multiply_high(u32 a, u32 b) { return static_cast<u32>((static_cast<u64>(a) * b) >> 32); }
 
@@ -24,6 +25,27 @@ DEVICE u32 divide(u32& dividend, const Divider& by) {
     const u32 quotient = by.quotient(dividend);
     dividend -= quotient * by.divisor;
     return quotient;
+}
+
+// The sum over a warp, the same bits in every lane: a butterfly adds equal pairs everywhere.
+DEVICE float warp_sum(float value) {
+    UNROLL
+    for (u32 distance = 16; distance > 0; distance /= 2) value += shuffle_xor(value, distance);
+    return value;
+}
+
+// The sum over a block of THREADS threads, by halves through shared memory of 8 bytes per thread. Every thread gets it.
+template <u32 THREADS>
+DEVICE double block_sum(double value) {
+    double* sums = shared_memory<double>();
+    const u32 thread = thread_index();
+    sums[thread] = value;
+    block_barrier();
+    for (u32 width = THREADS / 2; width > 0; width /= 2) {
+        if (thread < width) sums[thread] += sums[thread + width];
+        block_barrier();
+    }
+    return sums[0];
 }
 
 // Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): four random words from a counter and
@@ -50,13 +72,22 @@ DEVICE u32x4 philox_of_sample(u32 block, u32 stream, u64 sample, u32 epoch, u64 
     return philox(counter, static_cast<u32>(seed), static_cast<u32>(seed >> 32));
 }
 
-// An output element type: how many make 16 bytes, and how to store one and sixteen bytes of them.
+// An element type: how many make 16 bytes, and how to load and store one and sixteen bytes of them as floats.
 template <typename T>
 struct Element;
 
 template <>
 struct Element<float> {
     static constexpr u32 PER_16_BYTES = 4;
+
+    DEVICE static float load(const float* address) { return *address; }
+
+    DEVICE static void unpack(const u32x4& words, float* values) {
+        values[0] = bits_float(words.x);
+        values[1] = bits_float(words.y);
+        values[2] = bits_float(words.z);
+        values[3] = bits_float(words.w);
+    }
 
     DEVICE static void store(float* address, float value) { *address = value; }
 
@@ -68,6 +99,17 @@ struct Element<float> {
 template <>
 struct Element<bf16> {
     static constexpr u32 PER_16_BYTES = 8;
+
+    DEVICE static float load(const bf16* address) { return bits_float(static_cast<u32>(address->bits) << 16); }
+
+    DEVICE static void unpack(const u32x4& words, float* values) {
+        const u32 pairs[4] = {words.x, words.y, words.z, words.w};
+        UNROLL
+        for (u32 i = 0; i < 4; ++i) {
+            values[2 * i] = bits_float(pairs[i] << 16);
+            values[2 * i + 1] = bits_float(pairs[i] & 0xffff0000u);
+        }
+    }
 
     DEVICE static void store(bf16* address, float value) { address->bits = round_bf16(value); }
 

@@ -18,11 +18,14 @@
 //   ballot(predicate)                             bit i is lane i's predicate; every lane takes part
 //   load_16, store_16                             one 128-bit access; the address is a multiple of 16. load_16 is for memory
 //                                                 that nothing writes during the launch, and takes the read-only path
+//   load_own_16                                   the same for memory that this thread, and no other, writes in the launch
 //   load_shared_16                                the same from shared memory
 //   copy_async_16(shared, global)                 16 bytes, both addresses multiples of 16; lands any time before the wait
 //   copy_async_wait()                             this thread's copies have landed; a barrier shows them to other threads
 //   multiply_rn, add_rn, subtract_rn, divide_rn   one rounding, to nearest even; never contracted into another operation
 //   multiply_add_rn                               a * b + c with one rounding
+//   square_root_rn(value), float or double        one rounding, to nearest even
+//   is_finite(value), double                      neither NaN nor infinite
 //   float_bits, bits_float                        the same 32 bits as another type
 //   round_bf16, pack_bf16                         f32 to bf16, to nearest even; a NaN stays one. pack: first in the low half
 #ifndef VITMAE_PTX_CUH
@@ -91,6 +94,15 @@ DEVICE void store_16(void* address, u32x4 value) {
                  : "memory");
 }
 
+// Volatile, as the stores that it must stay in order with.
+DEVICE u32x4 load_own_16(const void* address) {
+    u32x4 value;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(__cvta_generic_to_global(address)));
+    return value;
+}
+
 // Plain C++, so that the compiler may reorder and unroll it: a 16-byte aligned structure is one LDS.128.
 DEVICE u32x4 load_shared_16(const void* address) { return *static_cast<const u32x4*>(address); }
 
@@ -108,6 +120,9 @@ DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float subtract_rn(float a, float b) { return __fsub_rn(a, b); }
 DEVICE float divide_rn(float a, float b) { return __fdiv_rn(a, b); }
 DEVICE float multiply_add_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float square_root_rn(float value) { return __fsqrt_rn(value); }
+DEVICE double square_root_rn(double value) { return __dsqrt_rn(value); }
+DEVICE bool is_finite(double value) { return isfinite(value); }
 
 DEVICE u32 float_bits(float value) { return __float_as_uint(value); }
 DEVICE float bits_float(u32 bits) { return __uint_as_float(bits); }

@@ -32,6 +32,7 @@ u32 ballot(bool predicate);
 u32x4 load_16(const void* address);
 // By reference: the compiler does not report reads of structures that it passes by value.
 void store_16(void* address, const u32x4& value);
+u32x4 load_own_16(const void* address);
 u32x4 load_shared_16(const void* address);
 void copy_async_16(void* shared, const void* global);
 void copy_async_wait();
@@ -41,6 +42,9 @@ float add_rn(float a, float b);
 float subtract_rn(float a, float b);
 float divide_rn(float a, float b);
 float multiply_add_rn(float a, float b, float c);
+float square_root_rn(float value);
+double square_root_rn(double value);
+bool is_finite(double value);
 u32 float_bits(float value);
 float bits_float(u32 bits);
 u16 round_bf16(float value);

@@ -725,6 +725,7 @@ u32x4 load_16(const void* address) {
     return *static_cast<const u32x4*>(address);
 }
 
+u32x4 load_own_16(const void* address) { return load_16(address); }
 u32x4 load_shared_16(const void* address) { return load_16(address); }
 
 void store_16(void* address, const u32x4& value) {
@@ -741,6 +742,9 @@ float add_rn(float a, float b) { return a + b; }
 float subtract_rn(float a, float b) { return a - b; }
 float divide_rn(float a, float b) { return a / b; }
 float multiply_add_rn(float a, float b, float c) { return std::fma(a, b, c); }
+float square_root_rn(float value) { return std::sqrt(value); }
+double square_root_rn(double value) { return std::sqrt(value); }
+bool is_finite(double value) { return std::isfinite(value); }
 u32 float_bits(float value) { return bits_of(value); }
 float bits_float(u32 bits) { return float_of(bits); }
 

@@ -12,7 +12,9 @@ use crate::ops::{Element, Memory};
 use crate::{Error, Result};
 
 /// The type of activations and weight matrices on a GPU: [`bf16`] to train, `f32` to compare.
-pub trait CudaElement: Element + super::patchify::RowElement {
+pub trait CudaElement:
+    Element + super::adamw::WorkingElement + super::loss::LossElement + super::patchify::RowElement
+{
     /// Rounds to this type.
     fn from_f64(value: f64) -> Self;
     /// Widens to f64.
@@ -192,8 +194,12 @@ impl<E: CudaElement> Memory for Cuda<E> {
         if E::is_master() {
             return Ok(());
         }
-        let _ = (working, master);
-        Err(Error::Device("rounding masters to bf16 is not written yet".to_string()))
+        let length = working.length;
+        let master = master.input("refresh", "master", &[length])?;
+        if let Some(mut working) = E::working(working, length)? {
+            super::adamw::masters_to_bf16(&self.stream, &mut working, &master)?;
+        }
+        Ok(())
     }
 
     fn length<T: Element>(&self, buffer: &CudaBuffer<T>) -> usize {

@@ -3,6 +3,7 @@
 //! [`devices`] lists GPUs, [`Gpu::open`] opens one, [`Gpu::new_stream`] or [`Gpu::stream`] (a caller's cudarc stream) gives a
 //! [`Stream`], and each op family has one module of launchers. Nothing here panics where the driver or NVRTC is missing.
 
+pub mod adamw;
 pub mod backend;
 pub mod driver;
 #[cfg(feature = "emulator")]
@@ -11,6 +12,7 @@ pub mod error;
 #[path = "../../build/hash.rs"]
 mod hash;
 pub mod launch;
+pub mod loss;
 pub mod masking;
 pub mod modules;
 #[path = "../../build/nvrtc.rs"]

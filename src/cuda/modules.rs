@@ -17,6 +17,17 @@ pub struct Kernel(usize);
 
 /// Kernel files and the symbols that launchers use from them. A test holds it against `kernels/`.
 pub const KERNELS: &[(&str, &str)] = &[
+    ("adamw.cu", "gradient_norm_partial"),
+    ("adamw.cu", "gradient_norm_finish"),
+    ("adamw.cu", "adamw_prepare"),
+    ("adamw.cu", "adamw_update_f32"),
+    ("adamw.cu", "adamw_update_bf16"),
+    ("adamw.cu", "masters_to_bf16"),
+    ("loss.cu", "loss_forward_backward_u8_f32"),
+    ("loss.cu", "loss_forward_backward_u8_bf16"),
+    ("loss.cu", "loss_forward_backward_f32_f32"),
+    ("loss.cu", "loss_forward_backward_f32_bf16"),
+    ("loss.cu", "loss_sum"),
     ("masking.cu", "masking_forward_noise_f32"),
     ("masking.cu", "masking_forward_random"),
     ("patchify.cu", "patchify_visible_forward_u8_f32"),

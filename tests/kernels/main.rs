@@ -3,8 +3,10 @@
 
 mod build_script;
 mod emulated;
+mod loss;
 mod masking;
 mod patchify;
+mod reference;
 
 use emulated::launch::{Argument, Grid};
 use emulated::modules::{KERNELS, Target};
