@@ -1,6 +1,7 @@
 //! The kernels as a whole: what is declared, embedded and compiled, and whether the emulator catches what it claims to catch.
 #![cfg(feature = "cuda")]
 
+mod adamw;
 mod build_script;
 mod emulated;
 mod loss;
