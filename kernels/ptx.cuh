@@ -21,7 +21,21 @@
 //   load_own_16                                   the same for memory that this thread, and no other, writes in the launch
 //   load_shared_16                                the same from shared memory
 //   copy_async_16(shared, global)                 16 bytes, both addresses multiples of 16; lands any time before the wait
+//   copy_async_16_or_zero(shared, global, valid)  the same; where not valid, zeros, and nothing is read
+//   copy_async_commit()                           closes a group: this thread's copies since the last one
+//   copy_async_wait_groups<N>()                   all but the N newest groups of this thread have landed
 //   copy_async_wait()                             this thread's copies have landed; a barrier shows them to other threads
+//   load_matrices(row)                            four 8x8 matrices of 16-bit elements from shared memory. Lane i gives the
+//                                                 address, a multiple of 16, of row i % 8 of matrix i / 8; lane 4 r + c gets
+//                                                 elements 2 c and 2 c + 1 of row r of each. Every lane takes part
+//   load_matrices_transposed(row)                 the same of each matrix's transpose
+//   multiply_matrices(a, b_0, b_1, sum)           sum + a b for a 16x16, b 16x8 (bf16) and sum 16x8 (f32) in fragments: lane
+//                                                 4 r + c has rows r and r + 8 of a and sum, column r of b. a: columns 2 c,
+//                                                 2 c + 1 of row r, of row r + 8, then the same 8 columns on; b_0: rows 2 c,
+//                                                 2 c + 1, b_1: 8 rows on; sum: columns 2 c, 2 c + 1 of row r, of row r + 8.
+//                                                 Every lane takes part
+//   exp2_approximate(x)                           2 to the x, to about 2^-22 relative; 0 for minus infinity
+//   natural_logarithm(x)                          to about one unit in the last place
 //   multiply_rn, add_rn, subtract_rn, divide_rn   one rounding, to nearest even; never contracted into another operation
 //   multiply_add_rn                               a * b + c with one rounding
 //   square_root_rn(value), float or double        one rounding, to nearest even
@@ -46,6 +60,11 @@ struct bf16 {
 // Four 32-bit words that move in one 128-bit access.
 struct alignas(16) u32x4 {
     u32 x, y, z, w;
+};
+
+// Four numbers: a lane's part of a 16x8 tile of sums, or 16 bytes of f32.
+struct alignas(16) f32x4 {
+    float x, y, z, w;
 };
 
 #ifdef VITMAE_EMULATOR
@@ -113,7 +132,54 @@ DEVICE void copy_async_16(void* shared, const void* global) {
                  : "memory");
 }
 
+DEVICE void copy_async_16_or_zero(void* shared, const void* global, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(shared))),
+                 "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <u32 PENDING>
+DEVICE void copy_async_wait_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+DEVICE u32x4 load_matrices(const void* row) {
+    u32x4 value;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(static_cast<u32>(__cvta_generic_to_shared(row)))
+                 : "memory");
+    return value;
+}
+
+DEVICE u32x4 load_matrices_transposed(const void* row) {
+    u32x4 value;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(static_cast<u32>(__cvta_generic_to_shared(row)))
+                 : "memory");
+    return value;
+}
+
+DEVICE f32x4 multiply_matrices(const u32x4& a, u32 b_0, u32 b_1, f32x4 sum) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sum.x), "+f"(sum.y), "+f"(sum.z), "+f"(sum.w)
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b_0), "r"(b_1));
+    return sum;
+}
+
+DEVICE float exp2_approximate(float x) {
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+
+DEVICE float natural_logarithm(float x) { return logf(x); }
 
 DEVICE float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }

@@ -180,3 +180,123 @@ fault_block_reads_another(u32* out, const u32* in) {
     block_barrier();
     if (block_index() > 0) out[global_index()] = out[global_index() - block_threads()];
 }
+
+// Four rows of 16 bytes per thread group: the matrices of each warp come back as fragments, straight or transposed.
+DEVICE u32x4* matrix_rows(const u32* in) {
+    u32x4* shared = shared_memory<u32x4>();
+    shared[thread_index()] = load_16(in + 4 * global_index());
+    return shared + 32 * warp_index();
+}
+
+KERNEL(128)
+fault_none_matrices(u32* out, const u32* in) {
+    const u32x4* rows = matrix_rows(in);
+    block_barrier();
+    store_16(out + 4 * global_index(), load_matrices(rows + lane_index()));
+}
+
+KERNEL(128)
+fault_none_matrices_transposed(u32* out, const u32* in) {
+    const u32x4* rows = matrix_rows(in);
+    block_barrier();
+    store_16(out + 4 * global_index(), load_matrices_transposed(rows + lane_index()));
+}
+
+// sums += a b, in fragments: one per lane.
+KERNEL(128)
+fault_none_multiply(f32x4* sums, const u32x4* a, const u32* b) {
+    const u32 lane = global_index();
+    const f32x4 sum = multiply_matrices(load_16(a + lane), b[2 * lane], b[2 * lane + 1], sums[lane]);
+    sums[lane] = sum;
+}
+
+// Two groups of copies; the second is waited for only after the first has been used.
+KERNEL(128)
+fault_none_copy_groups(u32* out, const u32* in) {
+    u32x4* shared = shared_memory<u32x4>();
+    const u32 half = block_threads() / 2;
+    const u32 other = (thread_index() + half) % block_threads();
+    const u32* from = in + 4 * global_index();
+    const bool early = thread_index() < half;
+    if (early) copy_async_16_or_zero(shared + thread_index(), from, thread_index() % 2 == 0);
+    copy_async_commit();
+    if (!early) copy_async_16_or_zero(shared + thread_index(), from, thread_index() % 2 == 0);
+    copy_async_commit();
+    copy_async_wait_groups<1>();
+    block_barrier();
+    if (!early) store_16(out + 4 * global_index(), shared[other]);
+    copy_async_wait_groups<0>();
+    block_barrier();
+    if (early) store_16(out + 4 * global_index(), shared[other]);
+}
+
+KERNEL(128)
+fault_copy_group_too_new(u32* out, const u32* in) {
+    u32x4* shared = shared_memory<u32x4>();
+    copy_async_16_or_zero(shared + thread_index(), in + 4 * global_index(), true);
+    copy_async_commit();
+    copy_async_wait_groups<1>();
+    store_16(out + 4 * global_index(), shared[thread_index()]);
+}
+
+KERNEL(128)
+fault_divergent_multiply(u32* out, const u32* in) {
+    const u32x4 a = load_16(in + 4 * global_index());
+    f32x4 sum = {0, 0, 0, 0};
+    if (lane_index() != 3) sum = multiply_matrices(a, a.x, a.y, sum);
+    out[global_index()] = float_bits(sum.x);
+}
+
+KERNEL(128)
+fault_divergent_matrices(u32* out, const u32* in) {
+    const u32x4* rows = matrix_rows(in);
+    block_barrier();
+    u32x4 value = {0, 0, 0, 0};
+    if (lane_index() < 8) value = load_matrices(rows + lane_index());
+    out[global_index()] = value.x;
+}
+
+KERNEL(128)
+fault_multiply_against_matrices(u32* out, const u32* in) {
+    const u32x4* rows = matrix_rows(in);
+    block_barrier();
+    u32x4 value = {0, 0, 0, 0};
+    if (lane_index() % 2 == 0) {
+        value = load_matrices(rows + lane_index());
+    } else {
+        const f32x4 sum = multiply_matrices(value, 0, 0, {0, 0, 0, 0});
+        value.x = float_bits(sum.x);
+    }
+    out[global_index()] = value.x;
+}
+
+KERNEL(128)
+fault_matrices_without_barrier(u32* out, const u32* in) {
+    const u32x4* rows = matrix_rows(in);
+    out[global_index()] = load_matrices(rows + lane_index()).x;
+}
+
+// The next round overwrites rows that are still read.
+KERNEL(128)
+fault_matrices_overwritten(u32* out, const u32* in) {
+    const u32x4* rows = matrix_rows(in);
+    block_barrier();
+    const u32x4 value = load_matrices(rows + lane_index());
+    matrix_rows(in);
+    out[global_index()] = value.x;
+}
+
+KERNEL(128)
+fault_uninitialised_matrices(u32* out, const u32* in) {
+    u32x4* shared = shared_memory<u32x4>();
+    if (thread_index() != 9) shared[thread_index()] = load_16(in + 4 * global_index());
+    block_barrier();
+    out[global_index()] = load_matrices(shared + 32 * warp_index() + lane_index()).x;
+}
+
+KERNEL(128)
+fault_misaligned_matrices(u32* out, const u32* in) {
+    const u32x4* rows = matrix_rows(in);
+    block_barrier();
+    out[global_index()] = load_matrices(reinterpret_cast<const u32*>(rows) + lane_index()).x;
+}

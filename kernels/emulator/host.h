@@ -35,7 +35,14 @@ void store_16(void* address, const u32x4& value);
 u32x4 load_own_16(const void* address);
 u32x4 load_shared_16(const void* address);
 void copy_async_16(void* shared, const void* global);
+void copy_async_16_or_zero(void* shared, const void* global, bool valid);
+void copy_async_commit();
 void copy_async_wait();
+u32x4 load_matrices(const void* row);
+u32x4 load_matrices_transposed(const void* row);
+f32x4 multiply_matrices(const u32x4& a, u32 b_0, u32 b_1, const f32x4& sum);
+float exp2_approximate(float x);
+float natural_logarithm(float x);
 
 float multiply_rn(float a, float b);
 float add_rn(float a, float b);
@@ -53,6 +60,7 @@ u32 pack_bf16(float low, float high);
 namespace emulator {
 
 void* shared_memory();
+void wait_for_groups(u32 pending);
 
 // A kernel as the launcher sees it: a name, a limit, and a call with untyped arguments.
 struct Entry {
@@ -88,6 +96,11 @@ struct Thunk<FUNCTION> {
 template <typename T>
 DEVICE T* shared_memory() {
     return static_cast<T*>(emulator::shared_memory());
+}
+
+template <u32 PENDING>
+DEVICE void copy_async_wait_groups() {
+    emulator::wait_for_groups(PENDING);
 }
 
 #endif

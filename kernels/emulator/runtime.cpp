@@ -161,12 +161,22 @@ struct AsyncCopy {
     u8* target;
     const u8* source;
     bool early;  // the bytes were read when it was issued
+    bool zero;   // zeros instead of the source
+    u32 group;   // how many groups its thread had closed before
     u8 bytes[16];
 };
 
 enum class State { READY, AT_BLOCK_BARRIER, AT_COLLECTIVE, DONE };
 
-enum class Collective { WARP_BARRIER, SHUFFLE, SHUFFLE_XOR, BALLOT };
+enum class Collective {
+    WARP_BARRIER,
+    SHUFFLE,
+    SHUFFLE_XOR,
+    BALLOT,
+    LOAD_MATRICES,
+    LOAD_MATRICES_TRANSPOSED,
+    MULTIPLY_MATRICES,
+};
 
 const char* name_of(Collective collective) {
     switch (collective) {
@@ -174,6 +184,9 @@ const char* name_of(Collective collective) {
         case Collective::SHUFFLE: return "shuffle";
         case Collective::SHUFFLE_XOR: return "shuffle_xor";
         case Collective::BALLOT: return "ballot";
+        case Collective::LOAD_MATRICES: return "load_matrices";
+        case Collective::LOAD_MATRICES_TRANSPOSED: return "load_matrices_transposed";
+        case Collective::MULTIPLY_MATRICES: return "multiply_matrices";
     }
     return "?";
 }
@@ -185,7 +198,14 @@ struct Thread {
     u32 operand;   // of the collective: the value or predicate
     u32 selector;  // of the collective: lane or mask
     u32 result;    // of the collective
+    // Of load_matrices and multiply_matrices, which have more to bring and to take away.
+    const void* row;
+    u32x4 a;
+    u32 b[2];
+    f32x4 sum;
+    u32x4 loaded;
     std::vector<AsyncCopy> copies;
+    u32 groups;  // of copies, closed so far
 };
 
 struct Warp {
@@ -255,8 +275,9 @@ struct Emulator {
     std::string describe(const Buffer& buffer, u64 address) const;
     u32 collective(Collective kind, u32 operand, u32 selector);
     void complete(u32 warp);
-    void issue_copy(void* target, const void* source);
-    void land_copies();
+    void load_matrices(u32 warp, bool transposed);
+    void issue_copy(void* target, const void* source, bool valid);
+    void land_copies(u32 pending);
 };
 
 [[gnu::format(printf, 1, 0)]] std::string format_text(const char* format, va_list list) {
@@ -505,6 +526,7 @@ void Emulator::run_block() {
         std::memcpy(stack, &CANARY, sizeof CANARY);
         threads[i].state = State::READY;
         threads[i].copies.clear();
+        threads[i].groups = 0;
         start_at(threads[i].context, stack, STACK_BYTES, thread_main);
         ready.push_back(i);
     }
@@ -553,6 +575,77 @@ void Emulator::report_deadlock() {
     failed = true;
 }
 
+float of_bf16(u32 bits) {
+    const u32 wide = bits << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+// Fragments to matrices, the product, and back. A GPU adds the sixteen products of an element in an order and with a
+// rounding of its own; here they are added in f64 and rounded once.
+void multiply(Thread* lanes) {
+    float a[16][16], b[16][8];
+    for (u32 lane = 0; lane < WARP; ++lane) {
+        const u32 row = lane / 4, column = 2 * (lane % 4);
+        const u32 left[4] = {lanes[lane].a.x, lanes[lane].a.y, lanes[lane].a.z, lanes[lane].a.w};
+        for (u32 half = 0; half < 2; ++half) {
+            const u32 shift = 16 * half;
+            for (u32 i = 0; i < 4; ++i) {
+                a[row + 8 * (i % 2)][column + half + 8 * (i / 2)] = of_bf16(left[i] >> shift & 0xffff);
+            }
+            for (u32 i = 0; i < 2; ++i) b[column + half + 8 * i][row] = of_bf16(lanes[lane].b[i] >> shift & 0xffff);
+        }
+    }
+    for (u32 lane = 0; lane < WARP; ++lane) {
+        const u32 row = lane / 4, column = 2 * (lane % 4);
+        const auto add = [&](float& sum, u32 i, u32 j) {
+            double value = sum;
+            for (u32 k = 0; k < 16; ++k) value += static_cast<double>(a[i][k]) * b[k][j];
+            sum = static_cast<float>(value);
+        };
+        f32x4& sum = lanes[lane].sum;
+        add(sum.x, row, column);
+        add(sum.y, row, column + 1);
+        add(sum.z, row + 8, column);
+        add(sum.w, row + 8, column + 1);
+    }
+}
+
+// Each row is read on behalf of the lane that gave its address and, as all lanes get some of it, of one more; then it counts
+// as read by several.
+void Emulator::load_matrices(u32 warp, bool transposed) {
+    Thread* lanes = &threads[warp * WARP];
+    u16 elements[4][8][8];
+    const u32 last = current;
+    for (u32 lane = 0; lane < WARP; ++lane) {
+        current = warp * WARP + lane;
+        const u64 address = reinterpret_cast<u64>(lanes[lane].row);
+        const u64 start = reinterpret_cast<u64>(shared);
+        if (address % 16 != 0) fault("a matrix row at an address that is not a multiple of 16");
+        if (address - start >= shared_bytes && address - reinterpret_cast<u64>(shared_array.get()) >= 3 * SHARED_CAPACITY) {
+            fault("a matrix row at an address outside shared memory");
+        }
+        check(address, 16, false);
+        current ^= 1;
+        check(address, 2, false);
+        for (u64 i = address - start; i < address - start + 16; ++i) shared_shadow[i].reader = SharedByte::MANY;
+        std::memcpy(elements[lane / 8][lane % 8], lanes[lane].row, 16);
+    }
+    current = last;
+    for (u32 lane = 0; lane < WARP; ++lane) {
+        u32 words[4];
+        for (u32 matrix = 0; matrix < 4; ++matrix) {
+            const auto& m = elements[matrix];
+            const u32 row = lane / 4, column = 2 * (lane % 4);
+            const u32 low = transposed ? m[column][row] : m[row][column];
+            const u32 high = transposed ? m[column + 1][row] : m[row][column + 1];
+            words[matrix] = low | high << 16;
+        }
+        lanes[lane].loaded = {words[0], words[1], words[2], words[3]};
+    }
+}
+
 u32 Emulator::collective(Collective kind, u32 operand, u32 selector) {
     Thread& thread = threads[current];
     thread.collective = kind;
@@ -584,8 +677,12 @@ void Emulator::complete(u32 warp) {
             case Collective::SHUFFLE: lanes[lane].result = lanes[selector % WARP].operand; break;
             case Collective::SHUFFLE_XOR: lanes[lane].result = lanes[(lane ^ selector) % WARP].operand; break;
             case Collective::BALLOT: lanes[lane].result = votes; break;
+            default: break;
         }
     }
+    if (kind == Collective::MULTIPLY_MATRICES) multiply(lanes);
+    if (kind == Collective::LOAD_MATRICES) load_matrices(warp, false);
+    if (kind == Collective::LOAD_MATRICES_TRANSPOSED) load_matrices(warp, true);
     if (kind == Collective::WARP_BARRIER) ++warps[warp].epoch;
     warps[warp].arrived = 0;
     std::vector<u32> released;
@@ -598,29 +695,34 @@ void Emulator::complete(u32 warp) {
 }
 
 // The bytes arrive at a moment that nobody knows: read now or at the wait, and not to be touched in between.
-void Emulator::issue_copy(void* target, const void* source) {
+void Emulator::issue_copy(void* target, const void* source, bool valid) {
     const u64 to = reinterpret_cast<u64>(target), from = reinterpret_cast<u64>(source);
     const u64 start = reinterpret_cast<u64>(shared);
     if (to % 16 != 0 || from % 16 != 0) fault("copy_async_16 between addresses that are not multiples of 16");
     if (to < start || to + 16 > start + shared_bytes) fault("copy_async_16 to an address outside shared memory");
     if (from - reinterpret_cast<u64>(region) >= region_bytes) fault("copy_async_16 from an address outside global memory");
-    check(from, 16, false);
+    if (valid) check(from, 16, false);
     check(to, 16, true);
-    AsyncCopy copy{static_cast<u8*>(target), static_cast<const u8*>(source), random.below(2) == 0, {}};
-    std::memcpy(copy.bytes, source, 16);
+    Thread& thread = threads[current];
+    AsyncCopy copy{static_cast<u8*>(target), static_cast<const u8*>(source), random.below(2) == 0, !valid, thread.groups, {}};
+    if (valid) std::memcpy(copy.bytes, source, 16);
     std::memset(target, POISON, 16);
     for (u64 i = 0; i < 16; ++i) shared_shadow[to - start + i].in_flight = true;
-    threads[current].copies.push_back(copy);
+    thread.copies.push_back(copy);
 }
 
-void Emulator::land_copies() {
-    for (const AsyncCopy& copy : threads[current].copies) {
+// Lands this thread's copies, except those of the `pending` newest groups.
+void Emulator::land_copies(u32 pending) {
+    Thread& thread = threads[current];
+    const auto lands = [&](const AsyncCopy& copy) { return copy.group + pending < thread.groups; };
+    for (const AsyncCopy& copy : thread.copies) {
+        if (!lands(copy)) continue;
         const u64 to = reinterpret_cast<u64>(copy.target);
-        std::memcpy(copy.target, copy.early ? copy.bytes : copy.source, 16);
+        std::memcpy(copy.target, copy.early || copy.zero ? copy.bytes : copy.source, 16);
         for (u64 i = 0; i < 16; ++i) shared_shadow[to - reinterpret_cast<u64>(shared) + i].in_flight = false;
         check(to, 16, true);
     }
-    threads[current].copies.clear();
+    std::erase_if(thread.copies, lands);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -734,8 +836,43 @@ void store_16(void* address, const u32x4& value) {
     *static_cast<u32x4*>(address) = value;
 }
 
-void copy_async_16(void* shared, const void* global) { running->issue_copy(shared, global); }
-void copy_async_wait() { running->land_copies(); }
+void copy_async_16(void* shared, const void* global) { running->issue_copy(shared, global, true); }
+void copy_async_16_or_zero(void* shared, const void* global, bool valid) { running->issue_copy(shared, global, valid); }
+void copy_async_commit() { ++running->threads[running->current].groups; }
+void emulator::wait_for_groups(u32 pending) { running->land_copies(pending); }
+
+// Also what is in no group yet.
+void copy_async_wait() {
+    copy_async_commit();
+    running->land_copies(0);
+}
+
+u32x4 load_matrices(const void* row) {
+    Thread& thread = running->threads[running->current];
+    thread.row = row;
+    running->collective(Collective::LOAD_MATRICES, 0, 0);
+    return thread.loaded;
+}
+
+u32x4 load_matrices_transposed(const void* row) {
+    Thread& thread = running->threads[running->current];
+    thread.row = row;
+    running->collective(Collective::LOAD_MATRICES_TRANSPOSED, 0, 0);
+    return thread.loaded;
+}
+
+f32x4 multiply_matrices(const u32x4& a, u32 b_0, u32 b_1, const f32x4& sum) {
+    Thread& thread = running->threads[running->current];
+    thread.a = a;
+    thread.b[0] = b_0;
+    thread.b[1] = b_1;
+    thread.sum = sum;
+    running->collective(Collective::MULTIPLY_MATRICES, 0, 0);
+    return thread.sum;
+}
+
+float exp2_approximate(float x) { return std::exp2(x); }
+float natural_logarithm(float x) { return std::log(x); }
 
 float multiply_rn(float a, float b) { return a * b; }
 float add_rn(float a, float b) { return a + b; }

@@ -155,7 +155,7 @@ fn the_emulator_catches_every_planted_fault() {
         "shared memory, which nothing wrote",
         "shared memory, where an asynchronous copy has not landed",
     ];
-    let faults: [(&str, usize, &[&str]); 18] = [
+    let faults: [(&str, usize, &[&str]); 26] = [
         ("fault_race_in_shared_memory", 1, &["wrote with no barrier between"]),
         ("fault_missing_barrier", 1, unordered),
         ("fault_missing_second_barrier", 1, unordered),
@@ -171,6 +171,14 @@ fn the_emulator_catches_every_planted_fault() {
         ("fault_uninitialised_global_memory", 1, &["memory that nothing wrote"]),
         ("fault_copy_without_wait", 4, &["asynchronous copy has not landed"]),
         ("fault_copy_without_barrier", 4, unordered),
+        ("fault_copy_group_too_new", 4, &["asynchronous copy has not landed"]),
+        ("fault_divergent_multiply", 4, &["waits at multiply_matrices, and lane 3 never arrives: it has returned"]),
+        ("fault_divergent_matrices", 4, &["waits at load_matrices, and lane 8 never arrives: it has returned"]),
+        ("fault_multiply_against_matrices", 4, &["multiply_matrices while", "load_matrices while"]),
+        ("fault_matrices_without_barrier", 4, &["wrote with no barrier between"]),
+        ("fault_matrices_overwritten", 4, &["read with no barrier between"]),
+        ("fault_uninitialised_matrices", 4, &["byte 144 of shared memory, which nothing wrote"]),
+        ("fault_misaligned_matrices", 4, &["a matrix row at an address that is not a multiple of 16"]),
         ("fault_misaligned_vector", 1, &["not a multiple of 16"]),
         ("fault_two_blocks_write", 1, &["in the same launch"]),
         ("fault_block_reads_another", 1, &["in the same launch"]),
@@ -207,7 +215,68 @@ fn the_emulator_runs_right_kernels_right() {
             let (block, word, part) = (index / 256, index % 256 / 4, index % 4);
             assert_eq!(value, input[256 * block + 4 * (63 - word) + part]);
         }
+        let (out, input) = run_planted("fault_none_copy_groups", seed, 4).expect("as before").expect("no fault");
+        for (index, &value) in out.iter().enumerate() {
+            let (block, word, part) = (index / 256, (index % 256 / 4 + 32) % 64, index % 4);
+            assert_eq!(value, if word % 2 == 0 { input[256 * block + 4 * word + part] } else { 0 });
+        }
     }
+}
+
+#[test]
+fn the_emulator_spreads_matrices_over_lanes_as_a_gpu_does() {
+    for (symbol, transposed) in [("fault_none_matrices", false), ("fault_none_matrices_transposed", true)] {
+        let Some(planted) = run_planted(symbol, 2, 4) else { return };
+        let (out, input) = planted.expect("no fault");
+        // 32 rows of 8 elements per warp, 8 rows to a matrix.
+        let element = |warp: usize, matrix: usize, row: usize, column: usize| {
+            let (row, column) = if transposed { (column, row) } else { (row, column) };
+            let word = input[128 * warp + 4 * (8 * matrix + row) + column / 2];
+            word >> (16 * (column % 2)) & 0xffff
+        };
+        for (index, &value) in out.iter().enumerate() {
+            let (warp, lane, matrix) = (index / 128, index / 4 % 32, index % 4);
+            let (row, column) = (lane / 4, 2 * (lane % 4));
+            let expected = element(warp, matrix, row, column) | element(warp, matrix, row, column + 1) << 16;
+            assert_eq!(value, expected, "{symbol}, {index}");
+        }
+    }
+}
+
+#[test]
+fn the_emulator_multiplies_matrices() {
+    let Some(emulator) = emulator(3) else { return };
+    let stream = emulator.stream();
+    // Small whole numbers: exact in bf16 and in every order of the sum.
+    let (a, b) =
+        (|row: usize, k: usize| ((row * 7 + k * 3) % 11) as f32 - 5.0, |k: usize, j: usize| ((k * 5 + j) % 9) as f32);
+    let bits = |value: f32| u32::from(half::bf16::from_f32(value).to_bits());
+    let pair = |low: f32, high: f32| bits(low) | bits(high) << 16;
+    let (mut left, mut right, mut sums, mut expected) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for lane in 0..32 {
+        let (row, column) = (lane / 4, 2 * (lane % 4));
+        for (down, on) in [(0, 0), (8, 0), (0, 8), (8, 8)] {
+            left.push(pair(a(row + down, column + on), a(row + down, column + on + 1)));
+        }
+        for on in [0, 8] {
+            right.push(pair(b(column + on, row), b(column + on + 1, row)));
+        }
+        for (i, j) in [(row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1)] {
+            let start = (i * 8 + j) as f32;
+            sums.push(start);
+            expected.push(start + (0..16).map(|k| a(i, k) * b(k, j)).sum::<f32>());
+        }
+    }
+    let (left, right) = (stream.upload(&left).expect("uploaded"), stream.upload(&right).expect("uploaded"));
+    let mut sums = stream.upload(&sums).expect("uploaded");
+    let grid = Grid { blocks: 1, threads: 32, shared_bytes: 0 };
+    {
+        let (sums, left, right) = (sums.as_mut_slice(), left.as_slice(), right.as_slice());
+        let arguments = [sums.argument(), left.argument(), right.argument()];
+        // SAFETY: the addresses are of this emulator.
+        unsafe { emulator.launch_named("fault_none_multiply", grid, &arguments) }.expect("no fault");
+    }
+    assert_eq!(stream.download(&sums.as_slice()).expect("downloaded"), expected);
 }
 
 #[test]
