@@ -13,7 +13,11 @@ use crate::{Error, Result};
 
 /// The type of activations and weight matrices on a GPU: [`bf16`] to train, `f32` to compare.
 pub trait CudaElement:
-    Element + super::adamw::WorkingElement + super::loss::LossElement + super::patchify::RowElement
+    Element
+    + super::adamw::WorkingElement
+    + super::cross_entropy::LogitElement
+    + super::loss::LossElement
+    + super::patchify::RowElement
 {
     /// Rounds to this type.
     fn from_f64(value: f64) -> Self;

@@ -5,6 +5,7 @@
 
 pub mod adamw;
 pub mod backend;
+pub mod cross_entropy;
 pub mod driver;
 #[cfg(feature = "emulator")]
 pub mod emulator;

@@ -23,6 +23,8 @@ pub const KERNELS: &[(&str, &str)] = &[
     ("adamw.cu", "adamw_update_f32"),
     ("adamw.cu", "adamw_update_bf16"),
     ("adamw.cu", "masters_to_bf16"),
+    ("cross_entropy.cu", "cross_entropy_forward_backward_f32"),
+    ("cross_entropy.cu", "cross_entropy_forward_backward_bf16"),
     ("loss.cu", "loss_forward_backward_u8_f32"),
     ("loss.cu", "loss_forward_backward_u8_bf16"),
     ("loss.cu", "loss_forward_backward_f32_f32"),

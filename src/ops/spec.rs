@@ -81,6 +81,11 @@ pub const OPS: &[OpSpec] = &[
             "loss_sum",
         ],
     ),
+    op(
+        "cross_entropy",
+        "cross_entropy_forward_backward",
+        &["cross_entropy_forward_backward_f32", "cross_entropy_forward_backward_bf16", "loss_sum"],
+    ),
     op("adamw", "gradient_norm", &["gradient_norm_partial", "gradient_norm_finish"]),
     op("adamw", "adamw_step", &["adamw_prepare", "adamw_update_f32", "adamw_update_bf16", "masters_to_bf16"]),
 ];

@@ -3,6 +3,7 @@
 
 mod adamw;
 mod build_script;
+mod cross_entropy;
 mod emulated;
 mod loss;
 mod masking;
