@@ -16,8 +16,8 @@
 // deviation [C], f32; patch_loss [B * n], f32. Outputs are assigned, but for loss. Arithmetic in f32, two passes for mean and
 // variance. An id that is no patch gives NaN everywhere in its row. No aliasing.
 //
-// Method: one warp per patch. Its targets stay in registers (up to 1024 numbers of 4 or 8 to a vector), and are computed again
-// for each pass where there are more, or where vectors do not fit. Every lane takes every 32nd vector; sums over the warp are
+// Method: one warp per patch. Its predictions and targets stay in registers (up to 1024 numbers, 4 or 8 to a vector), and are
+// read and computed again for each pass where there are more, or where vectors do not fit. Every lane takes every 32nd vector; sums over the warp are
 // butterflies. In the order (p, q, c) a vector of a patch line is a vector of an interleaved picture's bytes, which is one
 // load where alignment allows.
 //
@@ -71,33 +71,40 @@ struct BytePatch {
         origin = pixels + sample * image + (y * shape.width + x) * shape.channels;
     }
 
-    // VECTOR targets from an element on.
+    // The bytes of VECTOR targets from an element on, where they are one load.
     template <u32 VECTOR>
-    DEVICE void targets(float* values, u32 element, const LossShape& shape) const {
-        u32 p = 0, channel = element;
-        p = divide(channel, shape.line);
-        u32 in_line = channel;
+    DEVICE u64 fetch(u32 element, const LossShape& shape) const {
+        const u32 p = divide(element, shape.line);
+        const u8* address = origin + p * (shape.width * shape.channels) + element;
+        if constexpr (VECTOR == 8) return *reinterpret_cast<const u64*>(address);
+        return *reinterpret_cast<const u32*>(address);
+    }
+
+    // The targets themselves; `bytes`: what was fetched.
+    template <u32 VECTOR>
+    DEVICE void targets(float* values, u32 element, u64 bytes, const LossShape& shape) const {
+        const u32 p = divide(element, shape.line);
+        u32 channel = element;
         divide(channel, shape.channel);
-        const u32 pitch = shape.width * shape.channels;
-        const u8* line = origin + p * pitch;
-        u64 bytes = 0;
-        if (VECTOR == 8 && shape.wide) bytes = *reinterpret_cast<const u64*>(line + in_line);
-        if (VECTOR == 4 && shape.wide) bytes = *reinterpret_cast<const u32*>(line + in_line);
-        UNROLL
-        for (u32 k = 0; k < VECTOR; ++k) {
-            u32 byte;
-            if (VECTOR > 1 && shape.wide) {
-                byte = static_cast<u32>(bytes >> (8 * k)) & 255;
-            } else {
-                byte = line[in_line];
-                if (++in_line == shape.line.divisor) {
-                    in_line = 0;
+        const auto next = [&](u32 byte) {
+            const Channel constants = channels[channel];
+            if (++channel == shape.channels) channel = 0;
+            return multiply_add_rn(static_cast<float>(byte), constants.scale, constants.offset);
+        };
+        if (VECTOR > 1 && shape.wide) {
+            UNROLL
+            for (u32 k = 0; k < VECTOR; ++k) values[k] = next(static_cast<u32>(bytes >> (8 * k)) & 255);
+        } else {
+            const u32 pitch = shape.width * shape.channels;
+            const u8* line = origin + p * pitch;
+            UNROLL
+            for (u32 k = 0; k < VECTOR; ++k) {
+                values[k] = next(line[element]);
+                if (k + 1 < VECTOR && ++element == shape.line.divisor) {
+                    element = 0;
                     line += pitch;
                 }
             }
-            const Channel constants = channels[channel];
-            values[k] = multiply_add_rn(static_cast<float>(byte), constants.scale, constants.offset);
-            if (++channel == shape.channels) channel = 0;
         }
     }
 };
@@ -111,8 +118,14 @@ struct FloatPatch {
         origin = pixels + sample * image + y * shape.width + x;
     }
 
+    // Nothing: every number is a load of its own.
     template <u32 VECTOR>
-    DEVICE void targets(float* values, u32 element, const LossShape& shape) const {
+    DEVICE u64 fetch(u32, const LossShape&) const {
+        return 0;
+    }
+
+    template <u32 VECTOR>
+    DEVICE void targets(float* values, u32 element, u64, const LossShape& shape) const {
         u32 channel = element;
         u32 p = divide(channel, shape.line);
         u32 q = divide(channel, shape.channel);
@@ -130,31 +143,42 @@ struct FloatPatch {
     }
 };
 
-// VECTOR numbers of a row as floats.
-template <u32 VECTOR>
-DEVICE void load_vector(const float* address, float* values) {
-    if constexpr (VECTOR == 1) {
-        values[0] = *address;
-    } else {
-        UNROLL
-        for (u32 k = 0; k < VECTOR; k += 4) Element<float>::unpack(load_16(address + k), values + k);
-    }
-}
+// VECTOR numbers of a row as they are in memory.
+template <typename T, u32 VECTOR>
+struct Packed {
+    static constexpr u32 BYTES = VECTOR * sizeof(T);
+    u32 words[(BYTES + 3) / 4];
 
-template <u32 VECTOR>
-DEVICE void load_vector(const bf16* address, float* values) {
-    if constexpr (VECTOR == 1) {
-        values[0] = Element<bf16>::load(address);
-    } else if constexpr (VECTOR == 4) {
-        const u64 words = *reinterpret_cast<const u64*>(address);
-        values[0] = bits_float(static_cast<u32>(words) << 16);
-        values[1] = bits_float(static_cast<u32>(words) & 0xffff0000u);
-        values[2] = bits_float(static_cast<u32>(words >> 32) << 16);
-        values[3] = bits_float(static_cast<u32>(words >> 32) & 0xffff0000u);
-    } else {
-        Element<bf16>::unpack(load_16(address), values);
+    DEVICE void load(const T* address) {
+        if constexpr (VECTOR == 1) {
+            words[0] = float_bits(Element<T>::load(address));
+        } else if constexpr (BYTES == 8) {
+            const u64 both = *reinterpret_cast<const u64*>(address);
+            words[0] = static_cast<u32>(both);
+            words[1] = static_cast<u32>(both >> 32);
+        } else {
+            UNROLL
+            for (u32 i = 0; i < BYTES / 16; ++i) {
+                const u32x4 four = load_16(reinterpret_cast<const u8*>(address) + 16 * i);
+                words[4 * i] = four.x;
+                words[4 * i + 1] = four.y;
+                words[4 * i + 2] = four.z;
+                words[4 * i + 3] = four.w;
+            }
+        }
     }
-}
+
+    DEVICE void unpack(float* values) const {
+        UNROLL
+        for (u32 k = 0; k < VECTOR; ++k) {
+            if constexpr (VECTOR == 1 || sizeof(T) == 4) {
+                values[k] = bits_float(words[k]);
+            } else {
+                values[k] = bits_float(k % 2 == 0 ? words[k / 2] << 16 : words[k / 2] & 0xffff0000u);
+            }
+        }
+    }
+};
 
 template <u32 VECTOR>
 DEVICE void store_vector(float* address, const float* values) {
@@ -178,39 +202,58 @@ DEVICE void store_vector(bf16* address, const float* values) {
     }
 }
 
-// A lane's share of a patch's targets: kept in registers, or computed at every pass.
-template <typename P, u32 VECTOR, bool IN_REGISTERS>
-struct Targets {
+// A lane's share of a patch: predictions and targets, kept in registers, or read and computed at every pass.
+template <typename T, typename P, u32 VECTOR, bool IN_REGISTERS>
+struct Share {
+    static constexpr u32 COUNT = IN_REGISTERS ? KEPT / VECTOR : 1;
     const P& patch;
+    const T* prediction;
     const LossShape& shape;
     u32 vectors;
-    float kept[IN_REGISTERS ? KEPT : 1];
+    float targets[COUNT * VECTOR];
+    Packed<T, VECTOR> predicted[COUNT];
 
-    DEVICE Targets(const P& patch, const LossShape& shape)
-        : patch(patch), shape(shape), vectors(shape.length / VECTOR) {
+    DEVICE Share(const P& patch, const T* prediction, const LossShape& shape)
+        : patch(patch), prediction(prediction), shape(shape), vectors(shape.length / VECTOR) {
         if constexpr (IN_REGISTERS) {
+            // All loads first, so that they are in flight together.
+            u64 bytes[COUNT];
             UNROLL
-            for (u32 i = 0; i < KEPT / VECTOR; ++i) {
+            for (u32 i = 0; i < COUNT; ++i) {
                 const u32 vector = 32 * i + lane_index();
-                if (vector < vectors) patch.template targets<VECTOR>(kept + i * VECTOR, vector * VECTOR, shape);
+                bytes[i] = shape.wide && vector < vectors ? patch.template fetch<VECTOR>(vector * VECTOR, shape) : 0;
+            }
+            UNROLL
+            for (u32 i = 0; i < COUNT; ++i) {
+                const u32 vector = 32 * i + lane_index();
+                if (vector < vectors) predicted[i].load(prediction + vector * VECTOR);
+            }
+            UNROLL
+            for (u32 i = 0; i < COUNT; ++i) {
+                const u32 vector = 32 * i + lane_index();
+                if (vector < vectors) {
+                    patch.template targets<VECTOR>(targets + i * VECTOR, vector * VECTOR, bytes[i], shape);
+                }
             }
         }
     }
 
-    // Calls visit(element, targets) for each of the lane's vectors, in order.
+    // Calls visit(element, targets, predicted) for each of the lane's vectors, in order.
     template <typename F>
-    DEVICE void each(F visit) const {
+    DEVICE void each(F visit) {
         if constexpr (IN_REGISTERS) {
             UNROLL
-            for (u32 i = 0; i < KEPT / VECTOR; ++i) {
+            for (u32 i = 0; i < COUNT; ++i) {
                 const u32 vector = 32 * i + lane_index();
-                if (vector < vectors) visit(vector * VECTOR, kept + i * VECTOR);
+                if (vector < vectors) visit(vector * VECTOR, targets + i * VECTOR, predicted[i]);
             }
         } else {
             for (u32 vector = lane_index(); vector < vectors; vector += 32) {
-                float values[VECTOR];
-                patch.template targets<VECTOR>(values, vector * VECTOR, shape);
-                visit(vector * VECTOR, values);
+                const u32 element = vector * VECTOR;
+                predicted[0].load(prediction + element);
+                const u64 bytes = VECTOR > 1 && shape.wide ? patch.template fetch<VECTOR>(element, shape) : 0;
+                patch.template targets<VECTOR>(targets, element, bytes, shape);
+                visit(element, targets, predicted[0]);
             }
         }
     }
@@ -219,36 +262,37 @@ struct Targets {
 // One patch, by one warp.
 template <typename T, typename P, u32 VECTOR, bool IN_REGISTERS>
 DEVICE void compare(float* patch_loss, T* dprediction, const T* prediction, const P& patch, const LossShape& shape) {
-    const Targets<P, VECTOR, IN_REGISTERS> targets(patch, shape);
+    using Predicted = Packed<T, VECTOR>;
+    Share<T, P, VECTOR, IN_REGISTERS> share(patch, prediction, shape);
     const float count = static_cast<float>(shape.length);
     float mean = 0.0f, scale = 1.0f;
     if (shape.normalise) {
         float sum = 0.0f;
-        targets.each([&](u32, const float* values) {
+        share.each([&](u32, const float* targets, const Predicted&) {
             UNROLL
-            for (u32 k = 0; k < VECTOR; ++k) sum += values[k];
+            for (u32 k = 0; k < VECTOR; ++k) sum += targets[k];
         });
         mean = divide_rn(warp_sum(sum), count);
         float squares = 0.0f;
-        targets.each([&](u32, const float* values) {
+        share.each([&](u32, const float* targets, const Predicted&) {
             UNROLL
-            for (u32 k = 0; k < VECTOR; ++k) squares += (values[k] - mean) * (values[k] - mean);
+            for (u32 k = 0; k < VECTOR; ++k) squares += (targets[k] - mean) * (targets[k] - mean);
         });
         // Unbiased, but for a patch of one number.
         const float variance = divide_rn(warp_sum(squares), shape.length > 1 ? count - 1.0f : 1.0f);
         scale = divide_rn(1.0f, square_root_rn(variance + 1e-6f));
     }
     float squares = 0.0f;
-    targets.each([&](u32 element, const float* values) {
-        float predicted[VECTOR];
-        load_vector<VECTOR>(prediction + element, predicted);
+    share.each([&](u32 element, const float* targets, const Predicted& predicted) {
+        float values[VECTOR];
+        predicted.unpack(values);
         UNROLL
         for (u32 k = 0; k < VECTOR; ++k) {
-            const float difference = predicted[k] - (values[k] - mean) * scale;
+            const float difference = values[k] - (targets[k] - mean) * scale;
             squares += difference * difference;
-            predicted[k] = difference * shape.factor;
+            values[k] = difference * shape.factor;
         }
-        store_vector<VECTOR>(dprediction + element, predicted);
+        store_vector<VECTOR>(dprediction + element, values);
     });
     squares = warp_sum(squares);
     if (lane_index() == 0) *patch_loss = divide_rn(squares, count);
