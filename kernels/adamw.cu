@@ -9,8 +9,8 @@
 // A step in four launches, none of which needs anything from the host but the learning rate:
 //   gradient_norm_partial   each block's share of the sum of squares, in f64, to partial [blocks]
 //   gradient_norm_finish    norm [1], f32, from partial [count]; NaN or infinite where a gradient is
-//   adamw_prepare           one thread: decides whether the step is finite (norm, and loss [1] where the pointer is not null),
-//                           counts it in state [1], and writes factors [8] for the update
+//   adamw_prepare           one thread: decides whether the step is finite (norm, and loss [1] where the pointer is not
+//                           null), counts it in state [1], and writes factors [8] for the update
 //   adamw_update_f32        parameters, m and v [n], f32, in place; nothing where factors say that the step is skipped
 //   adamw_update_bf16       the same, and working [decayed]: the updated matrices rounded to bf16
 // and, where weights were loaded:

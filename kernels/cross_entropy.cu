@@ -13,10 +13,11 @@
 // relative to it (Milakov and Gimelshein, arXiv 1805.02867), and merges the lanes; the second reads the row again, from the
 // caches, and writes the gradient.
 //
-// Preconditions, checked by the launcher (src/cuda/cross_entropy.rs): 1 <= K < 2^31, rows < 2^31, buffer lengths; `vectors` is 1
-// only where 16-byte vectors divide a row and logits and dlogits are 16-byte aligned.
+// Preconditions, checked by the launcher (src/cuda/cross_entropy.rs): 1 <= K < 2^31, rows < 2^31, buffer lengths; `vectors`
+// is 1 only where 16-byte vectors divide a row and logits and dlogits are 16-byte aligned.
 // Launch: grid ceil(rows / 4), block 128, no shared memory.
-// Bytes, m = rows * K: 2 m or 4 m read (twice, the second time from the caches) and written. FLOPs: 10 m and 2 m exponentials.
+// Bytes, m = rows * K: 2 m or 4 m read (twice, the second time from the caches) and written. FLOPs: 10 m, and 2 m
+// exponentials.
 // Bound by: memory; at the usual sizes (1024 x 1000) by latency and the launch.
 #include "device.cuh"
 
@@ -107,7 +108,9 @@ DEVICE void cross_entropy(float* row_loss, T* dlogits, const T* logits, const u3
     const u32 label = labels[row];
     if (label >= shape.classes) {
         const float nan = bits_float(0x7fc00000u);
-        for (u32 column = lane_index(); column < shape.classes; column += 32) Element<T>::store(dlogits + start + column, nan);
+        for (u32 column = lane_index(); column < shape.classes; column += 32) {
+            Element<T>::store(dlogits + start + column, nan);
+        }
         if (lane_index() == 0) row_loss[row] = nan;
     } else if (shape.vectors) {
         cross_entropy_of_row<T, Element<T>::PER_16_BYTES>(row_loss + row, dlogits + start, logits + start, label, shape);

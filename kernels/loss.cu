@@ -1,11 +1,13 @@
 // The masked reconstruction loss and its gradient in one pass (He et al., arXiv 2111.06377, section 3).
 //
-//   patch_loss[r] = mean over (p, q, c) of (prediction[r, (p, q, c)] - target(b, i, (p, q, c)))^2     r = b * n + k, i = ids[b, k]
+//   patch_loss[r] = mean over (p, q, c) of (prediction[r, (p, q, c)] - target(b, i, (p, q, c)))^2
+//                   of row r = b * n + k, patch i = ids[b, k]
 //   dprediction[r, :] = (prediction[r, :] - target) * 2 * scale / length
 //   loss += scale * sum over r of patch_loss[r]
 //
-// target: the pixels of patch i of sample b, rebuilt here; with norm_pix_loss each patch is (t - mean) / sqrt(variance + 1e-6)
-// with the unbiased variance. Where mask[b, i] is 0 (visible), patch_loss and dprediction are 0 and nothing is read.
+// target: the pixels of patch i of sample b, rebuilt here; with norm_pix_loss each patch is
+// (t - mean) / sqrt(variance + 1e-6), with the unbiased variance. Where mask[b, i] is 0 (visible), patch_loss and dprediction
+// are 0 and nothing is read.
 //
 //   loss_forward_backward_u8_*    pixels [B, H, W, C], u8; the value is (v / 255 - mean[c]) / deviation[c], computed as one
 //                                 multiply-add: within a few units in the last place of the divisions
@@ -17,9 +19,9 @@
 // variance. An id that is no patch gives NaN everywhere in its row. No aliasing.
 //
 // Method: one warp per patch. Its predictions and targets stay in registers (up to 1024 numbers, 4 or 8 to a vector), and are
-// read and computed again for each pass where there are more, or where vectors do not fit. Every lane takes every 32nd vector; sums over the warp are
-// butterflies. In the order (p, q, c) a vector of a patch line is a vector of an interleaved picture's bytes, which is one
-// load where alignment allows.
+// read and computed again for each pass where there are more, or where vectors do not fit. Every lane takes every 32nd
+// vector; sums over the warp are butterflies. In the order (p, q, c) a vector of a patch line is a vector of an interleaved
+// picture's bytes, which is one load where alignment allows.
 //
 // Preconditions, checked by the launcher (src/cuda/loss.rs): ph | H, pw | W, C * H * W < 2^31, B * n < 2^31, buffer lengths,
 // C <= 2048; `vector` is 8 or 4 only where it divides a row and prediction and dprediction are 16-byte (f32, or 8 bf16) or
@@ -320,7 +322,9 @@ DEVICE void loss_forward_backward(float* patch_losses, T* dpredictions, const T*
     T* dprediction = dpredictions + start;
     if (!exists || mask[sample * shape.patches + id] == 0.0f) {
         const float nothing = exists ? 0.0f : bits_float(0x7fc00000u);
-        for (u32 element = lane_index(); element < shape.length; element += 32) Element<T>::store(dprediction + element, nothing);
+        for (u32 element = lane_index(); element < shape.length; element += 32) {
+            Element<T>::store(dprediction + element, nothing);
+        }
         if (lane_index() == 0) patch_losses[row] = nothing;
         return;
     }

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use vitmae::cpu::{Cpu, CpuBuffer};
 use vitmae::ops::{
-    Activation, AdamW, AdamWSettings, AdamWState, Attention, AttentionShape, ImageShape, LayerNorm, LayerNormShape,
-    Linear, LinearShape, Loss, LossShape, Masking, MaskingShape, Memory, Patchify, Pixels, RandomMask, Tokens,
-    TokensShape, Write,
+    Activation, AdamW, AdamWSettings, AdamWState, Attention, AttentionShape, CrossEntropy, CrossEntropyShape,
+    ImageShape, LayerNorm, LayerNormShape, Linear, LinearShape, Loss, LossShape, Masking, MaskingShape, Memory,
+    Patchify, Pixels, RandomMask, Tokens, TokensShape, Write,
 };
 
 /// How often memory was asked for.
@@ -66,6 +66,8 @@ impl Step {
         cpu.patchify_visible_forward(image, 2, 49, c, pixels, keep)?;
         let loss = LossShape { image, batch: 2, predicted: 100, norm_pix_loss: true, scale: 0.1 };
         cpu.loss_forward_backward(loss, c, d, e, f, pixels, hidden, a)?;
+        let classes = CrossEntropyShape { rows: 300, classes: 500, smoothing: 0.1, scale: 0.1 };
+        cpu.cross_entropy_forward_backward(classes, c, d, e, f, hidden)?;
         let tokens = TokensShape { batch: 2, patches: 196, selected: 49, width: 512 };
         cpu.tokens_assemble_forward(tokens, c, d, e, f, keep)?;
         cpu.tokens_assemble_backward(tokens, c, d, e)?;
