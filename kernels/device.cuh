@@ -5,6 +5,7 @@
 #include "ptx.cuh"
 
 DEVICE u32 minimum(u32 a, u32 b) { return a < b ? a : b; }
+DEVICE u64 minimum(u64 a, u64 b) { return a < b ? a : b; }
 
 DEVICE u32 multiply_high(u32 a, u32 b) { return static_cast<u32>((static_cast<u64>(a) * b) >> 32); }
 
@@ -31,6 +32,20 @@ DEVICE float warp_sum(float value) {
     UNROLL
     for (u32 distance = 16; distance > 0; distance /= 2) value += shuffle_xor(value, distance);
     return value;
+}
+
+// The sum over a block of THREADS threads, by halves through shared memory of 8 bytes per thread. Every thread gets it.
+template <u32 THREADS>
+DEVICE double block_sum(double value) {
+    double* sums = shared_memory<double>();
+    const u32 thread = thread_index();
+    sums[thread] = value;
+    block_barrier();
+    for (u32 width = THREADS / 2; width > 0; width /= 2) {
+        if (thread < width) sums[thread] += sums[thread + width];
+        block_barrier();
+    }
+    return sums[0];
 }
 
 // Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): four random words from a counter and

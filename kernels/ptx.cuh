@@ -41,6 +41,8 @@
 //   reciprocal_square_root                        1 / sqrt(value) to the nearest float, or the one beside it
 //   opaque(value), value u32 or a pointer         the same value, of which the compiler knows nothing: it computes again what
 //                                                 follows from it, where it would keep that in registers
+//   square_root_rn(value), float or double        one rounding, to nearest even
+//   is_finite(value), double                      neither NaN nor infinite
 //   float_bits, bits_float                        the same 32 bits as another type
 //   round_bf16, pack_bf16                         f32 to bf16, to nearest even; a NaN stays one. pack: first in the low half
 #ifndef VITMAE_PTX_CUH
@@ -199,6 +201,9 @@ DEVICE T* opaque(T* address) {
     asm volatile("" : "+l"(address));
     return address;
 }
+DEVICE float square_root_rn(float value) { return __fsqrt_rn(value); }
+DEVICE double square_root_rn(double value) { return __dsqrt_rn(value); }
+DEVICE bool is_finite(double value) { return isfinite(value); }
 
 DEVICE u32 float_bits(float value) { return __float_as_uint(value); }
 DEVICE float bits_float(u32 bits) { return __uint_as_float(bits); }

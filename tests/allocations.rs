@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use vitmae::cpu::{Cpu, CpuBuffer};
 use vitmae::ops::{
-    Activation, AdamW, AdamWSettings, Attention, AttentionShape, ImageShape, LayerNorm, LayerNormShape, Linear,
-    LinearShape, Loss, LossShape, Masking, MaskingShape, Memory, Patchify, Pixels, RandomMask, Tokens, TokensShape,
-    Write,
+    Activation, AdamW, AdamWSettings, AdamWState, Attention, AttentionShape, CrossEntropy, CrossEntropyShape,
+    ImageShape, LayerNorm, LayerNormShape, Linear, LinearShape, Loss, LossShape, Masking, MaskingShape, Memory,
+    Patchify, Pixels, RandomMask, Tokens, TokensShape, Write,
 };
 
 /// How often memory was asked for.
@@ -39,6 +39,8 @@ struct Step {
     ids: Vec<CpuBuffer<u32>>,
     samples: CpuBuffer<u64>,
     bytes: CpuBuffer<u8>,
+    state: CpuBuffer<AdamWState>,
+    learning_rate: CpuBuffer<f64>,
 }
 
 const LENGTH: usize = 2 * 197 * 512;
@@ -48,11 +50,12 @@ impl Step {
         let cpu = Cpu::new();
         let floats = (0..10).map(|_| cpu.buffer(LENGTH).unwrap()).collect();
         let ids = (0..3).map(|_| cpu.buffer(2 * 196).unwrap()).collect();
-        Self { cpu, floats, ids, samples: cpu.buffer(2).unwrap(), bytes: cpu.buffer(2 * 3 * 224 * 224).unwrap() }
+        let (samples, bytes) = (cpu.buffer(2).unwrap(), cpu.buffer(2 * 3 * 224 * 224).unwrap());
+        Self { cpu, floats, ids, samples, bytes, state: cpu.buffer(1).unwrap(), learning_rate: cpu.buffer(1).unwrap() }
     }
 
     fn run(&mut self) -> vitmae::Result<()> {
-        let Self { cpu, floats, ids, samples, bytes } = self;
+        let Self { cpu, floats, ids, samples, bytes, state, learning_rate } = self;
         let [a, b, c, d, e, f, g, h, i, j] = &mut floats[..] else { unreachable!() };
         let [keep, hidden, restore] = &mut ids[..] else { unreachable!() };
         let masking = MaskingShape { batch: 2, patches: 196, keep: 49 };
@@ -63,6 +66,8 @@ impl Step {
         cpu.patchify_visible_forward(image, 2, 49, c, pixels, keep)?;
         let loss = LossShape { image, batch: 2, predicted: 100, norm_pix_loss: true, scale: 0.1 };
         cpu.loss_forward_backward(loss, c, d, e, f, pixels, hidden, a)?;
+        let classes = CrossEntropyShape { rows: 300, classes: 500, smoothing: 0.1, scale: 0.1 };
+        cpu.cross_entropy_forward_backward(classes, c, d, e, f, hidden)?;
         let tokens = TokensShape { batch: 2, patches: 196, selected: 49, width: 512 };
         cpu.tokens_assemble_forward(tokens, c, d, e, f, keep)?;
         cpu.tokens_assemble_backward(tokens, c, d, e)?;
@@ -87,19 +92,17 @@ impl Step {
         cpu.attention_forward(attention, c, d, e)?;
         cpu.attention_backward(attention, c, d, e, f)?;
         cpu.attention_probabilities(attention, c, d, e)?;
-        cpu.gradient_norm(LENGTH, c)?;
+        cpu.gradient_norm(LENGTH, i, c)?;
         let settings = AdamWSettings {
-            learning_rate: 1e-3,
             beta1: 0.9,
             beta2: 0.95,
             epsilon: 1e-8,
             weight_decay: 0.05,
-            step: 1,
-            gradient_scale: 1.0,
+            clip_norm: Some(1.0),
             length: LENGTH,
             decayed: LENGTH / 2,
         };
-        cpu.adamw_step(settings, c, d, e, f, g)
+        cpu.adamw_step(settings, state, c, d, e, f, g, i, Some(j), learning_rate)
     }
 }
 

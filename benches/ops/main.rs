@@ -5,6 +5,7 @@
 
 mod adamw;
 mod attention;
+mod cross_entropy;
 mod layernorm;
 mod linear;
 mod loss;
@@ -68,6 +69,7 @@ criterion_group!(
     layernorm::benches,
     attention::benches,
     loss::benches,
+    cross_entropy::benches,
     adamw::benches
 );
 criterion_main!(benches);

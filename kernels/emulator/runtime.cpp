@@ -880,6 +880,9 @@ float subtract_rn(float a, float b) { return a - b; }
 float divide_rn(float a, float b) { return a / b; }
 float multiply_add_rn(float a, float b, float c) { return std::fma(a, b, c); }
 float reciprocal_square_root(float value) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(value))); }
+float square_root_rn(float value) { return std::sqrt(value); }
+double square_root_rn(double value) { return std::sqrt(value); }
+bool is_finite(double value) { return std::isfinite(value); }
 u32 float_bits(float value) { return bits_of(value); }
 float bits_float(u32 bits) { return float_of(bits); }
 

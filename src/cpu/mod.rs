@@ -4,6 +4,7 @@ mod activation;
 mod adamw;
 mod attention;
 mod check;
+mod cross_entropy;
 mod float;
 mod gemm;
 mod kernel;

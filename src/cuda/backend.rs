@@ -13,7 +13,13 @@ use crate::{Error, Result};
 
 /// The type of activations and weight matrices on a GPU: [`bf16`] to train, `f32` to compare.
 pub trait CudaElement:
-    Element + super::layernorm::LayerNormElement + super::patchify::RowElement + super::tokens::TokenElement
+    Element
+    + super::adamw::WorkingElement
+    + super::cross_entropy::LogitElement
+    + super::layernorm::LayerNormElement
+    + super::loss::LossElement
+    + super::patchify::RowElement
+    + super::tokens::TokenElement
 {
     /// Rounds to this type.
     fn from_f64(value: f64) -> Self;
@@ -194,8 +200,12 @@ impl<E: CudaElement> Memory for Cuda<E> {
         if E::is_master() {
             return Ok(());
         }
-        let _ = (working, master);
-        Err(Error::Device("rounding masters to bf16 is not written yet".to_string()))
+        let length = working.length;
+        let master = master.input("refresh", "master", &[length])?;
+        if let Some(mut working) = E::working(working, length)? {
+            super::adamw::masters_to_bf16(&self.stream, &mut working, &master)?;
+        }
+        Ok(())
     }
 
     fn length<T: Element>(&self, buffer: &CudaBuffer<T>) -> usize {

@@ -380,7 +380,13 @@ impl<'a, T: Pod> Slice<'a, T> {
     /// Whether 128-bit accesses may start here.
     #[must_use]
     pub fn is_aligned_16(&self) -> bool {
-        self.address.is_multiple_of(16)
+        self.is_aligned(16)
+    }
+
+    /// Whether accesses of so many bytes may start here.
+    #[must_use]
+    pub fn is_aligned(&self, bytes: usize) -> bool {
+        self.address.is_multiple_of(bytes as u64)
     }
 }
 
@@ -448,7 +454,13 @@ impl<'a, T: Pod> SliceMut<'a, T> {
     /// Whether 128-bit accesses may start here.
     #[must_use]
     pub fn is_aligned_16(&self) -> bool {
-        self.address.is_multiple_of(16)
+        self.is_aligned(16)
+    }
+
+    /// Whether accesses of so many bytes may start here.
+    #[must_use]
+    pub fn is_aligned(&self, bytes: usize) -> bool {
+        self.address.is_multiple_of(bytes as u64)
     }
 }
 

@@ -1,8 +1,12 @@
 //! Launchers of `kernels/masking.cu`: which patches of each sample the encoder sees.
 
+use super::backend::{Cuda, CudaBuffer, CudaElement};
 use super::error::Result;
 use super::launch::{Argument, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
 use super::modules::Kernel;
+use crate::ops::{self, Masking};
+
+pub use crate::ops::MaskingShape;
 
 const NOISE: Kernel = Kernel::named("masking_forward_noise_f32");
 const RANDOM: Kernel = Kernel::named("masking_forward_random");
@@ -12,17 +16,6 @@ pub const MAX_PATCHES: usize = 6144;
 
 /// Most threads per block, as the kernels are compiled.
 const MAX_THREADS: usize = 256;
-
-/// Shape of a masking.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MaskingShape {
-    /// Samples, B.
-    pub batch: usize,
-    /// Patches per sample, L: 1 to [`MAX_PATCHES`].
-    pub patches: usize,
-    /// Visible patches per sample: 0 to L.
-    pub keep: usize,
-}
 
 /// What a masking writes; every element.
 #[derive(Debug)]
@@ -118,4 +111,58 @@ fn check(op: &'static str, output: &MaskingOutput<'_>, shape: MaskingShape) -> R
     let shared_bytes = 4 * (patches.next_multiple_of(4) + patches);
     let grid = Grid { blocks: batch as u32, threads: threads as u32, shared_bytes: shared_bytes as u32 };
     Ok((grid, patches as u32, keep as u32))
+}
+
+impl<E: CudaElement> Masking for Cuda<E> {
+    fn masking_from_noise(
+        &self,
+        shape: MaskingShape,
+        ids_keep: &mut CudaBuffer<u32>,
+        ids_hidden: &mut CudaBuffer<u32>,
+        ids_restore: &mut CudaBuffer<u32>,
+        mask: &mut CudaBuffer<f32>,
+        noise: &CudaBuffer<f32>,
+    ) -> crate::Result<()> {
+        let op = "masking_from_noise";
+        let mut output = outputs(op, shape, ids_keep, ids_hidden, ids_restore, mask)?;
+        let noise = noise.input(op, "noise", &[shape.batch, shape.patches])?;
+        Ok(masking_forward_noise(self.stream(), &mut output, &noise, shape)?)
+    }
+
+    fn masking_random(
+        &self,
+        shape: MaskingShape,
+        ids_keep: &mut CudaBuffer<u32>,
+        ids_hidden: &mut CudaBuffer<u32>,
+        ids_restore: &mut CudaBuffer<u32>,
+        mask: &mut CudaBuffer<f32>,
+        random: ops::RandomMask,
+        samples: &CudaBuffer<u64>,
+    ) -> crate::Result<()> {
+        let op = "masking_random";
+        let mut output = outputs(op, shape, ids_keep, ids_hidden, ids_restore, mask)?;
+        let samples = samples.input(op, "samples", &[shape.batch])?;
+        let random = RandomMask { samples, seed: random.seed, epoch: random.epoch };
+        Ok(masking_forward_random(self.stream(), &mut output, &random, shape)?)
+    }
+}
+
+/// The model's buffers as a launcher takes them.
+fn outputs<'a>(
+    op: &'static str,
+    shape: MaskingShape,
+    ids_keep: &'a mut CudaBuffer<u32>,
+    ids_hidden: &'a mut CudaBuffer<u32>,
+    ids_restore: &'a mut CudaBuffer<u32>,
+    mask: &'a mut CudaBuffer<f32>,
+) -> crate::Result<MaskingOutput<'a>> {
+    let MaskingShape { batch, patches, keep } = shape;
+    // The launcher refuses more visible patches than there are.
+    let hidden = patches.saturating_sub(keep);
+    Ok(MaskingOutput {
+        ids_keep: ids_keep.output(op, "ids_keep", &[batch, keep])?,
+        ids_hidden: ids_hidden.output(op, "ids_hidden", &[batch, hidden])?,
+        ids_restore: ids_restore.output(op, "ids_restore", &[batch, patches])?,
+        mask: mask.output(op, "mask", &[batch, patches])?,
+    })
 }

@@ -3,7 +3,9 @@
 //! [`devices`] lists GPUs, [`Gpu::open`] opens one, [`Gpu::new_stream`] or [`Gpu::stream`] (a caller's cudarc stream) gives a
 //! [`Stream`], and each op family has one module of launchers. Nothing here panics where the driver or NVRTC is missing.
 
+pub mod adamw;
 pub mod backend;
+pub mod cross_entropy;
 pub mod driver;
 #[cfg(feature = "emulator")]
 pub mod emulator;
@@ -12,6 +14,7 @@ pub mod error;
 mod hash;
 pub mod launch;
 pub mod layernorm;
+pub mod loss;
 pub mod masking;
 pub mod modules;
 #[path = "../../build/nvrtc.rs"]

@@ -2,9 +2,11 @@
 
 use half::bf16;
 
+use super::backend::{Cuda, CudaBuffer, CudaElement};
 use super::error::Result;
 use super::launch::{Argument, Divider, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
 use super::modules::Kernel;
+use crate::ops::{ImageShape, Patchify, Pixels};
 
 const U8_F32: Kernel = Kernel::named("patchify_visible_forward_u8_f32");
 const U8_BF16: Kernel = Kernel::named("patchify_visible_forward_u8_bf16");
@@ -23,34 +25,12 @@ const MAX_SHARED_BYTES: u64 = 48 << 10;
 /// Shape of a patchify: images and patches may be rectangular.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PatchifyShape {
+    /// The images and their patches.
+    pub image: ImageShape,
     /// Images, B.
     pub batch: usize,
-    /// Channels, C.
-    pub channels: usize,
-    /// Height of an image in pixels, a multiple of the patch's.
-    pub height: usize,
-    /// Width of an image in pixels, a multiple of the patch's.
-    pub width: usize,
-    /// Height of a patch.
-    pub patch_height: usize,
-    /// Width of a patch.
-    pub patch_width: usize,
     /// Visible patches per image.
     pub keep: usize,
-}
-
-impl PatchifyShape {
-    /// Patches per image, L.
-    #[must_use]
-    pub fn patches(&self) -> usize {
-        (self.height / self.patch_height.max(1)) * (self.width / self.patch_width.max(1))
-    }
-
-    /// Elements of a patch: C · ph · pw.
-    #[must_use]
-    pub fn row_length(&self) -> usize {
-        self.channels * self.patch_height * self.patch_width
-    }
 }
 
 /// Pixels that are still bytes, and how to normalise them: `(v / 255 - mean[c]) / deviation[c]`.
@@ -103,8 +83,8 @@ pub fn patchify_visible_forward_bytes<T: RowElement>(
 ) -> Result<()> {
     const OP: &str = "patchify_visible_forward_bytes";
     let (parameters, grid) = check::<T>(OP, rows, input.pixels.len(), ids_keep, shape, Some(&input.pixels))?;
-    exactly(OP, "length of mean", input.mean.len() as u64, shape.channels as u64)?;
-    exactly(OP, "length of deviation", input.deviation.len() as u64, shape.channels as u64)?;
+    exactly(OP, "length of mean", input.mean.len() as u64, shape.image.channels as u64)?;
+    exactly(OP, "length of deviation", input.deviation.len() as u64, shape.image.channels as u64)?;
     let arguments = [
         rows.argument(),
         input.pixels.argument(),
@@ -133,6 +113,40 @@ pub fn patchify_visible_forward_f32<T: RowElement>(
     let arguments = [rows.argument(), pixels.argument(), ids_keep.argument(), Argument::value(&parameters)];
     // SAFETY: patchify_visible_forward_f32_*(T*, const float*, const u32*, PatchifyShape); lengths were checked.
     unsafe { stream.launch(T::FROM_F32, grid, &arguments) }
+}
+
+impl<E: CudaElement> Patchify for Cuda<E> {
+    fn patchify_visible_forward(
+        &self,
+        image: ImageShape,
+        batch: usize,
+        visible: usize,
+        rows: &mut CudaBuffer<E>,
+        pixels: Pixels<'_, Self>,
+        ids: &CudaBuffer<u32>,
+    ) -> crate::Result<()> {
+        let op = "patchify_visible_forward";
+        image.check()?;
+        let shape = PatchifyShape { image, batch, keep: visible };
+        let ImageShape { channels, height, width, .. } = image;
+        let mut rows = rows.output(op, "rows", &[batch, visible, image.patch_length()])?;
+        let ids = ids.input(op, "ids", &[batch, visible])?;
+        let sizes = [batch, channels, height, width];
+        match pixels {
+            Pixels::Normalized(pixels) => {
+                let pixels = pixels.input(op, "pixels", &sizes)?;
+                patchify_visible_forward_f32(self.stream(), &mut rows, &pixels, &ids, shape)?;
+            }
+            Pixels::Bytes { values, mean, deviation } => {
+                let pixels = values.input(op, "pixels", &sizes)?;
+                let mean = mean.input(op, "mean", &[channels])?;
+                let deviation = deviation.input(op, "deviation", &[channels])?;
+                let input = BytePixels { pixels, mean, deviation };
+                patchify_visible_forward_bytes(self.stream(), &mut rows, &input, &ids, shape)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// `PatchifyShape` of kernels/patchify.cu.
@@ -165,7 +179,8 @@ fn check<T: RowElement>(
     shape: PatchifyShape,
     bytes: Option<&Slice<'_, u8>>,
 ) -> Result<(PatchifyParameters, Grid)> {
-    let PatchifyShape { batch, channels, height, width, patch_height, patch_width, keep } = shape;
+    let PatchifyShape { image: size, batch, keep } = shape;
+    let ImageShape { channels, height, width, patch_height, patch_width } = size;
     let sizes = [("channels", channels), ("patch height", patch_height), ("patch width", patch_width)];
     for (what, size) in sizes {
         within(op, what, size as u64, 1..=MAX_32_BIT)?;
@@ -177,7 +192,7 @@ fn check<T: RowElement>(
     within(op, "batch", batch as u64, 0..=MAX_32_BIT)?;
     let image = product(op, "pixels of an image", &[channels, height, width], MAX_32_BIT)? as usize;
     let row_count = product(op, "number of rows", &[batch, keep], MAX_32_BIT)?;
-    let row_length = shape.row_length();
+    let row_length = size.patch_length();
     exactly(op, "length of pixels", pixels as u64, product(op, "pixels", &[batch, image], u64::MAX)?)?;
     exactly(op, "length of ids_keep", ids_keep.len() as u64, row_count)?;
     let elements = product(op, "length of rows", &[row_count as usize, row_length], u64::MAX)?;
@@ -206,7 +221,7 @@ fn check<T: RowElement>(
         channels: channels as u32,
         height: height as u32,
         width: width as u32,
-        patches: shape.patches() as u32,
+        patches: size.patches() as u32,
         tile: tile as u32,
         keep: divider(keep),
         grid_width: divider(width / patch_width),

@@ -291,7 +291,8 @@ impl<B: Backend> MaeForPreTraining<B> {
         }
         let mut collector = Collector::new(backend, extras);
         let observer = collector.as_mut().map(|collector| collector as &mut dyn Observer<B>);
-        self.forward_in(workspace, images, masking, batch * (patches - keep), observer)?;
+        let mut loss = backend.buffer(1)?;
+        self.forward_in(workspace, images, masking, batch * (patches - keep), &mut loss, observer)?;
         let (hidden_states, attentions) =
             collector.map_or_else(Default::default, |collector| (collector.hidden_states, collector.attentions));
         let Some(decoder) = &workspace.decoder else { return Err(no_decoder()) };
@@ -301,11 +302,13 @@ impl<B: Backend> MaeForPreTraining<B> {
         backend.download(&mut ids_restore, &workspace.inputs.ids_restore)?;
         let logits = batch * patches * shape.image.patch_length();
         let hidden = batch * (1 + keep) * self.config.hidden_size;
+        let mut loss_value = [B::Master::default()];
+        backend.download(&mut loss_value, &loss)?;
         Ok(Reconstruction {
             batch,
             patches,
             keep,
-            loss: self.loss(workspace)?,
+            loss: B::master_f64(loss_value[0]),
             logits: download_elements(backend, &decoder.prediction, logits)?,
             mask,
             ids_restore,
@@ -315,14 +318,15 @@ impl<B: Backend> MaeForPreTraining<B> {
         })
     }
 
-    /// Runs encoder, decoder and loss; results stay in the workspace. `hidden_in_step` is the number of hidden patches of all
-    /// micro-batches whose losses are to add up to the mean.
+    /// Runs encoder, decoder and loss; results stay in the workspace and the loss is added to `loss` `[1]`. `hidden_in_step` is
+    /// the number of hidden patches of all micro-batches whose losses are to add up to the mean.
     pub(crate) fn forward_in(
         &self,
         workspace: &mut Workspace<B>,
         images: &Images<'_>,
         masking: &Masking<'_>,
         hidden_in_step: usize,
+        loss: &mut Vector<B>,
         observer: Option<&mut dyn Observer<B>>,
     ) -> Result<()> {
         self.encoder().forward(workspace, images, masking, observer)?;
@@ -370,7 +374,6 @@ impl<B: Backend> MaeForPreTraining<B> {
             &layers.head.weight,
             layers.head.bias.as_ref(),
         )?;
-        backend.zero(&mut decoder.loss)?;
         backend.loss_forward_backward(
             LossShape {
                 image,
@@ -379,7 +382,7 @@ impl<B: Backend> MaeForPreTraining<B> {
                 norm_pix_loss: config.norm_pix_loss,
                 scale: if hidden_in_step == 0 { 0.0 } else { 1.0 / hidden_in_step as f64 },
             },
-            &mut decoder.loss,
+            loss,
             &mut decoder.patch_loss,
             &mut decoder.dprediction,
             &decoder.prediction,
@@ -387,14 +390,6 @@ impl<B: Backend> MaeForPreTraining<B> {
             ids,
             &inputs.mask,
         )
-    }
-
-    /// The loss of the last forward pass in this workspace.
-    pub(crate) fn loss(&self, workspace: &Workspace<B>) -> Result<f64> {
-        let Some(decoder) = &workspace.decoder else { return Err(no_decoder()) };
-        let mut loss = [B::Master::default()];
-        self.backend.download(&mut loss, &decoder.loss)?;
-        Ok(B::master_f64(loss[0]))
     }
 
     /// Adds the gradients of the last forward pass in this workspace, of `batch` images.

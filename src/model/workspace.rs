@@ -193,7 +193,6 @@ pub(crate) struct DecoderActivations<B: Backend> {
     pub prediction: B::Buffer<B::Element>,
     pub dprediction: B::Buffer<B::Element>,
     pub patch_loss: B::Buffer<B::Master>,
-    pub loss: B::Buffer<B::Master>,
 }
 
 /// Gradients that flow between the parts.
@@ -281,7 +280,6 @@ impl<B: Backend> Workspace<B> {
                         prediction: features(rows * patch_length)?,
                         dprediction: features(rows * patch_length)?,
                         patch_loss: backend.buffer(rows)?,
-                        loss: backend.buffer(1)?,
                     })
                 })
                 .transpose()?,

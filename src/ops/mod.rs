@@ -15,6 +15,7 @@
 
 mod adamw;
 mod attention;
+mod cross_entropy;
 mod layernorm;
 mod linear;
 mod loss;
@@ -25,8 +26,10 @@ pub mod philox;
 mod spec;
 mod tokens;
 
-pub use adamw::{AdamW, AdamWSettings};
+pub(crate) use adamw::power;
+pub use adamw::{AdamW, AdamWSettings, AdamWState};
 pub use attention::{Attention, AttentionShape};
+pub use cross_entropy::{CrossEntropy, CrossEntropyShape};
 pub use layernorm::{LayerNorm, LayerNormShape};
 pub use linear::{Activation, Linear, LinearShape};
 pub use loss::{Loss, LossShape};
@@ -37,9 +40,9 @@ pub use spec::{Cost, OPS, OpSpec};
 pub use tokens::{Tokens, TokensShape};
 
 /// Everything the model needs of a device.
-pub trait Backend: Masking + Patchify + Linear + Tokens + LayerNorm + Attention + Loss + AdamW {}
+pub trait Backend: Masking + Patchify + Linear + Tokens + LayerNorm + Attention + Loss + CrossEntropy + AdamW {}
 
-impl<T: Masking + Patchify + Linear + Tokens + LayerNorm + Attention + Loss + AdamW> Backend for T {}
+impl<T: Masking + Patchify + Linear + Tokens + LayerNorm + Attention + Loss + CrossEntropy + AdamW> Backend for T {}
 
 /// Whether a gradient replaces what the output holds or is added to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

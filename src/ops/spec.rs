@@ -92,7 +92,22 @@ pub const OPS: &[OpSpec] = &[
     op("attention", "attention_forward", &[]),
     op("attention", "attention_backward", &[]),
     op("attention", "attention_probabilities", &[]),
-    op("loss", "loss_forward_backward", &[]),
-    op("adamw", "gradient_norm", &[]),
-    op("adamw", "adamw_step", &[]),
+    op(
+        "loss",
+        "loss_forward_backward",
+        &[
+            "loss_forward_backward_u8_f32",
+            "loss_forward_backward_u8_bf16",
+            "loss_forward_backward_f32_f32",
+            "loss_forward_backward_f32_bf16",
+            "loss_sum",
+        ],
+    ),
+    op(
+        "cross_entropy",
+        "cross_entropy_forward_backward",
+        &["cross_entropy_forward_backward_f32", "cross_entropy_forward_backward_bf16", "loss_sum"],
+    ),
+    op("adamw", "gradient_norm", &["gradient_norm_partial", "gradient_norm_finish"]),
+    op("adamw", "adamw_step", &["adamw_prepare", "adamw_update_f32", "adamw_update_bf16", "masters_to_bf16"]),
 ];

@@ -124,7 +124,7 @@ fn write<B: Backend>(
     trainer.model().save_pretrained(folder)?;
     processor.save(folder)?;
     trainer.save_moments(&folder.join(MOMENTS))?;
-    let state = TrainerState { updates: trainer.updates(), ..state.clone() };
+    let state = TrainerState { updates: trainer.state()?.updates, ..state.clone() };
     crate::files::write_json(&folder.join(STATE), &state)
 }
 

@@ -8,7 +8,7 @@ use crate::model::{
     Gradients, Images, MaeForPreTraining, Masking, PositionInterpolation, Purpose, Workspace, WorkspaceShape,
     download_part,
 };
-use crate::ops::{AdamWSettings, Backend, MaskingShape};
+use crate::ops::{AdamWSettings, AdamWState, Backend, MaskingShape};
 use crate::weights::{TensorFile, write_f32, write_stream};
 use crate::{Error, Result};
 
@@ -31,12 +31,29 @@ impl Default for OptimizerSettings {
     }
 }
 
-/// The first and second moments of AdamW, and how often they were updated.
+/// The first and second moments of AdamW, how often they were updated, and what an update depends on; all on the device.
 #[derive(Debug)]
 pub struct OptimizerState<B: Backend> {
     pub(crate) first: B::Buffer<B::Master>,
     pub(crate) second: B::Buffer<B::Master>,
-    pub(crate) updates: u64,
+    pub(crate) state: B::Buffer<AdamWState>,
+    learning_rate: B::Buffer<f64>,
+    gradient_norm: B::Buffer<B::Master>,
+    /// The loss of the step so far.
+    loss: B::Buffer<B::Master>,
+}
+
+impl<B: Backend> OptimizerState<B> {
+    fn new(backend: &B, length: usize) -> Result<Self> {
+        Ok(Self {
+            first: backend.buffer(length)?,
+            second: backend.buffer(length)?,
+            state: backend.buffer(1)?,
+            learning_rate: backend.buffer(1)?,
+            gradient_norm: backend.buffer(1)?,
+            loss: backend.buffer(1)?,
+        })
+    }
 }
 
 /// What one step did.
@@ -51,7 +68,7 @@ pub struct StepReport {
 }
 
 /// So many steps in a row without finite gradients end the run.
-const NON_FINITE_LIMIT: u32 = 10;
+const NON_FINITE_LIMIT: u64 = 10;
 
 /// Trains a model. It owns all memory that a step needs: after the first step nothing is allocated.
 #[derive(Debug)]
@@ -62,9 +79,8 @@ pub struct Trainer<B: Backend> {
     settings: OptimizerSettings,
     workspace: Option<Workspace<B>>,
     micro_batch: usize,
-    loss: f64,
-    non_finite_in_a_row: u32,
-    non_finite: u64,
+    /// The device's counters as they were read last.
+    last: AdamWState,
 }
 
 impl<B: Backend> Trainer<B> {
@@ -77,21 +93,14 @@ impl<B: Backend> Trainer<B> {
         if micro_batch == 0 {
             return Err(Error::Config("a micro-batch needs at least one image".into()));
         }
-        let length = model.parameters().layout().trained();
-        let optimizer = OptimizerState {
-            first: model.backend().buffer(length)?,
-            second: model.backend().buffer(length)?,
-            updates: 0,
-        };
+        let optimizer = OptimizerState::new(model.backend(), model.parameters().layout().trained())?;
         Ok(Self {
             gradients: model.gradients()?,
             optimizer,
             settings,
             workspace: None,
             micro_batch,
-            loss: 0.0,
-            non_finite_in_a_row: 0,
-            non_finite: 0,
+            last: AdamWState::default(),
             model,
         })
     }
@@ -108,16 +117,23 @@ impl<B: Backend> Trainer<B> {
         self.model
     }
 
-    /// How many updates there have been.
+    /// How many updates there had been at the last [`Trainer::report`].
     #[must_use]
     pub fn updates(&self) -> u64 {
-        self.optimizer.updates
+        self.last.updates
     }
 
-    /// How many steps were skipped because loss or gradients were not finite.
+    /// How many steps had been skipped at the last [`Trainer::report`] because loss or gradients were not finite.
     #[must_use]
     pub fn non_finite_steps(&self) -> u64 {
-        self.non_finite
+        self.last.skipped
+    }
+
+    /// The device's counters, after everything that was launched.
+    pub(crate) fn state(&self) -> Result<AdamWState> {
+        let mut state = [AdamWState::default()];
+        self.model.backend().download(&mut state, &self.optimizer.state)?;
+        Ok(state[0])
     }
 
     /// Writes the moments under the parameters' published names: `first_moment.NAME`, `second_moment.NAME`.
@@ -165,8 +181,8 @@ impl<B: Backend> Trainer<B> {
             }
             backend.upload(arena, &values)?;
         }
-        self.optimizer.updates = updates;
-        Ok(())
+        self.last = AdamWState { updates, ..AdamWState::default() };
+        backend.upload(&mut self.optimizer.state, &[self.last])
     }
 
     /// One step on one batch: [`Trainer::accumulate`] and [`Trainer::update`].
@@ -211,65 +227,69 @@ impl<B: Backend> Trainer<B> {
         while start < images.batch {
             let range = start..(start + shape.batch).min(images.batch);
             let (part, part_masking) = (images.part(range.clone()), masking.part(range.clone(), patches));
-            self.model.forward_in(workspace, &part, &part_masking, hidden_in_step, None)?;
-            self.loss += self.model.loss(workspace)?;
+            let loss = &mut self.optimizer.loss;
+            self.model.forward_in(workspace, &part, &part_masking, hidden_in_step, loss, None)?;
             self.model.backward(workspace, part.batch, &mut self.gradients)?;
             start = range.end;
         }
         Ok(())
     }
 
-    /// Applies the accumulated gradients and clears them. Where loss or gradients are not finite, nothing is updated.
+    /// Applies the accumulated gradients and clears them: [`Trainer::launch_update`] and [`Trainer::report`].
     ///
     /// # Errors
-    /// [`Error::Training`] after ten steps in a row that were not finite; device errors.
+    /// As these two.
     pub fn update(&mut self, learning_rate: f64) -> Result<StepReport> {
+        self.launch_update(learning_rate)?;
+        self.report()
+    }
+
+    /// Queues the update by the accumulated gradients and clears them; nothing is read back, so that the next step can be
+    /// queued right behind. Where loss or gradients are not finite, the device skips the update.
+    ///
+    /// # Errors
+    /// Device errors.
+    pub fn launch_update(&mut self, learning_rate: f64) -> Result<()> {
         let OptimizerSettings { betas, epsilon, weight_decay, clip_norm } = self.settings;
         let (length, decayed) = {
             let layout = self.model.parameters().layout();
             (layout.trained(), layout.matrices())
         };
+        let settings =
+            AdamWSettings { beta1: betas.0, beta2: betas.1, epsilon, weight_decay, clip_norm, length, decayed };
         let (backend, parameters) = self.model.parameters_mut();
-        let gradient_norm = backend.gradient_norm(length, &self.gradients.arena)?;
-        let loss = std::mem::take(&mut self.loss);
-        let finite = loss.is_finite() && gradient_norm.is_finite();
-        if finite {
-            let gradient_scale = match clip_norm {
-                Some(limit) if gradient_norm > limit => limit / gradient_norm,
-                _ => 1.0,
-            };
-            self.optimizer.updates += 1;
-            backend.adamw_step(
-                AdamWSettings {
-                    learning_rate,
-                    beta1: betas.0,
-                    beta2: betas.1,
-                    epsilon,
-                    weight_decay,
-                    step: self.optimizer.updates,
-                    gradient_scale,
-                    length,
-                    decayed,
-                },
-                &mut parameters.master,
-                &mut parameters.working,
-                &mut self.optimizer.first,
-                &mut self.optimizer.second,
-                &self.gradients.arena,
-            )?;
-            self.non_finite_in_a_row = 0;
+        let optimizer = &mut self.optimizer;
+        backend.upload(&mut optimizer.learning_rate, &[learning_rate])?;
+        backend.gradient_norm(length, &mut optimizer.gradient_norm, &self.gradients.arena)?;
+        backend.adamw_step(
+            settings,
+            &mut optimizer.state,
+            &mut parameters.master,
+            &mut parameters.working,
+            &mut optimizer.first,
+            &mut optimizer.second,
+            &self.gradients.arena,
+            &optimizer.gradient_norm,
+            Some(&optimizer.loss),
+            &optimizer.learning_rate,
+        )?;
+        backend.zero(&mut optimizer.loss)?;
+        self.gradients.zero(backend)
+    }
+
+    /// Waits for the last update and says what it did.
+    ///
+    /// # Errors
+    /// [`Error::Training`] after ten steps in a row that were not finite; device errors.
+    pub fn report(&mut self) -> Result<StepReport> {
+        self.last = self.state()?;
+        let AdamWState { skipped_in_a_row, gradient_norm, loss, .. } = self.last;
+        if skipped_in_a_row >= NON_FINITE_LIMIT {
+            return Err(Error::Training(format!(
+                "loss or gradients were not finite for {NON_FINITE_LIMIT} steps in a row (last loss {loss}); the weights \
+                 are those of the last finite step. Try a lower learning rate, a longer warm-up or gradient clipping"
+            )));
         }
-        self.gradients.zero(backend)?;
-        if !finite {
-            self.non_finite += 1;
-            self.non_finite_in_a_row += 1;
-            if self.non_finite_in_a_row >= NON_FINITE_LIMIT {
-                return Err(Error::Training(format!(
-                    "loss or gradients were not finite for {NON_FINITE_LIMIT} steps in a row (last loss {loss}); the weights \
-                     are those of the last finite step. Try a lower learning rate, a longer warm-up or gradient clipping"
-                )));
-            }
-        }
-        Ok(StepReport { loss, gradient_norm, updated: finite })
+        Ok(StepReport { loss, gradient_norm, updated: skipped_in_a_row == 0 })
     }
 }

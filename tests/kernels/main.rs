@@ -1,9 +1,12 @@
 //! The kernels as a whole: what is declared, embedded and compiled, and whether the emulator catches what it claims to catch.
 #![cfg(feature = "cuda")]
 
+mod adamw;
 mod build_script;
+mod cross_entropy;
 mod emulated;
 mod layernorm;
+mod loss;
 mod masking;
 mod patchify;
 mod reference;

@@ -1,8 +1,11 @@
 //! Masking on the emulator against a stable sort.
 
+use vitmae::cpu::Cpu;
+use vitmae::ops::{self, Masking, Memory};
+
 use super::emulated::masking::{MAX_PATCHES, MaskingOutput, MaskingShape, RandomMask};
 use super::emulated::masking::{masking_forward_noise, masking_forward_random};
-use super::emulated::{Buffer, CudaError, SEEDS, Stream, emulator};
+use super::emulated::{Buffer, Cuda, CudaError, SEEDS, Stream, emulator};
 
 /// Host copies of what a masking writes.
 #[derive(Debug, PartialEq)]
@@ -174,6 +177,61 @@ fn random_masks_depend_on_seed_epoch_and_sample_alone() {
             assert_eq!(alone.ids_restore, all.ids_restore[3 * patches..4 * patches]);
         }
     }
+}
+
+/// Both ops through the contract, into buffers that are longer than they need be.
+fn as_a_backend<M: Masking>(device: &M, shape: MaskingShape, noise: &[f32], samples: &[u64]) -> [Masks; 2] {
+    let MaskingShape { batch, patches, keep } = shape;
+    let hidden = patches - keep;
+    let words = |len| device.buffer::<u32>(len + 5).expect("reserved");
+    let mut ids = [words(batch * keep), words(batch * hidden), words(batch * patches)];
+    let mut mask = device.buffer(batch * patches + 5).expect("reserved");
+    let (mut noise_buffer, mut sample_buffer) =
+        (device.buffer(noise.len() + 1).expect("reserved"), device.buffer(batch + 1).expect("reserved"));
+    device.upload(&mut noise_buffer, noise).expect("uploaded");
+    device.upload(&mut sample_buffer, samples).expect("uploaded");
+    let mut run = |random: Option<ops::RandomMask>| {
+        let [keep_ids, hidden_ids, restore] = &mut ids;
+        match random {
+            None => device.masking_from_noise(shape, keep_ids, hidden_ids, restore, &mut mask, &noise_buffer),
+            Some(random) => {
+                device.masking_random(shape, keep_ids, hidden_ids, restore, &mut mask, random, &sample_buffer)
+            }
+        }
+        .expect("no fault");
+        let read = |buffer, len| {
+            let mut values = vec![0; len];
+            device.download(&mut values, buffer).expect("downloaded");
+            values
+        };
+        let mut mask_values = vec![0.0; batch * patches];
+        device.download(&mut mask_values, &mask).expect("downloaded");
+        Masks {
+            ids_keep: read(&ids[0], batch * keep),
+            ids_hidden: read(&ids[1], batch * hidden),
+            ids_restore: read(&ids[2], batch * patches),
+            mask: mask_values,
+        }
+    };
+    [run(None), run(Some(ops::RandomMask { seed: 0x1234_5678_9abc, epoch: 3 }))]
+}
+
+#[test]
+fn masking_is_what_the_cpu_does() {
+    let Some(emulator) = emulator(2) else { return };
+    let cuda = Cuda::<f32>::new(emulator.stream());
+    for (patches, keep) in [(1, 0), (49, 12), (197, 49), (300, 300)] {
+        let shape = MaskingShape { batch: 3, patches, keep };
+        let (noise, samples) = (noise(shape, 40), [7, 1 << 33, 12_345]);
+        let expected = as_a_backend(&Cpu::<f32>::new(), shape, &noise, &samples);
+        assert_eq!(as_a_backend(&cuda, shape, &noise, &samples), expected, "{shape:?}");
+    }
+    let [mut a, mut b, mut c] = [0; 3].map(|_| cuda.buffer::<u32>(8).expect("reserved"));
+    let mut mask = cuda.buffer::<f32>(8).expect("reserved");
+    let noise = cuda.buffer::<f32>(8).expect("reserved");
+    let shape = MaskingShape { batch: 3, patches: 3, keep: 1 };
+    let refused = cuda.masking_from_noise(shape, &mut a, &mut b, &mut c, &mut mask, &noise);
+    assert!(matches!(refused, Err(vitmae::Error::Shape { .. })), "{refused:?}");
 }
 
 #[test]

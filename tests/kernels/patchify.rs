@@ -1,10 +1,12 @@
 //! Patchify on the emulator against its definition.
 
 use half::bf16;
+use vitmae::cpu::Cpu;
+use vitmae::ops::{ImageShape, Patchify, Pixels};
 
 use super::emulated::patchify::{BytePixels, PatchifyShape, RowElement};
 use super::emulated::patchify::{patchify_visible_forward_bytes, patchify_visible_forward_f32};
-use super::emulated::{CudaError, SEEDS, Stream, emulator};
+use super::emulated::{Cuda, CudaError, SEEDS, Stream, emulator};
 
 const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
 const DEVIATION: [f32; 3] = [0.229, 0.224, 0.225];
@@ -19,15 +21,16 @@ fn words(n: usize, seed: u32) -> Vec<u32> {
 
 fn shape(batch: usize, channels: usize, image: [usize; 2], patch: [usize; 2], keep: usize) -> PatchifyShape {
     let ([height, width], [patch_height, patch_width]) = (image, patch);
-    PatchifyShape { batch, channels, height, width, patch_height, patch_width, keep }
+    let image = ImageShape { channels, height, width, patch_height, patch_width };
+    PatchifyShape { image, batch, keep }
 }
 
 /// Distinct patches per image, in some order.
 fn ids(shape: PatchifyShape) -> Vec<u32> {
     let mut ids = Vec::new();
     for sample in 0..shape.batch {
-        let noise = words(shape.patches(), sample as u32);
-        let mut order: Vec<u32> = (0..shape.patches() as u32).collect();
+        let noise = words(shape.image.patches(), sample as u32);
+        let mut order: Vec<u32> = (0..shape.image.patches() as u32).collect();
         order.sort_by_key(|&patch| noise[patch as usize]);
         ids.extend(&order[..shape.keep]);
     }
@@ -36,15 +39,16 @@ fn ids(shape: PatchifyShape) -> Vec<u32> {
 
 /// Rows by the definition; `value` takes (sample, channel, y, x).
 fn expected(shape: PatchifyShape, ids: &[u32], value: impl Fn(usize, usize, usize, usize) -> f32) -> Vec<f32> {
-    let grid_width = shape.width / shape.patch_width;
+    let image = shape.image;
+    let (_, grid_width) = image.grid();
     let mut rows = Vec::new();
     for (row, &id) in ids.iter().enumerate() {
         let (py, px) = (id as usize / grid_width, id as usize % grid_width);
-        for channel in 0..shape.channels {
-            for p in 0..shape.patch_height {
-                for q in 0..shape.patch_width {
-                    let inside = (id as usize) < shape.patches();
-                    let (y, x) = (py * shape.patch_height + p, px * shape.patch_width + q);
+        for channel in 0..image.channels {
+            for p in 0..image.patch_height {
+                for q in 0..image.patch_width {
+                    let inside = (id as usize) < image.patches();
+                    let (y, x) = (py * image.patch_height + p, px * image.patch_width + q);
                     rows.push(if inside { value(row / shape.keep, channel, y, x) } else { f32::NAN });
                 }
             }
@@ -87,12 +91,12 @@ fn assert_same<T: Checked>(found: &[T], expected: &[f32], what: &str) {
 /// Runs both kernels for an element type; the buffers start `shift` elements after an aligned address.
 fn check<T: Checked>(stream: &Stream, shape: PatchifyShape, ids: &[u32], shift: usize) {
     let what = format!("{shape:?}, shift {shift}");
-    let PatchifyShape { batch, channels, height, width, .. } = shape;
+    let PatchifyShape { image: ImageShape { channels, height, width, .. }, batch, .. } = shape;
     let pixels = batch * channels * height * width;
     let at =
         |sample: usize, channel: usize, y: usize, x: usize| ((sample * channels + channel) * height + y) * width + x;
     let ids_keep = stream.upload(ids).expect("uploaded");
-    let elements = shape.batch * shape.keep * shape.row_length();
+    let elements = shape.batch * shape.keep * shape.image.patch_length();
     let mut rows = stream.uninitialised::<T>(elements + shift).expect("reserved");
 
     let bytes: Vec<u8> = words(pixels + shift, 5).into_iter().map(|word| word as u8).collect();
@@ -212,6 +216,45 @@ fn normalising_has_the_bits_of_two_divisions() {
     }
 }
 
+/// The rows of bytes and of normalised pixels through the contract, from buffers that are longer than they need be.
+fn as_a_backend<M: Patchify>(device: &M, shape: PatchifyShape, ids: &[u32]) -> [Vec<f64>; 2] {
+    let PatchifyShape { image, batch, keep } = shape;
+    let upload = |values: &[f32]| {
+        let mut buffer = device.buffer(values.len() + 3).expect("reserved");
+        device.upload(&mut buffer, values).expect("uploaded");
+        buffer
+    };
+    let bytes: Vec<u8> = words(batch * image.length(), 5).into_iter().map(|word| word as u8).collect();
+    let floats: Vec<f32> = words(batch * image.length(), 6).into_iter().map(|word| word as i32 as f32 / 1e9).collect();
+    let mut values = device.buffer(bytes.len() + 3).expect("reserved");
+    device.upload(&mut values, &bytes).expect("uploaded");
+    let mut id_buffer = device.buffer(ids.len() + 3).expect("reserved");
+    device.upload(&mut id_buffer, ids).expect("uploaded");
+    let (floats, mean, deviation) = (upload(&floats), upload(&MEAN), upload(&DEVIATION));
+    let pixels = [Pixels::Bytes { values: &values, mean: &mean, deviation: &deviation }, Pixels::Normalized(&floats)];
+    pixels.map(|pixels| {
+        let mut found = vec![M::Element::default(); batch * keep * image.patch_length()];
+        let mut rows = device.buffer(found.len() + 3).expect("reserved");
+        device.patchify_visible_forward(image, batch, keep, &mut rows, pixels, &id_buffer).expect("no fault");
+        device.download(&mut found, &rows).expect("downloaded");
+        found.into_iter().map(M::element_f64).collect()
+    })
+}
+
+#[test]
+fn patchify_is_what_the_cpu_does() {
+    let Some(emulator) = emulator(3) else { return };
+    for shape in [shape(2, 3, [42, 56], [14, 14], 5), shape(2, 3, [32, 16], [16, 8], 4)] {
+        let ids = ids(shape);
+        let expected = as_a_backend(&Cpu::<f32>::new(), shape, &ids);
+        assert_eq!(as_a_backend(&Cuda::<f32>::new(emulator.stream()), shape, &ids), expected, "{shape:?}");
+        let found = as_a_backend(&Cuda::<bf16>::new(emulator.stream()), shape, &ids);
+        let rounded: [Vec<f64>; 2] =
+            expected.map(|rows| rows.into_iter().map(|value| bf16::from_f64(value).to_f64()).collect());
+        assert_eq!(found, rounded, "{shape:?}");
+    }
+}
+
 #[test]
 fn patchify_refuses_what_does_not_fit() {
     let Some(emulator) = emulator(0) else { return };
@@ -220,6 +263,7 @@ fn patchify_refuses_what_does_not_fit() {
     let pixels = stream.zeros::<f32>(2 * 3 * 32 * 32).expect("reserved");
     let ids = stream.zeros::<u32>(4).expect("reserved");
     let mut rows = stream.zeros::<f32>(4 * 768).expect("reserved");
+    let with = |image| PatchifyShape { image, ..good };
     let mut refused = |shape: PatchifyShape| {
         let mut rows = rows.as_mut_slice();
         let result = patchify_visible_forward_f32(&stream, &mut rows, &pixels.as_slice(), &ids.as_slice(), shape);
@@ -228,14 +272,19 @@ fn patchify_refuses_what_does_not_fit() {
         error.to_string()
     };
     assert!(
-        refused(PatchifyShape { patch_width: 15, ..good }).contains("image width modulo patch width is 2, expected 0")
+        refused(with(ImageShape { patch_width: 15, ..good.image }))
+            .contains("image width modulo patch width is 2, expected 0")
     );
-    assert!(refused(PatchifyShape { patch_height: 0, ..good }).contains("patch height is 0"));
-    assert!(refused(PatchifyShape { height: 0, ..good }).contains("image height is 0"));
-    assert!(refused(PatchifyShape { channels: 4, ..good }).contains("length of pixels is 6144, expected 8192"));
+    assert!(refused(with(ImageShape { patch_height: 0, ..good.image })).contains("patch height is 0"));
+    assert!(refused(with(ImageShape { height: 0, ..good.image })).contains("image height is 0"));
+    assert!(
+        refused(with(ImageShape { channels: 4, ..good.image })).contains("length of pixels is 6144, expected 8192")
+    );
     assert!(refused(PatchifyShape { keep: 3, ..good }).contains("length of ids_keep is 4, expected 6"));
-    assert!(refused(PatchifyShape { channels: usize::MAX, ..good }).contains("channels"));
-    assert!(refused(PatchifyShape { height: 16 << 16, width: 16 << 16, ..good }).contains("pixels of an image"));
+    assert!(refused(with(ImageShape { channels: usize::MAX, ..good.image })).contains("channels"));
+    assert!(
+        refused(with(ImageShape { height: 16 << 16, width: 16 << 16, ..good.image })).contains("pixels of an image")
+    );
     assert!(refused(PatchifyShape { batch: 1 << 31, ..good }).contains("batch"));
 
     let none = PatchifyShape { keep: 0, ..good };

@@ -55,6 +55,11 @@ impl<B: Memory> Bench<'_, B> {
         self.elements(&vec![f64::NAN; length])
     }
 
+    /// Inputs of any other type.
+    pub fn plain<T: vitmae::ops::Element>(&self, values: &[T]) -> B::Buffer<T> {
+        self.buffer(values.iter().copied())
+    }
+
     /// Indices.
     pub fn ids(&self, ids: &[u32]) -> B::Buffer<u32> {
         self.buffer(ids.iter().copied())

@@ -2,6 +2,7 @@
 
 mod adamw;
 mod attention;
+mod cross_entropy;
 mod layernorm;
 mod linear;
 mod loss;
