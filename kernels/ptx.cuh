@@ -41,6 +41,8 @@
 //   reciprocal_square_root                        1 / sqrt(value) to the nearest float, or the one beside it
 //   opaque(value), value u32 or a pointer         the same value, of which the compiler knows nothing: it computes again what
 //                                                 follows from it, where it would keep that in registers
+//   reciprocal_approximate(x)                     1 / x, to one unit in the last place; 0 for an infinity, and where x is above
+//                                                 2^126
 //   float_bits, bits_float                        the same 32 bits as another type
 //   round_bf16, pack_bf16                         f32 to bf16, to nearest even; a NaN stays one. pack: first in the low half
 #ifndef VITMAE_PTX_CUH
@@ -198,6 +200,12 @@ template <typename T>
 DEVICE T* opaque(T* address) {
     asm volatile("" : "+l"(address));
     return address;
+}
+
+DEVICE float reciprocal_approximate(float x) {
+    float value;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
 }
 
 DEVICE u32 float_bits(float value) { return __float_as_uint(value); }

@@ -50,6 +50,7 @@ float subtract_rn(float a, float b);
 float divide_rn(float a, float b);
 float multiply_add_rn(float a, float b, float c);
 float reciprocal_square_root(float value);
+float reciprocal_approximate(float x);
 u32 float_bits(float value);
 float bits_float(u32 bits);
 u16 round_bf16(float value);

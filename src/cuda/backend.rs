@@ -13,7 +13,11 @@ use crate::{Error, Result};
 
 /// The type of activations and weight matrices on a GPU: [`bf16`] to train, `f32` to compare.
 pub trait CudaElement:
-    Element + super::layernorm::LayerNormElement + super::patchify::RowElement + super::tokens::TokenElement
+    Element
+    + super::layernorm::LayerNormElement
+    + super::linear::LinearElement
+    + super::patchify::RowElement
+    + super::tokens::TokenElement
 {
     /// Rounds to this type.
     fn from_f64(value: f64) -> Self;

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::error::{CudaError, Result};
+use super::gemm::{GemmAddresses, GemmDescription};
 use super::launch::{Argument, DeviceId, Driver, Grid, Limits, MAX_ARGUMENTS, Stream, exactly};
 use super::modules::{KERNELS, Kernel, KernelFile, Target, embedded_kernels};
 use super::nvrtc::reason_of;
@@ -403,6 +404,10 @@ impl Driver for GpuStream {
             )
         }
         .map_err(|error| call("launching a kernel", error))
+    }
+
+    unsafe fn gemm(&self, description: &GemmDescription, _addresses: &GemmAddresses) -> Result<()> {
+        Err(CudaError::NoAlgorithm { product: format!("{description:?}") })
     }
 }
 

@@ -65,6 +65,12 @@ pub enum CudaError {
         /// What was tried.
         reasons: String,
     },
+    /// The library that multiplies matrices has no algorithm for a product.
+    #[error("cuBLASLt has no algorithm for {product}; report it, or use the CPU with --device cpu")]
+    NoAlgorithm {
+        /// The product.
+        product: String,
+    },
     /// Compiling a kernel failed.
     #[error(transparent)]
     Nvrtc(#[from] NvrtcError),

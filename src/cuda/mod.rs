@@ -8,10 +8,12 @@ pub mod driver;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod error;
+pub mod gemm;
 #[path = "../../build/hash.rs"]
 mod hash;
 pub mod launch;
 pub mod layernorm;
+pub mod linear;
 pub mod masking;
 pub mod modules;
 #[path = "../../build/nvrtc.rs"]

@@ -4,6 +4,7 @@
 mod build_script;
 mod emulated;
 mod layernorm;
+mod linear;
 mod masking;
 mod patchify;
 mod reference;
