@@ -4,6 +4,7 @@
 //! [`Stream`], and each op family has one module of launchers. Nothing here panics where the driver or NVRTC is missing.
 
 pub mod backend;
+pub mod cublaslt;
 pub mod driver;
 #[cfg(feature = "emulator")]
 pub mod emulator;

@@ -213,14 +213,14 @@ fn cache_name(nvrtc: &Nvrtc, source: Source, headers: &[Source], target: Target)
 }
 
 /// `$XDG_CACHE_HOME/vitmae/kernels`, or what stands in for it.
-fn cache_folder() -> Option<PathBuf> {
+pub(super) fn cache_folder() -> Option<PathBuf> {
     let folder = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache"))).or(folder("LOCALAPPDATA"));
     Some(cache?.join("vitmae").join("kernels"))
 }
 
-/// An image, if the file is there and ends with its own hash.
-fn read_cached(path: &Path) -> Option<Vec<u8>> {
+/// An image, or whatever was written, if the file is there and ends with its own hash.
+pub(super) fn read_cached(path: &Path) -> Option<Vec<u8>> {
     let mut bytes = std::fs::read(path).ok()?;
     let image_len = bytes.len().checked_sub(size_of::<u128>())?;
     let stored = bytes.split_off(image_len);
@@ -228,7 +228,7 @@ fn read_cached(path: &Path) -> Option<Vec<u8>> {
 }
 
 /// Writes an image and its hash so that a reader sees all of it or nothing.
-fn write_cached(path: &Path, image: &[u8]) -> std::io::Result<()> {
+pub(super) fn write_cached(path: &Path, image: &[u8]) -> std::io::Result<()> {
     let Some(folder) = path.parent() else { return Ok(()) };
     std::fs::create_dir_all(folder)?;
     static WRITES: AtomicU64 = AtomicU64::new(0);
