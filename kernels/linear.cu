@@ -214,10 +214,14 @@ DEVICE void bias_backward_partial(float* partial, const T* dy, u32 rows, u32 col
         if (column < columns) {
             const T* at = dy + static_cast<u64>(row) * columns + column;
             const u64 step = static_cast<u64>(SUM_WARPS) * columns;
-            for (; row + (SUM_ROWS - 1) * SUM_WARPS < end; row += SUM_ROWS * SUM_WARPS, at += SUM_ROWS * step) {
+            for (; row < end; row += SUM_ROWS * SUM_WARPS, at += SUM_ROWS * step) {
                 u32x4 words[SUM_ROWS];
                 UNROLL
-                for (u32 i = 0; i < SUM_ROWS; ++i) words[i] = load_16(at + i * step);
+                for (u32 i = 0; i < SUM_ROWS; ++i) {
+                    // Past the end: zeros of either type.
+                    words[i] = {0, 0, 0, 0};
+                    if (row + i * SUM_WARPS < end) words[i] = load_16(at + i * step);
+                }
                 UNROLL
                 for (u32 i = 0; i < SUM_ROWS; ++i) {
                     float values[VECTOR];
@@ -225,12 +229,6 @@ DEVICE void bias_backward_partial(float* partial, const T* dy, u32 rows, u32 col
                     UNROLL
                     for (u32 k = 0; k < VECTOR; ++k) sums[k] += values[k];
                 }
-            }
-            for (; row < end; row += SUM_WARPS, at += step) {
-                float values[VECTOR];
-                Element<T>::unpack(load_16(at), values);
-                UNROLL
-                for (u32 k = 0; k < VECTOR; ++k) sums[k] += values[k];
             }
         }
     } else {
