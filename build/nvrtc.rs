@@ -190,7 +190,7 @@ impl Nvrtc {
         if let Some(path) = explicit {
             return Self::find_in(&[PathBuf::from(path)], &[])?.must_be_what_cudarc_uses();
         }
-        Self::find_in(&usual_folders(), SONAMES).map_err(|error| match error {
+        Self::find_in(&usual_folders("cuda_nvrtc"), SONAMES).map_err(|error| match error {
             NvrtcError::NotFound { .. } => NvrtcError::NotFound { searched: USUAL_PLACES.map(String::from).to_vec() },
             other => other,
         })
@@ -342,8 +342,8 @@ impl Drop for Program {
     }
 }
 
-/// Folders where toolkits and Python packages put NVRTC.
-fn usual_folders() -> Vec<PathBuf> {
+/// Folders where toolkits and Python packages put NVRTC, or another library whose folder among those of CUDA 12 is `package`.
+pub fn usual_folders(package: &str) -> Vec<PathBuf> {
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let mut folders = Vec::new();
     for root in ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable) {
@@ -363,7 +363,7 @@ fn usual_folders() -> Vec<PathBuf> {
             |path: &&PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("python"));
         for python in pythons.iter().filter(is_python) {
             let packages = python.join("site-packages/nvidia");
-            folders.extend([packages.join("cu13/lib"), packages.join("cuda_nvrtc/lib")]);
+            folders.extend([packages.join("cu13/lib"), packages.join(package).join("lib")]);
         }
         folders.push(root.join("lib"));
     }

@@ -43,6 +43,8 @@
 //                                                 follows from it, where it would keep that in registers
 //   square_root_rn(value), float or double        one rounding, to nearest even
 //   is_finite(value), double                      neither NaN nor infinite
+//   reciprocal_approximate(x)                     1 / x, to one unit in the last place; 0 for an infinity, and where x is above
+//                                                 2^126
 //   float_bits, bits_float                        the same 32 bits as another type
 //   round_bf16, pack_bf16                         f32 to bf16, to nearest even; a NaN stays one. pack: first in the low half
 #ifndef VITMAE_PTX_CUH
@@ -204,6 +206,12 @@ DEVICE T* opaque(T* address) {
 DEVICE float square_root_rn(float value) { return __fsqrt_rn(value); }
 DEVICE double square_root_rn(double value) { return __dsqrt_rn(value); }
 DEVICE bool is_finite(double value) { return isfinite(value); }
+
+DEVICE float reciprocal_approximate(float x) {
+    float value;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
 
 DEVICE u32 float_bits(float value) { return __float_as_uint(value); }
 DEVICE float bits_float(u32 bits) { return __uint_as_float(bits); }

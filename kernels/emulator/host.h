@@ -53,6 +53,7 @@ float reciprocal_square_root(float value);
 float square_root_rn(float value);
 double square_root_rn(double value);
 bool is_finite(double value);
+float reciprocal_approximate(float x);
 u32 float_bits(float value);
 float bits_float(u32 bits);
 u16 round_bf16(float value);

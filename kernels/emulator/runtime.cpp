@@ -883,6 +883,11 @@ float reciprocal_square_root(float value) { return static_cast<float>(1.0 / std:
 float square_root_rn(float value) { return std::sqrt(value); }
 double square_root_rn(double value) { return std::sqrt(value); }
 bool is_finite(double value) { return std::isfinite(value); }
+
+// As the GPU's: what is below the smallest normal number is zero.
+float without_subnormals(float value) { return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0f, value) : value; }
+float reciprocal_approximate(float x) { return without_subnormals(1.0f / without_subnormals(x)); }
+
 u32 float_bits(float value) { return bits_of(value); }
 float bits_float(u32 bits) { return float_of(bits); }
 
@@ -978,6 +983,19 @@ int vitmae_emulator_download(void* emulator, void* to, unsigned long long from, 
     if (!static_cast<Emulator*>(emulator)->host_access(from, bytes, "download", &buffer)) return 0;
     std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
     return 1;
+}
+
+// Whether something wrote all of these bytes.
+int vitmae_emulator_readable(void* emulator, unsigned long long from, unsigned long long bytes) {
+    Emulator& self = *static_cast<Emulator*>(emulator);
+    Buffer* buffer = nullptr;
+    if (!self.host_access(from, bytes, "read", &buffer)) return 0;
+    const void* unwritten = std::memchr(&buffer->written[from - buffer->start], 0, bytes);
+    if (unwritten == nullptr) return 1;
+    self.entry = nullptr;
+    const u64 at = buffer->start + (static_cast<const u8*>(unwritten) - buffer->written.data());
+    self.message = "read of memory that nothing wrote: " + self.describe(*buffer, at);
+    return 0;
 }
 
 int vitmae_emulator_copy(void* emulator, unsigned long long to, unsigned long long from, unsigned long long bytes) {

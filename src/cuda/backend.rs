@@ -18,6 +18,7 @@ pub trait CudaElement:
     + super::cross_entropy::LogitElement
     + super::layernorm::LayerNormElement
     + super::loss::LossElement
+    + super::linear::LinearElement
     + super::patchify::RowElement
     + super::tokens::TokenElement
 {

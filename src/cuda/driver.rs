@@ -1,11 +1,13 @@
 //! The GPU: finding the driver without panicking, listing devices, loading kernels, and [`Driver`] over cudarc.
 
 use std::ffi::{CString, c_void};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
+use super::cublaslt::CublasLt;
 use super::error::{CudaError, Result};
+use super::gemm::{GemmAddresses, GemmDescription};
 use super::launch::{Argument, DeviceId, Driver, Grid, Limits, MAX_ARGUMENTS, Stream, exactly};
 use super::modules::{KERNELS, Kernel, KernelFile, Target, embedded_kernels};
 use super::nvrtc::reason_of;
@@ -33,6 +35,7 @@ const DRIVER_SYMBOLS: &[&str] = &[
     "cuStreamDestroy_v2",
     "cuStreamSynchronize",
     "cuStreamWaitEvent",
+    "cuStreamIsCapturing",
     "cuEventCreate",
     "cuEventRecord",
     "cuEventDestroy_v2",
@@ -211,7 +214,8 @@ impl Gpu {
         if stream.context().cu_ctx() != self.context.cu_ctx() {
             return Err(CudaError::WrongDevice { op: "stream", argument: 0 });
         }
-        Ok(Stream::new(Arc::new(GpuStream { gpu: self.clone(), stream: Arc::clone(stream) })))
+        let products = Mutex::new(None);
+        Ok(Stream::new(Arc::new(GpuStream { gpu: self.clone(), stream: Arc::clone(stream), products })))
     }
 }
 
@@ -312,6 +316,8 @@ fn resolve(module: Option<sys::CUmodule>, symbol: &'static str, info: &DeviceInf
 struct GpuStream {
     gpu: Gpu,
     stream: Arc<CudaStream>,
+    /// Started by the first matrix product.
+    products: Mutex<Option<CublasLt>>,
 }
 
 impl GpuStream {
@@ -404,9 +410,20 @@ impl Driver for GpuStream {
         }
         .map_err(|error| call("launching a kernel", error))
     }
+
+    unsafe fn gemm(&self, description: &GemmDescription, addresses: &GemmAddresses) -> Result<()> {
+        self.bind()?;
+        let mut products = self.products.lock().unwrap_or_else(PoisonError::into_inner);
+        let products = match &mut *products {
+            Some(products) => products,
+            none => none.insert(CublasLt::new(&self.gpu.context, &self.gpu.info)?),
+        };
+        // SAFETY: the caller's promise; the stream belongs to the context, which is current.
+        unsafe { products.multiply(self.stream.cu_stream(), description, addresses) }
+    }
 }
 
-fn call(call: &'static str, error: DriverError) -> CudaError {
+pub(super) fn call(call: &'static str, error: DriverError) -> CudaError {
     CudaError::Call { call, reason: text_of(error) }
 }
 

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::{CudaError, Result};
+use super::gemm::{EpilogueKind, GemmAddresses, GemmDescription, GemmType, Layout};
 use super::launch::{Argument, DeviceId, Driver, Grid, Limits, Stream};
 use super::modules::Kernel;
 
@@ -23,6 +24,7 @@ struct Functions {
     release: unsafe extern "C" fn(*mut c_void, u64) -> c_int,
     upload: unsafe extern "C" fn(*mut c_void, u64, *const c_void, u64) -> c_int,
     download: unsafe extern "C" fn(*mut c_void, *mut c_void, u64, u64) -> c_int,
+    readable: unsafe extern "C" fn(*mut c_void, u64, u64) -> c_int,
     copy: unsafe extern "C" fn(*mut c_void, u64, u64, u64) -> c_int,
     fill: unsafe extern "C" fn(*mut c_void, u64, c_int, u64) -> c_int,
     launch: Launch,
@@ -51,6 +53,7 @@ mod linked {
         pub(super) fn vitmae_emulator_release(emulator: *mut c_void, address: u64) -> c_int;
         pub(super) fn vitmae_emulator_upload(emulator: *mut c_void, to: u64, from: *const c_void, bytes: u64) -> c_int;
         pub(super) fn vitmae_emulator_download(emulator: *mut c_void, to: *mut c_void, from: u64, bytes: u64) -> c_int;
+        pub(super) fn vitmae_emulator_readable(emulator: *mut c_void, from: u64, bytes: u64) -> c_int;
         pub(super) fn vitmae_emulator_copy(emulator: *mut c_void, to: u64, from: u64, bytes: u64) -> c_int;
         pub(super) fn vitmae_emulator_fill(emulator: *mut c_void, to: u64, value: c_int, bytes: u64) -> c_int;
         pub(super) fn vitmae_emulator_launch(
@@ -76,6 +79,7 @@ impl Functions {
         release: linked::vitmae_emulator_release,
         upload: linked::vitmae_emulator_upload,
         download: linked::vitmae_emulator_download,
+        readable: linked::vitmae_emulator_readable,
         copy: linked::vitmae_emulator_copy,
         fill: linked::vitmae_emulator_fill,
         launch: linked::vitmae_emulator_launch,
@@ -98,6 +102,7 @@ impl Functions {
                 release: *library.get(b"vitmae_emulator_release")?,
                 upload: *library.get(b"vitmae_emulator_upload")?,
                 download: *library.get(b"vitmae_emulator_download")?,
+                readable: *library.get(b"vitmae_emulator_readable")?,
                 copy: *library.get(b"vitmae_emulator_copy")?,
                 fill: *library.get(b"vitmae_emulator_fill")?,
                 launch: *library.get(b"vitmae_emulator_launch")?,
@@ -208,6 +213,43 @@ impl Emulator {
         })
     }
 
+    /// A matrix `[rows, columns]` as f32, in dense rows. Its elements must have been written.
+    fn read_matrix(&self, at: u64, of: GemmType, layout: Layout, rows: usize, columns: usize) -> Result<Vec<f32>> {
+        let (lines, width) = if layout.transposed { (columns, rows) } else { (rows, columns) };
+        let mut matrix = vec![0.0; rows * columns];
+        let mut bytes = vec![0u8; width * of.bytes()];
+        for line in 0..lines {
+            let from = at + (line * layout.stride * of.bytes()) as u64;
+            let (to, count) = (bytes.as_mut_ptr().cast(), bytes.len() as u64);
+            // SAFETY: the emulator is locked and checks the source.
+            self.call(|functions, handle| unsafe { (functions.readable)(handle, from, count) })?;
+            // SAFETY: as above; the target is a slice.
+            self.call(|functions, handle| unsafe { (functions.download)(handle, to, from, count) })?;
+            for (index, value) in bytes.chunks_exact(of.bytes()).enumerate() {
+                let bits = value.iter().rev().fold(0, |bits: u32, &byte| bits << 8 | u32::from(byte));
+                let bits = if of == GemmType::Bf16 { bits << 16 } else { bits };
+                let at = if layout.transposed { index * columns + line } else { line * columns + index };
+                matrix[at] = f32::from_bits(bits);
+            }
+        }
+        Ok(matrix)
+    }
+
+    /// Writes rows of f32 as rows of a type, rounded.
+    fn write_matrix(&self, at: u64, of: GemmType, stride: usize, matrix: &[f32], columns: usize) -> Result<()> {
+        for (row, values) in matrix.chunks_exact(columns).enumerate() {
+            let bytes: Vec<u8> = match of {
+                GemmType::F32 => values.iter().flat_map(|value| value.to_ne_bytes()).collect(),
+                GemmType::Bf16 => values.iter().flat_map(|&value| half::bf16::from_f32(value).to_ne_bytes()).collect(),
+            };
+            let to = at + (row * stride * of.bytes()) as u64;
+            let (from, count) = (bytes.as_ptr().cast(), bytes.len() as u64);
+            // SAFETY: the emulator is locked and checks the target; the source is a slice.
+            self.call(|functions, handle| unsafe { (functions.upload)(handle, to, from, count) })?;
+        }
+        Ok(())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Handle> {
         // Nothing in C++ is left half done by a Rust panic.
         self.handle.lock().unwrap_or_else(PoisonError::into_inner)
@@ -286,4 +328,44 @@ impl Driver for Emulator {
         // SAFETY: the caller promises that the arguments are the kernel's.
         unsafe { self.launch_named(kernel.symbol(), grid, arguments) }
     }
+    unsafe fn gemm(&self, description: &GemmDescription, addresses: &GemmAddresses) -> Result<()> {
+        let GemmDescription { gemm, input, output, adds, epilogue } = *description;
+        let (rows, columns, depth) = (gemm.rows, gemm.columns, gemm.depth);
+        let like_output = Layout::rows(gemm.output_stride);
+        let left = self.read_matrix(addresses.left, input, gemm.left, rows, depth)?;
+        let right = self.read_matrix(addresses.right, input, gemm.right, depth, columns)?;
+        let mut sums = vec![0.0f32; rows * columns];
+        for (sums, left) in sums.chunks_exact_mut(columns).zip(left.chunks_exact(depth)) {
+            for (&left, right) in left.iter().zip(right.chunks_exact(columns)) {
+                sums.iter_mut().zip(right).for_each(|(sum, &right)| *sum += left * right);
+            }
+        }
+        if adds {
+            let addend = self.read_matrix(addresses.addend, output, like_output, rows, columns)?;
+            sums.iter_mut().zip(addend).for_each(|(sum, addend)| *sum += addend);
+        }
+        if matches!(epilogue, EpilogueKind::Bias | EpilogueKind::BiasGeluTanh) {
+            let bias = self.read_matrix(addresses.bias, output, Layout::rows(columns), 1, columns)?;
+            let rows = sums.chunks_exact_mut(columns);
+            rows.for_each(|row| row.iter_mut().zip(&bias).for_each(|(sum, bias)| *sum += bias));
+        }
+        if epilogue == EpilogueKind::BiasGeluTanh {
+            self.write_matrix(addresses.pre, output, gemm.output_stride, &sums, columns)?;
+            sums.iter_mut().for_each(|sum| *sum = gelu_tanh(*sum).0);
+        }
+        if epilogue == EpilogueKind::GeluTanhBackward {
+            let pre = self.read_matrix(addresses.pre, output, like_output, rows, columns)?;
+            sums.iter_mut().zip(pre).for_each(|(sum, pre)| *sum *= gelu_tanh(pre).1);
+        }
+        self.write_matrix(addresses.output, output, gemm.output_stride, &sums, columns)
+    }
+}
+
+/// GELU in its tanh form, and its derivative.
+fn gelu_tanh(x: f32) -> (f32, f32) {
+    let x = f64::from(x);
+    let factor = (2.0 / std::f64::consts::PI).sqrt();
+    let tanh = (factor * (x + 0.044715 * x * x * x)).tanh();
+    let slope = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * factor * (1.0 + 3.0 * 0.044715 * x * x);
+    ((0.5 * x * (1.0 + tanh)) as f32, slope as f32)
 }

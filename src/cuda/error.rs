@@ -65,6 +65,27 @@ pub enum CudaError {
         /// What was tried.
         reasons: String,
     },
+    /// There is no cuBLASLt on this machine.
+    #[error(
+        "cuBLASLt was not found (searched {searched}); install the CUDA toolkit or `pip install 'nvidia-cublas==13.0.*'` and \
+         set VITMAE_CUBLASLT to libcublasLt.so.13 or its folder, or use the CPU with --device cpu"
+    )]
+    CublasMissing {
+        /// The places that were searched.
+        searched: String,
+    },
+    /// A cuBLASLt is there and lacks something or does not load.
+    #[error("cuBLASLt cannot be used: {reason}; install another version, or use the CPU with --device cpu")]
+    CublasUnusable {
+        /// What is wrong.
+        reason: String,
+    },
+    /// The library that multiplies matrices has no algorithm for a product.
+    #[error("cuBLASLt has no algorithm for {product}; report it, or use the CPU with --device cpu")]
+    NoAlgorithm {
+        /// The product.
+        product: String,
+    },
     /// Compiling a kernel failed.
     #[error(transparent)]
     Nvrtc(#[from] NvrtcError),

@@ -12,6 +12,7 @@ use bytemuck::{NoUninit, Pod};
 use cudarc::driver::SyncOnDrop;
 
 use super::error::{CudaError, Result};
+use super::gemm::{GemmAddresses, GemmDescription};
 use super::modules::Kernel;
 
 /// Most arguments that a kernel takes; beyond it, pass a structure.
@@ -122,6 +123,14 @@ pub trait Driver: fmt::Debug + Send + Sync {
     /// The arguments are those of the kernel's signature in number, order, size and meaning, all addresses are valid for
     /// what the kernel's header comment says it reads and writes, and its preconditions hold.
     unsafe fn launch(&self, kernel: Kernel, grid: Grid, arguments: &[Argument<'_>]) -> Result<()>;
+
+    /// Multiplies matrices; see [`super::gemm`].
+    ///
+    /// # Safety
+    ///
+    /// The description passed the checks of [`Stream::gemm`], and the matrices at the addresses, of this device, have the
+    /// sizes and layouts that it says. The output overlaps nothing, or it is the addend.
+    unsafe fn gemm(&self, description: &GemmDescription, addresses: &GemmAddresses) -> Result<()>;
 }
 
 /// A queue of work on one device, and the source of its memory. Cheap to clone.
@@ -140,6 +149,11 @@ impl Stream {
     #[must_use]
     pub fn device(&self) -> DeviceId {
         self.driver.device()
+    }
+
+    /// What runs the work.
+    pub(super) fn driver(&self) -> &dyn Driver {
+        &*self.driver
     }
 
     /// What a launch may ask for.
@@ -371,10 +385,22 @@ impl<'a, T: Pod> Slice<'a, T> {
         Ok(Slice { address, len, device: self.device, guard: None, element: PhantomData })
     }
 
+    /// The same bytes as elements of another type, which needs no more alignment; what is left over is cut off.
+    pub(super) fn reinterpret<U: Pod>(&self) -> Slice<'_, U> {
+        debug_assert!(align_of::<U>() <= align_of::<T>());
+        let len = self.len * size_of::<T>() / size_of::<U>();
+        Slice { address: self.address, len, device: self.device, guard: None, element: PhantomData }
+    }
+
     /// Its address, as a kernel argument.
     #[must_use]
     pub fn argument(&self) -> Argument<'_> {
         Argument { bytes: bytemuck::bytes_of(&self.address), device: (self.len > 0).then_some(self.device) }
+    }
+
+    /// Address, length and device.
+    pub(super) fn place(&self) -> (u64, usize, DeviceId) {
+        (self.address, self.len, self.device)
     }
 
     /// Whether 128-bit accesses may start here.
@@ -437,6 +463,13 @@ impl<'a, T: Pod> SliceMut<'a, T> {
         Ok(SliceMut { address, len, device: self.device, guard: None, element: PhantomData })
     }
 
+    /// The same bytes as elements of another type, which needs no more alignment; what is left over is cut off.
+    pub(super) fn reinterpret<U: Pod>(&mut self) -> SliceMut<'_, U> {
+        debug_assert!(align_of::<U>() <= align_of::<T>());
+        let len = self.len * size_of::<T>() / size_of::<U>();
+        SliceMut { address: self.address, len, device: self.device, guard: None, element: PhantomData }
+    }
+
     /// Two parts of it that can be written in one launch: the first `middle` elements, and the rest.
     pub fn split_at(&mut self, middle: usize) -> Result<(SliceMut<'_, T>, SliceMut<'_, T>)> {
         let parts = [0..middle, middle..self.len].map(|range| part_of::<T>(self.address, self.len, &range));
@@ -449,6 +482,11 @@ impl<'a, T: Pod> SliceMut<'a, T> {
     #[must_use]
     pub fn argument(&self) -> Argument<'_> {
         Argument { bytes: bytemuck::bytes_of(&self.address), device: (self.len > 0).then_some(self.device) }
+    }
+
+    /// Address, length and device.
+    pub(super) fn place(&self) -> (u64, usize, DeviceId) {
+        (self.address, self.len, self.device)
     }
 
     /// Whether 128-bit accesses may start here.

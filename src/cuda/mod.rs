@@ -6,14 +6,17 @@
 pub mod adamw;
 pub mod backend;
 pub mod cross_entropy;
+pub mod cublaslt;
 pub mod driver;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod error;
+pub mod gemm;
 #[path = "../../build/hash.rs"]
 mod hash;
 pub mod launch;
 pub mod layernorm;
+pub mod linear;
 pub mod loss;
 pub mod masking;
 pub mod modules;

@@ -45,6 +45,14 @@ pub const KERNELS: &[(&str, &str)] = &[
     ("loss.cu", "loss_forward_backward_f32_f32"),
     ("loss.cu", "loss_forward_backward_f32_bf16"),
     ("loss.cu", "loss_sum"),
+    ("linear.cu", "linear_activation_forward_f32"),
+    ("linear.cu", "linear_activation_forward_bf16"),
+    ("linear.cu", "linear_activation_backward_f32"),
+    ("linear.cu", "linear_activation_backward_bf16"),
+    ("linear.cu", "linear_bias_backward_partial_f32"),
+    ("linear.cu", "linear_bias_backward_partial_bf16"),
+    ("linear.cu", "linear_bias_backward_finish_f32"),
+    ("linear.cu", "linear_bias_round_bf16"),
     ("masking.cu", "masking_forward_noise_f32"),
     ("masking.cu", "masking_forward_random"),
     ("patchify.cu", "patchify_visible_forward_u8_f32"),
@@ -218,14 +226,14 @@ fn cache_name(nvrtc: &Nvrtc, source: Source, headers: &[Source], target: Target)
 }
 
 /// `$XDG_CACHE_HOME/vitmae/kernels`, or what stands in for it.
-fn cache_folder() -> Option<PathBuf> {
+pub(super) fn cache_folder() -> Option<PathBuf> {
     let folder = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache"))).or(folder("LOCALAPPDATA"));
     Some(cache?.join("vitmae").join("kernels"))
 }
 
-/// An image, if the file is there and ends with its own hash.
-fn read_cached(path: &Path) -> Option<Vec<u8>> {
+/// An image, or whatever was written, if the file is there and ends with its own hash.
+pub(super) fn read_cached(path: &Path) -> Option<Vec<u8>> {
     let mut bytes = std::fs::read(path).ok()?;
     let image_len = bytes.len().checked_sub(size_of::<u128>())?;
     let stored = bytes.split_off(image_len);
@@ -233,7 +241,7 @@ fn read_cached(path: &Path) -> Option<Vec<u8>> {
 }
 
 /// Writes an image and its hash so that a reader sees all of it or nothing.
-fn write_cached(path: &Path, image: &[u8]) -> std::io::Result<()> {
+pub(super) fn write_cached(path: &Path, image: &[u8]) -> std::io::Result<()> {
     let Some(folder) = path.parent() else { return Ok(()) };
     std::fs::create_dir_all(folder)?;
     static WRITES: AtomicU64 = AtomicU64::new(0);

@@ -6,6 +6,7 @@ mod build_script;
 mod cross_entropy;
 mod emulated;
 mod layernorm;
+mod linear;
 mod loss;
 mod masking;
 mod patchify;

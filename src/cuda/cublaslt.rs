@@ -1,0 +1,704 @@
+//! Matrix products on a GPU: cuBLASLt, with the algorithm of each product chosen once.
+//!
+//! The algorithm is the fastest of those that cuBLASLt proposes, timed at the product's first call, and kept in the user's
+//! cache folder, so that later runs on the same machine choose the same one and repeat bitwise. While a graph is captured
+//! nothing can be timed: a product that is new then gets the first proposal. `VITMAE_GEMM_TUNING=0` takes that always.
+//!
+//! In-place split-K reductions are not allowed, and f32 products are not computed in TF32.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::fmt;
+use std::mem::MaybeUninit;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::sys;
+use cudarc::driver::sys::{CUstream, CUstreamCaptureStatus};
+use cudarc::driver::{CudaContext, result as driver};
+
+use super::driver::{DeviceInfo, call};
+use super::error::{CudaError, Result};
+use super::gemm::{ColumnMajorMatrix, EpilogueKind, GemmAddresses, GemmDescription, GemmType, Layout, span};
+use super::hash::hash;
+use super::modules::{cache_folder, read_cached, write_cached};
+use super::nvrtc::{reason_of, usual_folders};
+
+/// Names of the library, newest first. cudarc tries them too.
+const SONAMES: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
+
+/// What this file calls through cudarc, which panics on a symbol that is missing.
+const SYMBOLS: [&str; 15] = [
+    "cublasLtCreate",
+    "cublasLtDestroy",
+    "cublasLtGetVersion",
+    "cublasLtMatmul",
+    "cublasLtMatmulAlgoCapGetAttribute",
+    "cublasLtMatmulAlgoCheck",
+    "cublasLtMatmulAlgoGetHeuristic",
+    "cublasLtMatmulDescCreate",
+    "cublasLtMatmulDescDestroy",
+    "cublasLtMatmulDescSetAttribute",
+    "cublasLtMatmulPreferenceCreate",
+    "cublasLtMatmulPreferenceDestroy",
+    "cublasLtMatmulPreferenceSetAttribute",
+    "cublasLtMatrixLayoutCreate",
+    "cublasLtMatrixLayoutDestroy",
+];
+
+/// What NVIDIA recommends for Hopper; smaller GPUs are content with less and have room for it.
+const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// Proposals that are timed for a product, at most.
+const CANDIDATES: usize = 8;
+
+/// A candidate replaces one that cuBLASLt ranks before it if it takes less than this share of its time. Below that, noise
+/// would choose.
+const FASTER: f64 = 0.97;
+
+/// Finds and loads cuBLASLt once, and says which version it is (130002 for 13.0.2).
+///
+/// `VITMAE_CUBLASLT` may name the library or its folder; else the system's loader and the usual folders are asked. Without
+/// the library this is [`CudaError::CublasMissing`].
+pub fn probe() -> Result<usize> {
+    static PROBED: OnceLock<Result<usize>> = OnceLock::new();
+    PROBED.get_or_init(find).clone()
+}
+
+fn find() -> Result<usize> {
+    let explicit = std::env::var_os("VITMAE_CUBLASLT").filter(|path| !path.is_empty()).map(PathBuf::from);
+    // SAFETY: only opens libraries by name.
+    let is_present = || unsafe { sys::is_culib_present() };
+    let searched = match explicit {
+        Some(path) => {
+            load_from(&path)?;
+            path.display().to_string()
+        }
+        None if is_present() => "the system's libraries".to_string(),
+        None => {
+            // The first that loads; what does not is as good as missing.
+            let _ = usual_folders("cublas").iter().find(|folder| load_from(folder).is_ok());
+            "the system's libraries, CUDA_HOME, /usr/local/cuda*, LD_LIBRARY_PATH, site-packages of VIRTUAL_ENV"
+                .to_string()
+        }
+    };
+    if !is_present() {
+        return Err(CudaError::CublasMissing { searched });
+    }
+    // SAFETY: it is present, so cudarc opens it again and does not panic.
+    let library = unsafe { sys::culib() };
+    for symbol in SYMBOLS {
+        // SAFETY: the symbol is only looked up, as an address.
+        if unsafe { library.get::<*const ()>(symbol.as_bytes()) }.is_err() {
+            return Err(CudaError::CublasUnusable { reason: format!("it has no {symbol}") });
+        }
+    }
+    // SAFETY: cublasLtGetVersion() has no preconditions.
+    let version = unsafe { sys::cublasLtGetVersion() };
+    // 12.0 is 120000: three digits for the minor version and two for the patch, whatever the major version.
+    if version < 120_000 {
+        let reason = format!("it is version {version}, and 12.0 (120000) or newer is needed");
+        return Err(CudaError::CublasUnusable { reason });
+    }
+    Ok(version)
+}
+
+/// Loads the library at a path, or in a folder, and keeps it loaded, so that cudarc finds it by its soname.
+fn load_from(path: &std::path::Path) -> Result<()> {
+    let mut candidates = vec![path.to_path_buf()];
+    if !path.is_file() {
+        candidates = SONAMES.iter().map(|name| path.join(name)).filter(|path| path.is_file()).collect();
+    }
+    let Some(library) = candidates.first() else {
+        return Err(CudaError::CublasMissing { searched: path.display().to_string() });
+    };
+    // SAFETY: loading runs cuBLASLt's initialisers, which have no preconditions.
+    match unsafe { libloading::Library::new(library) } {
+        Ok(library) => std::mem::forget(library),
+        Err(error) => {
+            let reason = format!("{}: {}", library.display(), reason_of(&error));
+            return Err(CudaError::CublasUnusable { reason });
+        }
+    }
+    Ok(())
+}
+
+/// Products on the streams of one context, one at a time.
+pub(super) struct CublasLt {
+    handle: sys::cublasLtHandle_t,
+    workspace: u64,
+    /// Of products by everything that an algorithm depends on; nothing where cuBLASLt has none.
+    plans: HashMap<Key, Option<Plan>>,
+    /// What makes an algorithm that was kept the right one: the device and the library.
+    machine: String,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: handle, descriptors and memory may be used from any thread in which the context is current, by one at a time.
+unsafe impl Send for CublasLt {}
+
+impl fmt::Debug for CublasLt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CublasLt").field("machine", &self.machine).field("plans", &self.plans.len()).finish()
+    }
+}
+
+/// What the choice of an algorithm depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    description: GemmDescription,
+    /// Whether the addend is the output.
+    in_place: bool,
+    /// Alignment of each address in bytes, up to 256: output, left, right, addend, bias, pre.
+    alignments: [u32; 6],
+}
+
+impl Key {
+    fn new(description: GemmDescription, at: &GemmAddresses) -> Self {
+        let addresses = [at.output, at.left, at.right, at.addend, at.bias, at.pre];
+        let alignments = addresses.map(|address| 1 << address.trailing_zeros().min(8));
+        Self { description, in_place: at.addend == at.output, alignments }
+    }
+}
+
+/// A product, ready to run.
+struct Plan {
+    product: Product,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+impl CublasLt {
+    /// A handle for the device of a context, which is current, and its workspace.
+    pub(super) fn new(context: &Arc<CudaContext>, info: &DeviceInfo) -> Result<Self> {
+        let version = probe()?;
+        let handle = result::create_handle().map_err(|error| failed("starting cuBLASLt", error))?;
+        let (major, minor) = info.compute_capability;
+        let machine = format!("{} {major}.{minor} {} cublasLt {version}", info.name, info.multiprocessors);
+        let plans = HashMap::new();
+        let mut started = Self { handle, workspace: 0, plans, machine, context: Arc::clone(context) };
+        // SAFETY: the context is current; the memory is cuBLASLt's to initialise.
+        started.workspace = unsafe { driver::malloc_sync(WORKSPACE_BYTES) }
+            .map_err(|_| CudaError::OutOfMemory { bytes: WORKSPACE_BYTES })?;
+        Ok(started)
+    }
+
+    /// Gives a product to a stream.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Driver::gemm`](super::launch::Driver::gemm); the stream belongs to the context, which is current.
+    pub(super) unsafe fn multiply(
+        &mut self,
+        stream: CUstream,
+        description: &GemmDescription,
+        addresses: &GemmAddresses,
+    ) -> Result<()> {
+        let key = Key::new(*description, addresses);
+        if !self.plans.contains_key(&key) {
+            // SAFETY: the caller's promise.
+            let plan = unsafe { self.plan(stream, &key, addresses)? };
+            self.plans.insert(key, plan);
+        }
+        match self.plans.get(&key) {
+            // SAFETY: the caller's promise; the plan was made for these layouts and alignments.
+            Some(Some(plan)) => unsafe { self.run(stream, &plan.product, &plan.algorithm, addresses) },
+            _ => Err(CudaError::NoAlgorithm { product: describe(description) }),
+        }
+    }
+
+    /// Makes a product and chooses its algorithm.
+    ///
+    /// # Safety
+    ///
+    /// As for [`CublasLt::multiply`].
+    unsafe fn plan(&self, stream: CUstream, key: &Key, addresses: &GemmAddresses) -> Result<Option<Plan>> {
+        let product = Product::new(&key.description)?;
+        product.point_at(addresses)?;
+        // SAFETY: the caller's stream.
+        let status = unsafe { driver::stream::is_capturing(stream) };
+        let status = status.map_err(|error| call("asking whether a stream is captured", error))?;
+        let may_time = status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE
+            && std::env::var("VITMAE_GEMM_TUNING").as_deref() != Ok("0");
+        let kept = cache_folder().filter(|_| may_time).map(|folder| {
+            let name = hash(&[self.machine.as_bytes(), format!("{key:?}").as_bytes()]);
+            folder.join(format!("gemm-{name:032x}"))
+        });
+        let from_before = kept.as_deref().and_then(read_cached).and_then(|bytes| self.checked(&product, &bytes));
+        if let Some(algorithm) = from_before {
+            return Ok(Some(Plan { product, algorithm }));
+        }
+        let candidates = self.candidates(&product, key)?;
+        let (Some(&first), true) = (candidates.first(), may_time && candidates.len() > 1) else {
+            return Ok(candidates.first().map(|&algorithm| Plan { product, algorithm }));
+        };
+        // SAFETY: the caller's promise.
+        let algorithm = match unsafe { self.fastest(stream, &product, &candidates, key, addresses)? } {
+            Some(algorithm) => algorithm,
+            None => return Ok(Some(Plan { product, algorithm: first })),
+        };
+        if let Some(path) = kept {
+            // A cache that cannot be written costs time at the next start, and a choice that may be another one then.
+            if let Err(error) = write_cached(&path, bytemuck::cast_slice(&algorithm.data)) {
+                tracing::debug!("cannot keep the choice of a matrix product in {}: {error}", path.display());
+            }
+        }
+        Ok(Some(Plan { product, algorithm }))
+    }
+
+    /// An algorithm that was kept, if it still is one.
+    fn checked(&self, product: &Product, bytes: &[u8]) -> Option<sys::cublasLtMatmulAlgo_t> {
+        let data = bytemuck::try_pod_read_unaligned(bytes).ok()?;
+        let algorithm = sys::cublasLtMatmulAlgo_t { data };
+        let mut found = no_result();
+        let Product { descriptor, a, b, d, .. } = product;
+        // SAFETY: cublasLtMatmulAlgoCheck(handle, desc, A, B, C, D, algo, result); all exist.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoCheck(self.handle, descriptor.0, a.0, b.0, d.0, d.0, &algorithm, &mut found)
+        };
+        (status.result().is_ok() && found.workspaceSize <= WORKSPACE_BYTES).then_some(algorithm)
+    }
+
+    /// What cuBLASLt proposes, best first.
+    fn candidates(&self, product: &Product, key: &Key) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
+        const CALL: &str = "asking cuBLASLt for algorithms";
+        let preference = Preference::new()?;
+        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &(WORKSPACE_BYTES as u64))?;
+        // Split sums are added up in f32 in a step of their own, in a fixed order.
+        let reductions = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions)?;
+        let [output, left, right, addend, ..] = key.alignments;
+        let addend = if key.description.adds { addend } else { output };
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &right)?;
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &left)?;
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &addend)?;
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &output)?;
+        let mut found = [no_result(); CANDIDATES];
+        let mut count = 0;
+        let Product { descriptor, a, b, d, .. } = product;
+        // SAFETY: cublasLtMatmulAlgoGetHeuristic(handle, desc, A, B, C, D, preference, int, result*, int*); all exist, and the
+        // array has as many entries as are asked for.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                descriptor.0,
+                a.0,
+                b.0,
+                d.0,
+                d.0,
+                preference.0,
+                CANDIDATES as i32,
+                found.as_mut_ptr(),
+                &mut count,
+            )
+        };
+        match status.result() {
+            Ok(()) => {}
+            Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => return Ok(Vec::new()),
+            Err(error) => return Err(failed(CALL, error)),
+        }
+        let count = usize::try_from(count).unwrap_or(0).min(CANDIDATES);
+        let apart = key.description.adds && !key.in_place;
+        let usable = found[..count].iter().filter(|candidate| {
+            candidate.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS
+                && candidate.workspaceSize <= WORKSPACE_BYTES
+                && (!apart || works_out_of_place(&candidate.algo))
+        });
+        Ok(usable.map(|candidate| candidate.algo).collect())
+    }
+
+    /// The candidate that takes the least time; nothing where there is no room to find out.
+    ///
+    /// # Safety
+    ///
+    /// As for [`CublasLt::multiply`]; the stream is not captured.
+    unsafe fn fastest(
+        &self,
+        stream: CUstream,
+        product: &Product,
+        candidates: &[sys::cublasLtMatmulAlgo_t],
+        key: &Key,
+        addresses: &GemmAddresses,
+    ) -> Result<Option<sys::cublasLtMatmulAlgo_t>> {
+        let gemm = key.description.gemm;
+        let mut addresses = *addresses;
+        let mut elsewhere = None;
+        if key.description.adds && key.in_place {
+            // Every run would add to the output once more.
+            let length = span(Layout::rows(gemm.output_stride), gemm.rows, gemm.columns);
+            let Some(memory) = Memory::zeros(length * key.description.output.bytes(), stream)? else { return Ok(None) };
+            (addresses.output, addresses.addend) = (memory.0, memory.0);
+            elsewhere = Some(memory);
+        }
+        let mut best: Option<(Duration, sys::cublasLtMatmulAlgo_t)> = None;
+        for algorithm in candidates {
+            // SAFETY: the caller's promise, or memory of the same size.
+            let Some(time) = (unsafe { self.time(stream, product, algorithm, &addresses)? }) else { continue };
+            if best.is_none_or(|(so_far, _)| time.as_secs_f64() < FASTER * so_far.as_secs_f64()) {
+                best = Some((time, *algorithm));
+            }
+        }
+        drop(elsewhere);
+        Ok(best.map(|(_, algorithm)| algorithm))
+    }
+
+    /// How long a product takes, the best of three; nothing where the algorithm refuses to run.
+    ///
+    /// # Safety
+    ///
+    /// As for [`CublasLt::fastest`].
+    unsafe fn time(
+        &self,
+        stream: CUstream,
+        product: &Product,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        addresses: &GemmAddresses,
+    ) -> Result<Option<Duration>> {
+        const RUNS: u32 = 4;
+        let wait = || {
+            // SAFETY: the caller's stream.
+            let done = unsafe { driver::stream::synchronize(stream) };
+            done.map_err(|error| call("waiting for a matrix product", error))
+        };
+        // SAFETY: what the caller promises. The first run loads the code.
+        if unsafe { self.run(stream, product, algorithm, addresses) }.is_err() {
+            return Ok(None);
+        }
+        wait()?;
+        let mut best = Duration::MAX;
+        for _ in 0..3 {
+            let start = Instant::now();
+            for _ in 0..RUNS {
+                // SAFETY: as above.
+                unsafe { self.run(stream, product, algorithm, addresses)? };
+            }
+            wait()?;
+            best = best.min(start.elapsed() / RUNS);
+        }
+        Ok(Some(best))
+    }
+
+    /// Gives a product to a stream, with an algorithm.
+    ///
+    /// # Safety
+    ///
+    /// As for [`CublasLt::multiply`]; the algorithm is one for the product and the alignments of the addresses.
+    unsafe fn run(
+        &self,
+        stream: CUstream,
+        product: &Product,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        at: &GemmAddresses,
+    ) -> Result<()> {
+        product.point_at(at)?;
+        let (one, share_of_addend) = (1.0f32, if product.adds { 1.0f32 } else { 0.0 });
+        let addend = if product.adds { at.addend } else { at.output };
+        let pointer = |address: u64| address as *const c_void;
+        // SAFETY: cublasLtMatmul(handle, desc, alpha, A, Adesc, B, Bdesc, beta, C, Cdesc, D, Ddesc, algo, workspace, bytes,
+        // stream): the descriptors describe what is at the addresses, as the caller promises; alpha and beta are read before
+        // the call returns (pointer mode host); the workspace is only used on this stream.
+        unsafe {
+            result::matmul(
+                self.handle,
+                product.descriptor.0,
+                (&raw const one).cast(),
+                (&raw const share_of_addend).cast(),
+                pointer(at.right),
+                product.a.0,
+                pointer(at.left),
+                product.b.0,
+                pointer(addend),
+                product.d.0,
+                pointer(at.output).cast_mut(),
+                product.d.0,
+                algorithm,
+                pointer(self.workspace).cast_mut(),
+                WORKSPACE_BYTES,
+                stream.cast(),
+            )
+        }
+        .map_err(|error| failed("multiplying matrices", error))
+    }
+}
+
+impl Drop for CublasLt {
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_err() {
+            return;
+        }
+        self.plans.clear();
+        // An error means that the context is gone, and the memory with it.
+        if self.workspace != 0 {
+            // SAFETY: reserved by us; freeing waits for the work that uses it.
+            let _ = unsafe { driver::free_sync(self.workspace) };
+        }
+        // SAFETY: created by us and destroyed once.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+/// Memory for a moment.
+struct Memory(u64);
+
+impl Memory {
+    /// Zeros, or nothing where there is no room.
+    fn zeros(bytes: usize, stream: CUstream) -> Result<Option<Self>> {
+        // SAFETY: a context is current.
+        let Ok(address) = (unsafe { driver::malloc_sync(bytes) }) else { return Ok(None) };
+        let memory = Self(address);
+        // SAFETY: as many bytes as were reserved, on a stream of the context.
+        let filled = unsafe { driver::memset_d8_async(address, 0, bytes, stream) };
+        filled.map_err(|error| call("filling memory", error))?;
+        Ok(Some(memory))
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: reserved by us; freeing waits for the work that uses it.
+        let _ = unsafe { driver::free_sync(self.0) };
+    }
+}
+
+/// A product's descriptors: `d = op(a) op(b)` and what follows, column-major.
+struct Product {
+    descriptor: Descriptor,
+    a: MatrixLayout,
+    b: MatrixLayout,
+    /// Of the addend too.
+    d: MatrixLayout,
+    adds: bool,
+    epilogue: EpilogueKind,
+}
+
+impl Product {
+    fn new(description: &GemmDescription) -> Result<Self> {
+        let GemmDescription { gemm, input, output, adds, epilogue } = *description;
+        let view = gemm.column_major();
+        let descriptor = Descriptor::new()?;
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        // cublasOperation_t: CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
+        descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &i32::from(view.a.transposed))?;
+        descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &i32::from(view.b.transposed))?;
+        use sys::cublasLtEpilogue_t as Kind;
+        let kind = match epilogue {
+            EpilogueKind::Nothing => Kind::CUBLASLT_EPILOGUE_DEFAULT,
+            EpilogueKind::Bias => Kind::CUBLASLT_EPILOGUE_BIAS,
+            EpilogueKind::BiasGeluTanh => Kind::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+            EpilogueKind::GeluTanhBackward => Kind::CUBLASLT_EPILOGUE_DGELU,
+        };
+        descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &(kind as u32))?;
+        if matches!(epilogue, EpilogueKind::BiasGeluTanh | EpilogueKind::GeluTanhBackward) {
+            let leading_dimension = view.d.leading_dimension as i64;
+            descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &leading_dimension)?;
+        }
+        Ok(Self {
+            descriptor,
+            a: MatrixLayout::new(input, view.a)?,
+            b: MatrixLayout::new(input, view.b)?,
+            d: MatrixLayout::new(output, view.d)?,
+            adds,
+            epilogue,
+        })
+    }
+
+    /// Says where the epilogue's vectors are. The choice of algorithms looks at their alignment.
+    fn point_at(&self, at: &GemmAddresses) -> Result<()> {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        if matches!(self.epilogue, EpilogueKind::Bias | EpilogueKind::BiasGeluTanh) {
+            self.descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &at.bias)?;
+        }
+        if matches!(self.epilogue, EpilogueKind::BiasGeluTanh | EpilogueKind::GeluTanhBackward) {
+            self.descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &at.pre)?;
+        }
+        Ok(())
+    }
+}
+
+/// A `cublasLtMatmulDesc_t`, destroyed when dropped.
+struct Descriptor(sys::cublasLtMatmulDesc_t);
+
+impl Descriptor {
+    /// Sums and factors in f32; not TF32.
+    fn new() -> Result<Self> {
+        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        let created = result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F);
+        Ok(Self(created.map_err(|error| failed("describing a matrix product", error))?))
+    }
+
+    fn set<T: bytemuck::Pod>(&self, attribute: sys::cublasLtMatmulDescAttributes_t, value: &T) -> Result<()> {
+        // SAFETY: the descriptor exists; the attribute has this size, which cuBLASLt checks, and is copied.
+        unsafe {
+            result::set_matmul_desc_attribute(self.0, attribute, std::ptr::from_ref(value).cast(), size_of::<T>())
+        }
+        .map_err(|error| failed("describing a matrix product", error))
+    }
+}
+
+impl Drop for Descriptor {
+    fn drop(&mut self) {
+        // SAFETY: created by us and destroyed once. A failure here leaks, which harms nobody; so below.
+        let _ = unsafe { result::destroy_matmul_desc(self.0) };
+    }
+}
+
+/// A `cublasLtMatrixLayout_t`, destroyed when dropped.
+struct MatrixLayout(sys::cublasLtMatrixLayout_t);
+
+impl MatrixLayout {
+    fn new(of: GemmType, matrix: ColumnMajorMatrix) -> Result<Self> {
+        let of = match of {
+            GemmType::F32 => sys::cudaDataType::CUDA_R_32F,
+            GemmType::Bf16 => sys::cudaDataType::CUDA_R_16BF,
+        };
+        let (rows, columns) = (matrix.rows as u64, matrix.columns as u64);
+        let created = result::create_matrix_layout(of, rows, columns, matrix.leading_dimension as i64);
+        Ok(Self(created.map_err(|error| failed("describing a matrix", error))?))
+    }
+}
+
+impl Drop for MatrixLayout {
+    fn drop(&mut self) {
+        // SAFETY: created by us and destroyed once.
+        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+    }
+}
+
+/// A `cublasLtMatmulPreference_t`, destroyed when dropped.
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Preference {
+    fn new() -> Result<Self> {
+        Ok(Self(result::create_matmul_pref().map_err(|error| failed("describing what is preferred", error))?))
+    }
+
+    fn set<T: bytemuck::Pod>(&self, attribute: sys::cublasLtMatmulPreferenceAttributes_t, value: &T) -> Result<()> {
+        // SAFETY: the preference exists; the attribute has this size, which cuBLASLt checks, and is copied.
+        unsafe {
+            result::set_matmul_pref_attribute(self.0, attribute, std::ptr::from_ref(value).cast(), size_of::<T>())
+        }
+        .map_err(|error| failed("describing what is preferred", error))
+    }
+}
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: created by us and destroyed once.
+        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}
+
+/// Whether an algorithm can write elsewhere than over its addend.
+fn works_out_of_place(algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+    let attribute = sys::cublasLtMatmulAlgoCapAttributes_t::CUBLASLT_ALGO_CAP_OUT_OF_PLACE_RESULT_SUPPORT;
+    let (mut supported, mut written) = (0i32, 0usize);
+    // SAFETY: cublasLtMatmulAlgoCapGetAttribute(algo, attribute, buffer, bytes, written): an int32_t, as the buffer.
+    let status = unsafe {
+        sys::cublasLtMatmulAlgoCapGetAttribute(
+            algorithm,
+            attribute,
+            (&raw mut supported).cast(),
+            size_of::<i32>(),
+            &mut written,
+        )
+    };
+    status.result().is_ok() && supported != 0
+}
+
+fn no_result() -> sys::cublasLtMatmulHeuristicResult_t {
+    // SAFETY: a structure of numbers and a status, of which 0 is CUBLAS_STATUS_SUCCESS.
+    unsafe { MaybeUninit::zeroed().assume_init() }
+}
+
+fn describe(description: &GemmDescription) -> String {
+    let GemmDescription { gemm, input, output, adds, epilogue } = description;
+    let (rows, columns, depth) = (gemm.rows, gemm.columns, gemm.depth);
+    format!("[{rows}, {depth}] x [{depth}, {columns}], {input:?} to {output:?}, epilogue {epilogue:?}, adds {adds}")
+}
+
+fn failed(call: &'static str, error: CublasError) -> CudaError {
+    CudaError::Call { call, reason: format!("{:?}", error.0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::gemm::Gemm;
+
+    /// cuBLASLt, or nothing after saying that the test is skipped.
+    fn library() -> bool {
+        match probe() {
+            Ok(version) => {
+                println!("cuBLASLt {version}");
+                true
+            }
+            Err(error) => {
+                println!("skipped: {error}");
+                false
+            }
+        }
+    }
+
+    fn description(output: GemmType, adds: bool, epilogue: EpilogueKind) -> GemmDescription {
+        let gemm = Gemm {
+            rows: 50,
+            columns: 96,
+            depth: 64,
+            left: Layout::rows(64),
+            right: Layout::transposed(64),
+            output_stride: 96,
+        };
+        GemmDescription { gemm, input: GemmType::Bf16, output, adds, epilogue }
+    }
+
+    #[test]
+    fn a_folder_without_cublaslt_is_an_error_that_says_what_to_do() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let error = load_from(folder.path()).expect_err("none");
+        assert!(matches!(error, CudaError::CublasMissing { .. }), "{error:?}");
+        let text = error.to_string();
+        assert!(text.contains("VITMAE_CUBLASLT") && text.contains("nvidia-cublas"), "{text}");
+
+        std::fs::write(folder.path().join(SONAMES[1]), "not a library").expect("written");
+        let error = load_from(folder.path()).expect_err("no library");
+        assert!(matches!(error, CudaError::CublasUnusable { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn every_product_can_be_described() {
+        if !library() {
+            return;
+        }
+        // Descriptors need no device.
+        let at = GemmAddresses { output: 256, left: 512, right: 1024, addend: 256, bias: 2048, pre: 4096 };
+        for epilogue in
+            [EpilogueKind::Nothing, EpilogueKind::Bias, EpilogueKind::BiasGeluTanh, EpilogueKind::GeluTanhBackward]
+        {
+            for output in [GemmType::Bf16, GemmType::F32] {
+                for adds in [false, true] {
+                    let product = Product::new(&description(output, adds, epilogue)).expect("described");
+                    product.point_at(&at).expect("pointed");
+                }
+            }
+        }
+        let preference = Preference::new().expect("created");
+        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &(WORKSPACE_BYTES as u64)).expect("set");
+        // A size that is not the attribute's is refused, so the ones above are right.
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &1u16).expect_err("two bytes");
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &2u32).expect("set");
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &16u32).expect("set");
+    }
+
+    #[test]
+    fn a_key_sees_alignment_and_aliasing() {
+        let at = GemmAddresses { output: 0x1000, left: 0x1002, right: 0x1010, addend: 0x1000, bias: 0, pre: 0 };
+        let key = Key::new(description(GemmType::F32, true, EpilogueKind::Nothing), &at);
+        assert!(key.in_place);
+        assert_eq!(key.alignments, [256, 2, 16, 256, 256, 256]);
+        let apart = Key::new(key.description, &GemmAddresses { addend: 0x2008, ..at });
+        assert!(!apart.in_place && apart != key);
+    }
+}

@@ -1,0 +1,454 @@
+//! Linear layers: matrix products through [`Stream::gemm`], and launchers of `kernels/linear.cu` for what surrounds them.
+
+use half::bf16;
+
+use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::error::{CudaError, Result};
+use super::gemm::{Addend, Epilogue, Gemm, GemmElement, GemmType, Layout};
+use super::launch::{Argument, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
+use super::modules::Kernel;
+use crate::ops::{Activation, Linear, LinearShape, Write};
+
+const FINISH: Kernel = Kernel::named("linear_bias_backward_finish_f32");
+const ROUND: Kernel = Kernel::named("linear_bias_round_bf16");
+
+/// Threads of a block, and vectors that each handles, in the elementwise kernels.
+const THREADS: u32 = 256;
+const PER_THREAD: usize = 2;
+/// Parts of the rows that are summed by themselves for a bias's gradient, at most: enough blocks for a large GPU.
+const PARTS: usize = 256;
+/// Rows of such a part, at least: each of a block's warps has a few in flight.
+const PART_ROWS: usize = 32;
+
+/// An element type of linear layers: `f32` or [`bf16`].
+pub trait LinearElement: GemmElement + sealed::Kernels {}
+
+impl LinearElement for f32 {}
+impl LinearElement for bf16 {}
+
+mod sealed {
+    use super::*;
+
+    /// The kernels for an element type.
+    pub trait Kernels {
+        const FORWARD: Kernel;
+        const BACKWARD: Kernel;
+        const PARTIAL: Kernel;
+    }
+
+    impl Kernels for f32 {
+        const FORWARD: Kernel = Kernel::named("linear_activation_forward_f32");
+        const BACKWARD: Kernel = Kernel::named("linear_activation_backward_f32");
+        const PARTIAL: Kernel = Kernel::named("linear_bias_backward_partial_f32");
+    }
+
+    impl Kernels for bf16 {
+        const FORWARD: Kernel = Kernel::named("linear_activation_forward_bf16");
+        const BACKWARD: Kernel = Kernel::named("linear_activation_backward_bf16");
+        const PARTIAL: Kernel = Kernel::named("linear_bias_backward_partial_bf16");
+    }
+}
+
+/// `y = addend + x weightᵀ + bias`, with y and the addend `[rows, outputs]`, x `[rows, inputs]`, weight `[outputs, inputs]`,
+/// bias `[outputs]`.
+///
+/// Errors: as [`Stream::gemm`].
+pub fn linear_forward<T: LinearElement>(
+    stream: &Stream,
+    y: &mut SliceMut<'_, T>,
+    addend: Addend<'_, T>,
+    x: &Slice<'_, T>,
+    weight: &Slice<'_, T>,
+    bias: Option<&Slice<'_, T>>,
+    shape: LinearShape,
+) -> Result<()> {
+    let epilogue = bias.map_or(Epilogue::Nothing, Epilogue::Bias);
+    stream.gemm(forward_gemm(shape), y, x, weight, addend, epilogue)
+}
+
+/// `pre = x weightᵀ + bias` and `y = activation(pre)`.
+///
+/// Errors: as [`Stream::gemm`].
+#[expect(clippy::too_many_arguments, reason = "two outputs and three inputs")]
+pub fn linear_activation_forward<T: LinearElement>(
+    stream: &Stream,
+    y: &mut SliceMut<'_, T>,
+    pre: &mut SliceMut<'_, T>,
+    x: &Slice<'_, T>,
+    weight: &Slice<'_, T>,
+    bias: Option<&Slice<'_, T>>,
+    shape: LinearShape,
+    activation: Activation,
+) -> Result<()> {
+    let length = product("linear_activation_forward", "length of y", &[shape.rows, shape.outputs], u64::MAX)? as usize;
+    if let Some(bias) = bias.filter(|_| has_epilogue::<T>(activation, shape.outputs, pre.is_aligned_16())) {
+        let epilogue = Epilogue::BiasGeluTanh { bias, pre: pre.range(0..length)? };
+        match stream.gemm(forward_gemm(shape), y, x, weight, Addend::Nothing, epilogue) {
+            Err(CudaError::NoAlgorithm { .. }) => {}
+            done => return done,
+        }
+    }
+    linear_forward(stream, pre, Addend::Nothing, x, weight, bias, shape)?;
+    activation_forward(stream, &mut y.range(0..length)?, &pre.as_slice().range(0..length)?, activation)
+}
+
+/// `dx (+)= dy weight`.
+///
+/// Errors: as [`Stream::gemm`].
+pub fn linear_backward_input<T: LinearElement>(
+    stream: &Stream,
+    dx: &mut SliceMut<'_, T>,
+    dy: &Slice<'_, T>,
+    weight: &Slice<'_, T>,
+    shape: LinearShape,
+    write: Write,
+) -> Result<()> {
+    stream.gemm(input_gemm(shape), dx, dy, weight, addend_of(write), Epilogue::Nothing)
+}
+
+/// `dpre = (dy weight) * activation'(pre)`, with `pre` `[rows, inputs]`.
+///
+/// Errors: as [`Stream::gemm`].
+pub fn linear_activation_backward_input<T: LinearElement>(
+    stream: &Stream,
+    dpre: &mut SliceMut<'_, T>,
+    dy: &Slice<'_, T>,
+    weight: &Slice<'_, T>,
+    pre: &Slice<'_, T>,
+    shape: LinearShape,
+    activation: Activation,
+) -> Result<()> {
+    const OP: &str = "linear_activation_backward_input";
+    let length = product(OP, "length of dpre", &[shape.rows, shape.inputs], u64::MAX)? as usize;
+    if has_epilogue::<T>(activation, shape.inputs, pre.is_aligned_16()) {
+        let epilogue = Epilogue::GeluTanhBackward { pre };
+        match stream.gemm(input_gemm(shape), dpre, dy, weight, Addend::Nothing, epilogue) {
+            Err(CudaError::NoAlgorithm { .. }) => {}
+            done => return done,
+        }
+    }
+    linear_backward_input(stream, dpre, dy, weight, shape, Write::Assign)?;
+    activation_backward(stream, &mut dpre.range(0..length)?, &pre.range(0..length)?, activation)
+}
+
+/// `dweight += dyᵀ x`, in f32 `[outputs, inputs]`.
+///
+/// Errors: as [`Stream::gemm`].
+pub fn linear_backward_weight<T: LinearElement>(
+    stream: &Stream,
+    dweight: &mut SliceMut<'_, f32>,
+    dy: &Slice<'_, T>,
+    x: &Slice<'_, T>,
+    shape: LinearShape,
+) -> Result<()> {
+    let LinearShape { rows, inputs, outputs } = shape;
+    if rows == 0 {
+        return Ok(());
+    }
+    let gemm = Gemm {
+        rows: outputs,
+        columns: inputs,
+        depth: rows,
+        left: Layout::transposed(outputs),
+        right: Layout::rows(inputs),
+        output_stride: inputs,
+    };
+    stream.gemm(gemm, dweight, dy, x, Addend::Output, Epilogue::Nothing)
+}
+
+/// `y = activation(pre)`, for as many elements as both have.
+///
+/// Errors: slices of different lengths or on another device, a failed launch.
+pub fn activation_forward<T: LinearElement>(
+    stream: &Stream,
+    y: &mut SliceMut<'_, T>,
+    pre: &Slice<'_, T>,
+    activation: Activation,
+) -> Result<()> {
+    elementwise("activation_forward", stream, T::FORWARD, y, pre, activation)
+}
+
+/// `dpre *= activation'(pre)`, in place: `dpre` holds the gradient of the activation's output before.
+///
+/// Errors: as [`activation_forward`].
+pub fn activation_backward<T: LinearElement>(
+    stream: &Stream,
+    dpre: &mut SliceMut<'_, T>,
+    pre: &Slice<'_, T>,
+    activation: Activation,
+) -> Result<()> {
+    elementwise("activation_backward", stream, T::BACKWARD, dpre, pre, activation)
+}
+
+fn elementwise<T: LinearElement>(
+    op: &'static str,
+    stream: &Stream,
+    kernel: Kernel,
+    out: &mut SliceMut<'_, T>,
+    pre: &Slice<'_, T>,
+    activation: Activation,
+) -> Result<()> {
+    exactly(op, "length of the output", out.len() as u64, pre.len() as u64)?;
+    let blocks = out.len().div_ceil(THREADS as usize * PER_THREAD * vector::<T>()) as u64;
+    within(op, "blocks", blocks, 0..=MAX_32_BIT)?;
+    let length = out.len() as u64;
+    let function: u32 = match activation {
+        Activation::Gelu => 0,
+        Activation::GeluTanh => 1,
+        Activation::Relu => 2,
+        Activation::Silu => 3,
+        Activation::QuickGelu => 4,
+    };
+    let vectorized = u32::from(out.is_aligned_16() && pre.is_aligned_16());
+    let grid = Grid { blocks: blocks as u32, threads: THREADS, shared_bytes: 0 };
+    let arguments = [
+        out.argument(),
+        pre.argument(),
+        Argument::value(&length),
+        Argument::value(&function),
+        Argument::value(&vectorized),
+    ];
+    // SAFETY: linear_activation_*(T*, const T*, u64, u32, u32); both have `length` elements.
+    unsafe { stream.launch(kernel, grid, &arguments) }
+}
+
+/// Numbers of scratch memory that [`bias_backward`] needs.
+#[must_use]
+pub fn bias_backward_scratch(rows: usize, columns: usize) -> usize {
+    parts(rows).0.saturating_mul(columns)
+}
+
+/// `dbias[j] += sum of dy[r, j] over r`, with dy `[rows, columns]`, in an order that depends on the shape alone.
+///
+/// Errors: a shape outside the limits, a slice of another length or device, too little scratch memory, a failed launch.
+pub fn bias_backward<T: LinearElement>(
+    stream: &Stream,
+    dbias: &mut SliceMut<'_, f32>,
+    scratch: &mut SliceMut<'_, f32>,
+    dy: &Slice<'_, T>,
+    rows: usize,
+    columns: usize,
+) -> Result<()> {
+    const OP: &str = "bias_backward";
+    within(OP, "rows", rows as u64, 0..=MAX_32_BIT)?;
+    within(OP, "columns", columns as u64, 0..=MAX_32_BIT)?;
+    exactly(OP, "length of dy", dy.len() as u64, product(OP, "length of dy", &[rows, columns], u64::MAX)?)?;
+    exactly(OP, "length of dbias", dbias.len() as u64, columns as u64)?;
+    if rows == 0 || columns == 0 {
+        return Ok(());
+    }
+    let needed = bias_backward_scratch(rows, columns);
+    within(OP, "length of the scratch memory", scratch.len() as u64, needed as u64..=u64::MAX)?;
+    let (parts, part_rows) = parts(rows);
+    let tiles = columns.div_ceil(32 * vector::<T>());
+    let blocks = product(OP, "blocks", &[parts, tiles], MAX_32_BIT)? as u32;
+    let vectorized = u32::from(dy.is_aligned_16() && columns.is_multiple_of(vector::<T>()));
+    let numbers = [rows as u32, columns as u32, tiles as u32, part_rows as u32, vectorized];
+    let [rows, columns, tiles, part_rows, vectorized] = numbers.each_ref().map(Argument::value);
+    let grid = Grid { blocks, threads: THREADS, shared_bytes: 1024 * vector::<T>() as u32 };
+    let arguments = [scratch.argument(), dy.argument(), rows, columns, tiles, part_rows, vectorized];
+    // SAFETY: linear_bias_backward_partial_*(float*, const T*, u32, u32, u32, u32, u32); lengths were checked.
+    unsafe { stream.launch(T::PARTIAL, grid, &arguments)? };
+    let parts = parts as u32;
+    let grid = Grid { blocks: numbers[1].div_ceil(32), threads: 512, shared_bytes: 2048 };
+    let arguments = [dbias.argument(), scratch.argument(), Argument::value(&parts), columns];
+    // SAFETY: linear_bias_backward_finish_f32(float*, const float*, u32, u32); lengths were checked.
+    unsafe { stream.launch(FINISH, grid, &arguments) }
+}
+
+/// Rounds a bias to the type that the epilogue of a product in bf16 takes.
+///
+/// Errors: slices of different lengths or on another device, a failed launch.
+pub fn bias_round(stream: &Stream, rounded: &mut SliceMut<'_, bf16>, bias: &Slice<'_, f32>) -> Result<()> {
+    const OP: &str = "bias_round";
+    within(OP, "length of the bias", bias.len() as u64, 0..=MAX_32_BIT)?;
+    exactly(OP, "length of the rounded bias", rounded.len() as u64, bias.len() as u64)?;
+    let columns = bias.len() as u32;
+    let grid = Grid { blocks: columns.div_ceil(128), threads: 128, shared_bytes: 0 };
+    let arguments = [rounded.argument(), bias.argument(), Argument::value(&columns)];
+    // SAFETY: linear_bias_round_bf16(bf16*, const float*, u32); both have `columns` elements.
+    unsafe { stream.launch(ROUND, grid, &arguments) }
+}
+
+/// Elements of 16 bytes.
+fn vector<T>() -> usize {
+    16 / size_of::<T>()
+}
+
+/// How the rows of a bias's gradient are cut: the number of parts, and the rows of all but the last.
+fn parts(rows: usize) -> (usize, usize) {
+    let part_rows = rows.div_ceil(PARTS).max(PART_ROWS);
+    (rows.div_ceil(part_rows), part_rows)
+}
+
+fn forward_gemm(shape: LinearShape) -> Gemm {
+    let LinearShape { rows, inputs, outputs } = shape;
+    let (left, right) = (Layout::rows(inputs), Layout::transposed(inputs));
+    Gemm { rows, columns: outputs, depth: inputs, left, right, output_stride: outputs }
+}
+
+fn input_gemm(shape: LinearShape) -> Gemm {
+    let LinearShape { rows, inputs, outputs } = shape;
+    let (left, right) = (Layout::rows(outputs), Layout::rows(inputs));
+    Gemm { rows, columns: inputs, depth: outputs, left, right, output_stride: inputs }
+}
+
+fn addend_of<'a, T>(write: Write) -> Addend<'a, T> {
+    match write {
+        Write::Assign => Addend::Nothing,
+        Write::Accumulate => Addend::Output,
+    }
+}
+
+/// Whether a product's epilogue can apply an activation: only GELU in its tanh form, where rows allow it. In f32 the own
+/// kernel is exact and the product is what takes the time.
+fn has_epilogue<T: GemmElement>(activation: Activation, width: usize, aligned: bool) -> bool {
+    T::TYPE == GemmType::Bf16 && activation == Activation::GeluTanh && width.is_multiple_of(8) && aligned
+}
+
+impl<E: CudaElement> Cuda<E> {
+    /// Lends a bias in the type that epilogues take.
+    fn with_bias(
+        &self,
+        op: &'static str,
+        outputs: usize,
+        bias: Option<&CudaBuffer<f32>>,
+        work: impl FnOnce(Option<&Slice<'_, E>>) -> Result<()>,
+    ) -> crate::Result<()> {
+        let Some(bias) = bias else { return Ok(work(None)?) };
+        let bias = bias.input(op, "bias", &[outputs])?;
+        if E::is_master() {
+            return Ok(work(Some(&bias.reinterpret()))?);
+        }
+        self.with_scratch(outputs.div_ceil(2), |scratch| {
+            let mut rounded = scratch.reinterpret();
+            let mut rounded = rounded.range(0..outputs)?;
+            bias_round(self.stream(), &mut rounded, &bias)?;
+            Ok(work(Some(&rounded.as_slice().reinterpret()))?)
+        })
+    }
+}
+
+impl<E: CudaElement> Linear for Cuda<E> {
+    fn linear_forward(
+        &self,
+        shape: LinearShape,
+        y: &mut CudaBuffer<E>,
+        x: &CudaBuffer<E>,
+        weight: &CudaBuffer<E>,
+        bias: Option<&CudaBuffer<f32>>,
+    ) -> crate::Result<()> {
+        let op = "linear_forward";
+        let mut y = y.output(op, "y", &[shape.rows, shape.outputs])?;
+        let x = x.input(op, "x", &[shape.rows, shape.inputs])?;
+        let weight = weight.input(op, "weight", &[shape.outputs, shape.inputs])?;
+        self.with_bias(op, shape.outputs, bias, |bias| {
+            linear_forward(self.stream(), &mut y, Addend::Nothing, &x, &weight, bias, shape)
+        })
+    }
+
+    fn linear_residual_forward(
+        &self,
+        shape: LinearShape,
+        y: &mut CudaBuffer<E>,
+        residual: &CudaBuffer<E>,
+        x: &CudaBuffer<E>,
+        weight: &CudaBuffer<E>,
+        bias: Option<&CudaBuffer<f32>>,
+    ) -> crate::Result<()> {
+        let op = "linear_residual_forward";
+        let mut y = y.output(op, "y", &[shape.rows, shape.outputs])?;
+        let residual = residual.input(op, "residual", &[shape.rows, shape.outputs])?;
+        let x = x.input(op, "x", &[shape.rows, shape.inputs])?;
+        let weight = weight.input(op, "weight", &[shape.outputs, shape.inputs])?;
+        self.with_bias(op, shape.outputs, bias, |bias| {
+            linear_forward(self.stream(), &mut y, Addend::Matrix(&residual), &x, &weight, bias, shape)
+        })
+    }
+
+    fn linear_activation_forward(
+        &self,
+        shape: LinearShape,
+        activation: Activation,
+        y: &mut CudaBuffer<E>,
+        pre: &mut CudaBuffer<E>,
+        x: &CudaBuffer<E>,
+        weight: &CudaBuffer<E>,
+        bias: Option<&CudaBuffer<f32>>,
+    ) -> crate::Result<()> {
+        let op = "linear_activation_forward";
+        let mut y = y.output(op, "y", &[shape.rows, shape.outputs])?;
+        let mut pre = pre.output(op, "pre", &[shape.rows, shape.outputs])?;
+        let x = x.input(op, "x", &[shape.rows, shape.inputs])?;
+        let weight = weight.input(op, "weight", &[shape.outputs, shape.inputs])?;
+        self.with_bias(op, shape.outputs, bias, |bias| {
+            linear_activation_forward(self.stream(), &mut y, &mut pre, &x, &weight, bias, shape, activation)
+        })
+    }
+
+    fn activation_forward(
+        &self,
+        length: usize,
+        activation: Activation,
+        y: &mut CudaBuffer<E>,
+        pre: &CudaBuffer<E>,
+    ) -> crate::Result<()> {
+        let op = "activation_forward";
+        let mut y = y.output(op, "y", &[length])?;
+        let pre = pre.input(op, "pre", &[length])?;
+        Ok(activation_forward(self.stream(), &mut y, &pre, activation)?)
+    }
+
+    fn linear_backward_input(
+        &self,
+        shape: LinearShape,
+        write: Write,
+        dx: &mut CudaBuffer<E>,
+        dy: &CudaBuffer<E>,
+        weight: &CudaBuffer<E>,
+    ) -> crate::Result<()> {
+        let op = "linear_backward_input";
+        let mut dx = dx.output(op, "dx", &[shape.rows, shape.inputs])?;
+        let dy = dy.input(op, "dy", &[shape.rows, shape.outputs])?;
+        let weight = weight.input(op, "weight", &[shape.outputs, shape.inputs])?;
+        Ok(linear_backward_input(self.stream(), &mut dx, &dy, &weight, shape, write)?)
+    }
+
+    fn linear_activation_backward_input(
+        &self,
+        shape: LinearShape,
+        activation: Activation,
+        dpre: &mut CudaBuffer<E>,
+        dy: &CudaBuffer<E>,
+        weight: &CudaBuffer<E>,
+        pre: &CudaBuffer<E>,
+    ) -> crate::Result<()> {
+        let op = "linear_activation_backward_input";
+        let mut dpre = dpre.output(op, "dpre", &[shape.rows, shape.inputs])?;
+        let dy = dy.input(op, "dy", &[shape.rows, shape.outputs])?;
+        let weight = weight.input(op, "weight", &[shape.outputs, shape.inputs])?;
+        let pre = pre.input(op, "pre", &[shape.rows, shape.inputs])?;
+        Ok(linear_activation_backward_input(self.stream(), &mut dpre, &dy, &weight, &pre, shape, activation)?)
+    }
+
+    fn linear_backward_weight(
+        &self,
+        shape: LinearShape,
+        dweight: &mut CudaBuffer<f32>,
+        dbias: Option<&mut CudaBuffer<f32>>,
+        dy: &CudaBuffer<E>,
+        x: &CudaBuffer<E>,
+    ) -> crate::Result<()> {
+        let op = "linear_backward_weight";
+        let LinearShape { rows, inputs, outputs } = shape;
+        let mut dweight = dweight.output(op, "dweight", &[outputs, inputs])?;
+        let dy = dy.input(op, "dy", &[rows, outputs])?;
+        let x = x.input(op, "x", &[rows, inputs])?;
+        let dbias = dbias.map(|dbias| dbias.output(op, "dbias", &[outputs])).transpose()?;
+        linear_backward_weight(self.stream(), &mut dweight, &dy, &x, shape)?;
+        let Some(mut dbias) = dbias else { return Ok(()) };
+        self.with_scratch(bias_backward_scratch(rows, outputs), |scratch| {
+            Ok(bias_backward(self.stream(), &mut dbias, scratch, &dy, rows, outputs)?)
+        })
+    }
+}
