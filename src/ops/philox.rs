@@ -3,6 +3,9 @@
 //! Key: the seed's low and high words. Counter: (block, epoch, the sample's low word, the low 24 bits of its high word with
 //! the stream in the top byte). The CUDA kernels draw the same words.
 
+use std::convert::Infallible;
+
+use rand::TryRng;
 use rand_philox::philox4x32_10;
 
 /// The noise that shuffles patches.
@@ -23,6 +26,8 @@ pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 }
 
 /// The words of one sample in one epoch and stream, one after the other; they never end.
+///
+/// It is a [`rand::Rng`], so shuffles and distributions of rand and its relatives draw from it.
 #[derive(Clone, Debug)]
 pub struct RandomStream {
     key: [u32; 2],
@@ -64,10 +69,51 @@ impl RandomStream {
     }
 }
 
+impl TryRng for RandomStream {
+    type Error = Infallible;
+
+    fn try_next_u32(&mut self) -> Result<u32, Infallible> {
+        Ok(self.next_u32())
+    }
+
+    /// The first word is the low half.
+    fn try_next_u64(&mut self) -> Result<u64, Infallible> {
+        let low = u64::from(self.next_u32());
+        Ok(u64::from(self.next_u32()) << 32 | low)
+    }
+
+    /// Words in little-endian order; what is left of the last one is dropped.
+    fn try_fill_bytes(&mut self, bytes: &mut [u8]) -> Result<(), Infallible> {
+        for bytes in bytes.chunks_mut(4) {
+            let word = self.next_u32().to_le_bytes();
+            bytes.copy_from_slice(&word[..bytes.len()]);
+        }
+        Ok(())
+    }
+}
+
 impl Iterator for RandomStream {
     type Item = u32;
 
     fn next(&mut self) -> Option<u32> {
         Some(self.next_u32())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::Rng;
+
+    use super::*;
+
+    #[test]
+    fn all_ways_to_draw_take_the_same_words() {
+        let stream = || RandomStream::new(7, 1, 2, ORDER_STREAM);
+        let words: Vec<u32> = stream().take(5).collect();
+        assert_eq!(Rng::next_u64(&mut stream()), u64::from(words[1]) << 32 | u64::from(words[0]));
+        let mut bytes = [0; 18];
+        Rng::fill_bytes(&mut stream(), &mut bytes);
+        let expected: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).take(18).collect();
+        assert_eq!(bytes[..], expected);
     }
 }
