@@ -227,6 +227,57 @@ fn features_without_masking_are_those_of_transformers() {
     assert!(compared >= 10, "only {compared} cases have features");
 }
 
+/// Pixels and noise of one step of the AdamW case.
+fn adamw_step(trainer: &mut Trainer<Cpu>, input: &BTreeMap<String, Tensor>, step: usize) -> vitmae::Result<()> {
+    let pixels = &input[&format!("pixel_values.{step}")];
+    let [batch, channels, height, width] = pixels.shape[..] else { panic!("pixels have four dimensions") };
+    let (values, noise) = (pixels.f32(), input[&format!("noise.{step}")].f32());
+    let images = Images { batch, channels, height, width, values: ImageValues::Normalized(&values) };
+    let ratio = trainer.model().config().mask_ratio;
+    trainer.accumulate(&images, &Masking::Noise { ratio, noise: &noise }, batch)
+}
+
+fn adamw_trainer() -> (Trainer<Cpu>, BTreeMap<String, Tensor>) {
+    let folder = cases().join("adamw");
+    let model = MaeForPreTraining::from_pretrained(&folder, Cpu::<f32>::new()).unwrap();
+    let settings = OptimizerSettings { clip_norm: Some(0.1), ..OptimizerSettings::default() };
+    (Trainer::new(model, settings, 8).unwrap(), read(&folder.join("input.safetensors")))
+}
+
+#[test]
+fn a_report_that_is_read_late_changes_nothing() {
+    let ((mut late, input), (mut early, _)) = (adamw_trainer(), adamw_trainer());
+    let mut last = None;
+    for step in 0..3 {
+        adamw_step(&mut early, &input, step).unwrap();
+        last = Some(early.update(1e-3).unwrap());
+        adamw_step(&mut late, &input, step).unwrap();
+        late.launch_update(1e-3).unwrap();
+    }
+    assert_eq!(Some(late.report().unwrap()), last);
+    assert_eq!((late.updates(), late.non_finite_steps()), (3, 0));
+    for spec in early.model().parameters().layout().specs() {
+        let (early, late) = (early.model().parameter(&spec.name), late.model().parameter(&spec.name));
+        assert_eq!(early.unwrap(), late.unwrap(), "{}", spec.name);
+    }
+}
+
+#[test]
+fn ten_steps_in_a_row_that_are_not_finite_end_a_run() {
+    let (mut trainer, input) = adamw_trainer();
+    adamw_step(&mut trainer, &input, 0).unwrap();
+    // Breaks the weights.
+    assert!(trainer.update(f64::INFINITY).unwrap().updated);
+    for skipped in 1..=10 {
+        adamw_step(&mut trainer, &input, 1).unwrap();
+        match trainer.update(1e-3) {
+            Ok(report) => assert!(skipped < 10 && !report.updated && !report.loss.is_finite(), "{report:?}"),
+            Err(error) => assert!(skipped == 10 && error.to_string().contains("10 steps in a row"), "{error}"),
+        }
+        assert_eq!((trainer.updates(), trainer.non_finite_steps()), (1, skipped));
+    }
+}
+
 #[test]
 fn five_adamw_steps_follow_pytorch() {
     let folder = cases().join("adamw");
@@ -244,15 +295,10 @@ fn five_adamw_steps_follow_pytorch() {
     // Micro-batches of one image: accumulation is exact.
     for micro_batch in [1, 8] {
         let model = MaeForPreTraining::from_pretrained(&folder, Cpu::<f32>::new()).unwrap();
-        let ratio = model.config().mask_ratio;
         let mut trainer = Trainer::new(model, settings, micro_batch).unwrap();
         for step in 0..5 {
-            let pixels = &input[&format!("pixel_values.{step}")];
-            let [batch, channels, height, width] = pixels.shape[..] else { panic!("pixels have four dimensions") };
-            let (values, noise) = (pixels.f32(), input[&format!("noise.{step}")].f32());
-            let images = Images { batch, channels, height, width, values: ImageValues::Normalized(&values) };
-            let masking = Masking::Noise { ratio, noise: &noise };
-            let report = trainer.step(&images, &masking, number("learning_rate")).unwrap();
+            adamw_step(&mut trainer, &input, step).unwrap();
+            let report = trainer.update(number("learning_rate")).unwrap();
             let loss = expected["losses"].values[step];
             let error = (report.loss - loss).abs() / loss;
             assert!(error <= 1e-4, "step {step}: loss {} instead of {loss}", report.loss);
