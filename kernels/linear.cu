@@ -2,12 +2,15 @@
 //
 //   linear_activation_forward_*    y = f(pre)                                    assigned
 //   linear_activation_backward_*   dpre = dpre * f'(pre), in place               dpre holds the gradient of f's output before
+//   linear_activation_backward_bias_*  the same, y = f(pre) again, and partial[c, j] = sum of dpre[r, j] over the rows r of part c
 //   linear_bias_backward_partial_* partial[c, j] = sum of dy[r, j] over the rows r of part c          assigned
 //   linear_bias_backward_finish_f32  dbias[j] += sum over c of partial[c, j]     accumulated
 //   linear_bias_round_bf16         rounded = bf16(bias), for an epilogue whose bias has the output's type
 //
+// One pass for backward's three needs of an activation: its slope, its output for the next weight's gradient, and the bias
+// gradient of the layer before; the sums are of dpre before it is rounded.
 // f: GELU with the error function (Hendrycks and Gimpel, arXiv 1606.08415), its tanh form, ReLU, SiLU, or x sigmoid(1.702 x).
-// y, pre, dpre: `length` elements, f32 or bf16; dy [rows, columns], f32 or bf16; partial [parts, columns], dbias, bias [columns],
+// y, pre, dpre: `length` elements, or [rows, columns], f32 or bf16; dy [rows, columns], f32 or bf16; partial [parts, columns], dbias, bias [columns],
 // f32. Arithmetic in f32, one rounding at the end. No aliasing but the one in place; y may not be pre. Forward saves pre.
 //
 // GELU: with z = |x|, the normal distribution's tail is exp(-z^2 / 2) R(z); R is t times a polynomial of degree 6 in
@@ -24,10 +27,10 @@
 //
 // Preconditions, checked by the launcher (src/cuda/linear.rs): buffer lengths; columns < 2^31, rows < 2^31, blocks < 2^31;
 // `vectorized` only if all addresses, and for the bias the rows, are multiples of 16 bytes.
-// Launch, with v elements to 16 bytes: activations: grid ceil(length / (512 v)), block 256; bias, parts: grid parts *
+// Launch, with v elements to 16 bytes: activations: grid ceil(length / (512 v)), block 256; sums over rows: grid parts *
 // ceil(columns / (32 v)), block 256, 1024 v bytes of shared memory; finish: grid ceil(columns / 32), block 512, 2048 bytes;
 // round: grid ceil(columns / 128), block 128.
-// Bytes, e = element size: forward 2 e length, backward 3 e length; parts: e rows columns + 4 parts columns, finish: 4 parts
+// Bytes, e = element size: forward 2 e length, backward 3 e length, with y and sums 4 e length; parts: e rows columns + 4 parts columns, finish: 4 parts
 // columns. FLOPs: about 20 length for GELU, rows columns for the bias. Bound by: memory.
 #include "device.cuh"
 
@@ -42,7 +45,7 @@ DEVICE float sigmoid(float x) { return reciprocal_approximate(1.0f + exponential
 
 // x * Phi(x).
 struct Gelu {
-    // exp(-x^2 / 2), and Phi(x) made from it.
+    // exp(-x^2 / 2), and Phi(x) made from it. Where both value and slope are asked for, the compiler does this once.
     DEVICE static void parts(float x, float& bell, float& distribution) {
         const float z = x < 0.0f ? -x : x;
         const float t = reciprocal_approximate(multiply_add_rn(z, 0.254999995f, 1.0f));
@@ -177,30 +180,78 @@ DEVICE void activation(T* out, const T* pre, u64 length, u32 function, u32 vecto
 }
 
 constexpr u32 SUM_WARPS = THREADS / 32;
-// Rows that a warp has in flight.
-constexpr u32 SUM_ROWS = 4;
 
-// Where the columns of a tile are: `vectorized`: a lane's are neighbours, else 32 apart.
-template <typename T, bool VECTORIZED>
+// What is summed over rows: dy as it is.
+template <typename T>
+struct Gradient {
+    using Type = T;
+    // Rows that a warp has in flight.
+    static constexpr u32 ROWS = 4;
+    static constexpr u32 VECTOR = Element<T>::PER_16_BYTES;
+
+    struct Loaded {
+        u32x4 words;
+    };
+
+    const T* dy;
+
+    DEVICE Loaded load(u64 at) const { return {load_16(dy + at)}; }
+    DEVICE void use(u64, const Loaded& loaded, float* values) const { Element<T>::unpack(loaded.words, values); }
+    DEVICE float use_element(u64 at) const { return Element<T>::load(dy + at); }
+};
+
+// What is summed over rows: dpre, which is made on the way, as y is.
+template <typename T, typename F>
+struct ActivationGradient {
+    using Type = T;
+    static constexpr u32 ROWS = 2;
+    static constexpr u32 VECTOR = Element<T>::PER_16_BYTES;
+
+    struct Loaded {
+        u32x4 pre;
+        u32x4 gradient;
+    };
+
+    T* dpre;
+    T* y;
+    const T* pre;
+
+    DEVICE Loaded load(u64 at) const { return {load_16(pre + at), load_own_16(dpre + at)}; }
+
+    DEVICE void use(u64 at, const Loaded& loaded, float* values) const {
+        float inputs[VECTOR];
+        float outputs[VECTOR];
+        Element<T>::unpack(loaded.pre, inputs);
+        Element<T>::unpack(loaded.gradient, values);
+        UNROLL
+        for (u32 k = 0; k < VECTOR; ++k) {
+            outputs[k] = F::value(inputs[k]);
+            values[k] *= F::slope(inputs[k]);
+        }
+        Element<T>::store_vector(y + at, outputs);
+        Element<T>::store_vector(dpre + at, values);
+    }
+
+    DEVICE float use_element(u64 at) const {
+        const float input = Element<T>::load(pre + at);
+        const float value = Element<T>::load(dpre + at) * F::slope(input);
+        Element<T>::store(y + at, F::value(input));
+        Element<T>::store(dpre + at, value);
+        return value;
+    }
+};
+
+// A lane's column of a tile: vectorized, a lane's are neighbours, else 32 apart.
+template <u32 VECTOR, bool VECTORIZED>
 DEVICE u32 column_of(u32 lane, u32 k) {
-    constexpr u32 VECTOR = Element<T>::PER_16_BYTES;
     return VECTORIZED ? lane * VECTOR + k : lane + 32 * k;
 }
 
-template <typename T, bool VECTORIZED>
-DEVICE void add_row(float* sums, const T* row, u32 first, u32 columns) {
-    constexpr u32 VECTOR = Element<T>::PER_16_BYTES;
-    UNROLL
-    for (u32 k = 0; k < VECTOR; ++k) {
-        const u32 column = first + column_of<T, VECTORIZED>(lane_index(), k);
-        if (column < columns) sums[k] += Element<T>::load(row + column);
-    }
-}
-
-template <typename T, bool VECTORIZED>
-DEVICE void bias_backward_partial(float* partial, const T* dy, u32 rows, u32 columns, u32 tiles, u32 part_rows) {
-    constexpr u32 VECTOR = Element<T>::PER_16_BYTES;
+template <bool VECTORIZED, typename Source>
+DEVICE void sum_rows(float* partial, const Source& source, u32 rows, u32 columns, u32 tiles, u32 part_rows) {
+    constexpr u32 VECTOR = Source::VECTOR;
     constexpr u32 TILE = 32 * VECTOR;
+    constexpr u32 ROWS = Source::ROWS;
     const u32 part = block_index() / tiles;
     const u32 first = (block_index() - part * tiles) * TILE;
     const u32 start = part * part_rows;
@@ -212,20 +263,19 @@ DEVICE void bias_backward_partial(float* partial, const T* dy, u32 rows, u32 col
     if constexpr (VECTORIZED) {
         const u32 column = first + lane_index() * VECTOR;
         if (column < columns) {
-            const T* at = dy + static_cast<u64>(row) * columns + column;
+            u64 at = static_cast<u64>(row) * columns + column;
             const u64 step = static_cast<u64>(SUM_WARPS) * columns;
-            for (; row < end; row += SUM_ROWS * SUM_WARPS, at += SUM_ROWS * step) {
-                u32x4 words[SUM_ROWS];
+            for (; row < end; row += ROWS * SUM_WARPS, at += ROWS * step) {
+                typename Source::Loaded loaded[ROWS];
                 UNROLL
-                for (u32 i = 0; i < SUM_ROWS; ++i) {
-                    // Past the end: zeros of either type.
-                    words[i] = {0, 0, 0, 0};
-                    if (row + i * SUM_WARPS < end) words[i] = load_16(at + i * step);
+                for (u32 i = 0; i < ROWS; ++i) {
+                    if (row + i * SUM_WARPS < end) loaded[i] = source.load(at + i * step);
                 }
                 UNROLL
-                for (u32 i = 0; i < SUM_ROWS; ++i) {
+                for (u32 i = 0; i < ROWS; ++i) {
+                    if (row + i * SUM_WARPS >= end) continue;
                     float values[VECTOR];
-                    Element<T>::unpack(words[i], values);
+                    source.use(at + i * step, loaded[i], values);
                     UNROLL
                     for (u32 k = 0; k < VECTOR; ++k) sums[k] += values[k];
                 }
@@ -233,7 +283,11 @@ DEVICE void bias_backward_partial(float* partial, const T* dy, u32 rows, u32 col
         }
     } else {
         for (; row < end; row += SUM_WARPS) {
-            add_row<T, VECTORIZED>(sums, dy + static_cast<u64>(row) * columns, first, columns);
+            UNROLL
+            for (u32 k = 0; k < VECTOR; ++k) {
+                const u32 column = first + column_of<VECTOR, false>(lane_index(), k);
+                if (column < columns) sums[k] += source.use_element(static_cast<u64>(row) * columns + column);
+            }
         }
     }
     // Element k of all lanes side by side: no bank conflicts.
@@ -242,7 +296,7 @@ DEVICE void bias_backward_partial(float* partial, const T* dy, u32 rows, u32 col
     for (u32 k = 0; k < VECTOR; ++k) shared[(warp_index() * VECTOR + k) * 32 + lane_index()] = sums[k];
     block_barrier();
     for (u32 i = thread_index(); i < TILE; i += THREADS) {
-        const u32 column = first + column_of<T, VECTORIZED>(i % 32, i / 32);
+        const u32 column = first + column_of<VECTOR, VECTORIZED>(i % 32, i / 32);
         if (column >= columns) continue;
         float sum = 0.0f;
         UNROLL
@@ -251,13 +305,32 @@ DEVICE void bias_backward_partial(float* partial, const T* dy, u32 rows, u32 col
     }
 }
 
-template <typename T>
-DEVICE void bias_backward_partial(float* partial, const T* dy, u32 rows, u32 columns, u32 tiles, u32 part_rows,
-                                  u32 vectorized) {
-    if (vectorized != 0) {
-        bias_backward_partial<T, true>(partial, dy, rows, columns, tiles, part_rows);
+// How the rows are cut, and whether vectors may be used. `RowSums` in src/cuda/linear.rs, same layout.
+struct RowSums {
+    u32 rows;
+    u32 columns;
+    u32 tiles;      // of columns
+    u32 part_rows;  // rows per part
+    u32 vectorized;
+};
+
+template <typename Source>
+DEVICE void sum_rows(float* partial, const Source& source, const RowSums& shape) {
+    if (shape.vectorized != 0) {
+        sum_rows<true>(partial, source, shape.rows, shape.columns, shape.tiles, shape.part_rows);
     } else {
-        bias_backward_partial<T, false>(partial, dy, rows, columns, tiles, part_rows);
+        sum_rows<false>(partial, source, shape.rows, shape.columns, shape.tiles, shape.part_rows);
+    }
+}
+
+template <typename T>
+DEVICE void activation_backward_bias(float* partial, T* dpre, T* y, const T* pre, const RowSums& shape, u32 function) {
+    switch (function) {
+        case 0: return sum_rows(partial, ActivationGradient<T, Gelu>{dpre, y, pre}, shape);
+        case 1: return sum_rows(partial, ActivationGradient<T, GeluTanh>{dpre, y, pre}, shape);
+        case 2: return sum_rows(partial, ActivationGradient<T, Relu>{dpre, y, pre}, shape);
+        case 3: return sum_rows(partial, ActivationGradient<T, Silu>{dpre, y, pre}, shape);
+        default: return sum_rows(partial, ActivationGradient<T, QuickGelu>{dpre, y, pre}, shape);
     }
 }
 
@@ -289,15 +362,25 @@ linear_activation_backward_bf16(bf16* __restrict__ dpre, const bf16* __restrict_
 }
 
 KERNEL(256)
-linear_bias_backward_partial_f32(float* __restrict__ partial, const float* __restrict__ dy, const u32 rows, const u32 columns,
-                                 const u32 tiles, const u32 part_rows, const u32 vectorized) {
-    bias_backward_partial(partial, dy, rows, columns, tiles, part_rows, vectorized);
+linear_activation_backward_bias_f32(float* __restrict__ partial, float* __restrict__ dpre, float* __restrict__ y,
+                                    const float* __restrict__ pre, const RowSums shape, const u32 function) {
+    activation_backward_bias(partial, dpre, y, pre, shape, function);
 }
 
 KERNEL(256)
-linear_bias_backward_partial_bf16(float* __restrict__ partial, const bf16* __restrict__ dy, const u32 rows, const u32 columns,
-                                  const u32 tiles, const u32 part_rows, const u32 vectorized) {
-    bias_backward_partial(partial, dy, rows, columns, tiles, part_rows, vectorized);
+linear_activation_backward_bias_bf16(float* __restrict__ partial, bf16* __restrict__ dpre, bf16* __restrict__ y,
+                                     const bf16* __restrict__ pre, const RowSums shape, const u32 function) {
+    activation_backward_bias(partial, dpre, y, pre, shape, function);
+}
+
+KERNEL(256)
+linear_bias_backward_partial_f32(float* __restrict__ partial, const float* __restrict__ dy, const RowSums shape) {
+    sum_rows(partial, Gradient<float>{dy}, shape);
+}
+
+KERNEL(256)
+linear_bias_backward_partial_bf16(float* __restrict__ partial, const bf16* __restrict__ dy, const RowSums shape) {
+    sum_rows(partial, Gradient<bf16>{dy}, shape);
 }
 
 KERNEL(512)

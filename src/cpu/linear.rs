@@ -106,6 +106,28 @@ impl<F: Float> Linear for Cpu<F> {
         backward_input(op, shape, Write::Assign, dpre, dy, weight, Some((activation, pre)))
     }
 
+    fn linear_activation_backward(
+        &self,
+        shape: LinearShape,
+        activation: Activation,
+        dpre: &mut CpuBuffer<F>,
+        y: &mut CpuBuffer<F>,
+        dbias: Option<&mut CpuBuffer<F>>,
+        dy: &CpuBuffer<F>,
+        weight: &CpuBuffer<F>,
+        pre: &CpuBuffer<F>,
+    ) -> Result<()> {
+        let op = "linear_activation_backward";
+        let LinearShape { rows, inputs, .. } = shape;
+        let dbias = dbias.map(|dbias| check::output(op, "dbias", dbias, &[inputs])).transpose()?;
+        self.activation_forward(rows.saturating_mul(inputs), activation, y, pre)?;
+        self.linear_activation_backward_input(shape, activation, dpre, dy, weight, pre)?;
+        if let Some(dbias) = dbias {
+            bias_backward(dbias, dpre, rows);
+        }
+        Ok(())
+    }
+
     fn linear_backward_weight(
         &self,
         shape: LinearShape,
@@ -126,15 +148,21 @@ impl<F: Float> Linear for Cpu<F> {
         // SAFETY: the three slices have the sizes of the shape.
         unsafe { gemm::multiply(sizes, Write::Accumulate, &Shared::new(dweight), left, right, |_, _| ())? };
         if let Some(dbias) = dbias {
-            let dbias = Shared::new(dbias);
-            parallel::pieces(outputs, BIAS_COLUMNS, |from, to| {
-                // SAFETY: pieces are disjoint and inside `outputs`.
-                let dbias = unsafe { dbias.part(from, to) };
-                add_column_sums(dbias, &dy[from.min(dy.len())..], outputs, rows);
-            });
+            bias_backward(dbias, dy, rows);
         }
         Ok(())
     }
+}
+
+/// `dbias += sum over rows of dy`, with as many columns as `dbias` has.
+fn bias_backward<F: Float>(dbias: &mut [F], dy: &[F], rows: usize) {
+    let columns = dbias.len();
+    let dbias = Shared::new(dbias);
+    parallel::pieces(columns, BIAS_COLUMNS, |from, to| {
+        // SAFETY: pieces are disjoint and inside `columns`.
+        let dbias = unsafe { dbias.part(from, to) };
+        add_column_sums(dbias, &dy[from.min(dy.len())..], columns, rows);
+    });
 }
 
 /// What follows the bias in a forward pass.

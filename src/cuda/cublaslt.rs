@@ -6,12 +6,14 @@
 //!
 //! In-place split-K reductions are not allowed, and f32 products are not computed in TF32.
 
+mod descriptors;
+mod library;
+
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::fmt;
 use std::mem::MaybeUninit;
-use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cudarc::cublaslt::result::{self, CublasError};
@@ -19,34 +21,13 @@ use cudarc::cublaslt::sys;
 use cudarc::driver::sys::{CUstream, CUstreamCaptureStatus};
 use cudarc::driver::{CudaContext, result as driver};
 
+use self::descriptors::{Preference, Product, failed};
+pub use self::library::probe;
 use super::driver::{DeviceInfo, call};
 use super::error::{CudaError, Result};
-use super::gemm::{ColumnMajorMatrix, EpilogueKind, GemmAddresses, GemmDescription, GemmType, Layout, span};
+use super::gemm::{GemmAddresses, GemmDescription, Layout, span};
 use super::hash::hash;
 use super::modules::{cache_folder, read_cached, write_cached};
-use super::nvrtc::{reason_of, usual_folders};
-
-/// Names of the library, newest first. cudarc tries them too.
-const SONAMES: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
-
-/// What this file calls through cudarc, which panics on a symbol that is missing.
-const SYMBOLS: [&str; 15] = [
-    "cublasLtCreate",
-    "cublasLtDestroy",
-    "cublasLtGetVersion",
-    "cublasLtMatmul",
-    "cublasLtMatmulAlgoCapGetAttribute",
-    "cublasLtMatmulAlgoCheck",
-    "cublasLtMatmulAlgoGetHeuristic",
-    "cublasLtMatmulDescCreate",
-    "cublasLtMatmulDescDestroy",
-    "cublasLtMatmulDescSetAttribute",
-    "cublasLtMatmulPreferenceCreate",
-    "cublasLtMatmulPreferenceDestroy",
-    "cublasLtMatmulPreferenceSetAttribute",
-    "cublasLtMatrixLayoutCreate",
-    "cublasLtMatrixLayoutDestroy",
-];
 
 /// What NVIDIA recommends for Hopper; smaller GPUs are content with less and have room for it.
 const WORKSPACE_BYTES: usize = 32 << 20;
@@ -57,73 +38,6 @@ const CANDIDATES: usize = 8;
 /// A candidate replaces one that cuBLASLt ranks before it if it takes less than this share of its time. Below that, noise
 /// would choose.
 const FASTER: f64 = 0.97;
-
-/// Finds and loads cuBLASLt once, and says which version it is (130002 for 13.0.2).
-///
-/// `VITMAE_CUBLASLT` may name the library or its folder; else the system's loader and the usual folders are asked. Without
-/// the library this is [`CudaError::CublasMissing`].
-pub fn probe() -> Result<usize> {
-    static PROBED: OnceLock<Result<usize>> = OnceLock::new();
-    PROBED.get_or_init(find).clone()
-}
-
-fn find() -> Result<usize> {
-    let explicit = std::env::var_os("VITMAE_CUBLASLT").filter(|path| !path.is_empty()).map(PathBuf::from);
-    // SAFETY: only opens libraries by name.
-    let is_present = || unsafe { sys::is_culib_present() };
-    let searched = match explicit {
-        Some(path) => {
-            load_from(&path)?;
-            path.display().to_string()
-        }
-        None if is_present() => "the system's libraries".to_string(),
-        None => {
-            // The first that loads; what does not is as good as missing.
-            let _ = usual_folders("cublas").iter().find(|folder| load_from(folder).is_ok());
-            "the system's libraries, CUDA_HOME, /usr/local/cuda*, LD_LIBRARY_PATH, site-packages of VIRTUAL_ENV"
-                .to_string()
-        }
-    };
-    if !is_present() {
-        return Err(CudaError::CublasMissing { searched });
-    }
-    // SAFETY: it is present, so cudarc opens it again and does not panic.
-    let library = unsafe { sys::culib() };
-    for symbol in SYMBOLS {
-        // SAFETY: the symbol is only looked up, as an address.
-        if unsafe { library.get::<*const ()>(symbol.as_bytes()) }.is_err() {
-            return Err(CudaError::CublasUnusable { reason: format!("it has no {symbol}") });
-        }
-    }
-    // SAFETY: cublasLtGetVersion() has no preconditions.
-    let version = unsafe { sys::cublasLtGetVersion() };
-    // 12.0 is 120000: three digits for the minor version and two for the patch, whatever the major version.
-    if version < 120_000 {
-        let reason = format!("it is version {version}, and 12.0 (120000) or newer is needed");
-        return Err(CudaError::CublasUnusable { reason });
-    }
-    Ok(version)
-}
-
-/// Loads the library at a path, or in a folder, and keeps it loaded, so that cudarc finds it by its soname.
-fn load_from(path: &std::path::Path) -> Result<()> {
-    let mut candidates = vec![path.to_path_buf()];
-    if !path.is_file() {
-        candidates = SONAMES.iter().map(|name| path.join(name)).filter(|path| path.is_file()).collect();
-    }
-    let Some(library) = candidates.first() else {
-        return Err(CudaError::CublasMissing { searched: path.display().to_string() });
-    };
-    // SAFETY: loading runs cuBLASLt's initialisers, which have no preconditions.
-    match unsafe { libloading::Library::new(library) } {
-        Ok(library) => std::mem::forget(library),
-        Err(error) => {
-            let reason = format!("{}: {}", library.display(), reason_of(&error));
-            return Err(CudaError::CublasUnusable { reason });
-        }
-    }
-    Ok(())
-}
 
 /// Products on the streams of one context, one at a time.
 pub(super) struct CublasLt {
@@ -462,134 +376,6 @@ impl Drop for Memory {
     }
 }
 
-/// A product's descriptors: `d = op(a) op(b)` and what follows, column-major.
-struct Product {
-    descriptor: Descriptor,
-    a: MatrixLayout,
-    b: MatrixLayout,
-    /// Of the addend too.
-    d: MatrixLayout,
-    adds: bool,
-    epilogue: EpilogueKind,
-}
-
-impl Product {
-    fn new(description: &GemmDescription) -> Result<Self> {
-        let GemmDescription { gemm, input, output, adds, epilogue } = *description;
-        let view = gemm.column_major();
-        let descriptor = Descriptor::new()?;
-        use sys::cublasLtMatmulDescAttributes_t as Attribute;
-        // cublasOperation_t: CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
-        descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &i32::from(view.a.transposed))?;
-        descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &i32::from(view.b.transposed))?;
-        use sys::cublasLtEpilogue_t as Kind;
-        let kind = match epilogue {
-            EpilogueKind::Nothing => Kind::CUBLASLT_EPILOGUE_DEFAULT,
-            EpilogueKind::Bias => Kind::CUBLASLT_EPILOGUE_BIAS,
-            EpilogueKind::BiasGeluTanh => Kind::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-            EpilogueKind::GeluTanhBackward => Kind::CUBLASLT_EPILOGUE_DGELU,
-        };
-        descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &(kind as u32))?;
-        if matches!(epilogue, EpilogueKind::BiasGeluTanh | EpilogueKind::GeluTanhBackward) {
-            let leading_dimension = view.d.leading_dimension as i64;
-            descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &leading_dimension)?;
-        }
-        Ok(Self {
-            descriptor,
-            a: MatrixLayout::new(input, view.a)?,
-            b: MatrixLayout::new(input, view.b)?,
-            d: MatrixLayout::new(output, view.d)?,
-            adds,
-            epilogue,
-        })
-    }
-
-    /// Says where the epilogue's vectors are. The choice of algorithms looks at their alignment.
-    fn point_at(&self, at: &GemmAddresses) -> Result<()> {
-        use sys::cublasLtMatmulDescAttributes_t as Attribute;
-        if matches!(self.epilogue, EpilogueKind::Bias | EpilogueKind::BiasGeluTanh) {
-            self.descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &at.bias)?;
-        }
-        if matches!(self.epilogue, EpilogueKind::BiasGeluTanh | EpilogueKind::GeluTanhBackward) {
-            self.descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &at.pre)?;
-        }
-        Ok(())
-    }
-}
-
-/// A `cublasLtMatmulDesc_t`, destroyed when dropped.
-struct Descriptor(sys::cublasLtMatmulDesc_t);
-
-impl Descriptor {
-    /// Sums and factors in f32; not TF32.
-    fn new() -> Result<Self> {
-        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        let created = result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F);
-        Ok(Self(created.map_err(|error| failed("describing a matrix product", error))?))
-    }
-
-    fn set<T: bytemuck::Pod>(&self, attribute: sys::cublasLtMatmulDescAttributes_t, value: &T) -> Result<()> {
-        // SAFETY: the descriptor exists; the attribute has this size, which cuBLASLt checks, and is copied.
-        unsafe {
-            result::set_matmul_desc_attribute(self.0, attribute, std::ptr::from_ref(value).cast(), size_of::<T>())
-        }
-        .map_err(|error| failed("describing a matrix product", error))
-    }
-}
-
-impl Drop for Descriptor {
-    fn drop(&mut self) {
-        // SAFETY: created by us and destroyed once. A failure here leaks, which harms nobody; so below.
-        let _ = unsafe { result::destroy_matmul_desc(self.0) };
-    }
-}
-
-/// A `cublasLtMatrixLayout_t`, destroyed when dropped.
-struct MatrixLayout(sys::cublasLtMatrixLayout_t);
-
-impl MatrixLayout {
-    fn new(of: GemmType, matrix: ColumnMajorMatrix) -> Result<Self> {
-        let of = match of {
-            GemmType::F32 => sys::cudaDataType::CUDA_R_32F,
-            GemmType::Bf16 => sys::cudaDataType::CUDA_R_16BF,
-        };
-        let (rows, columns) = (matrix.rows as u64, matrix.columns as u64);
-        let created = result::create_matrix_layout(of, rows, columns, matrix.leading_dimension as i64);
-        Ok(Self(created.map_err(|error| failed("describing a matrix", error))?))
-    }
-}
-
-impl Drop for MatrixLayout {
-    fn drop(&mut self) {
-        // SAFETY: created by us and destroyed once.
-        let _ = unsafe { result::destroy_matrix_layout(self.0) };
-    }
-}
-
-/// A `cublasLtMatmulPreference_t`, destroyed when dropped.
-struct Preference(sys::cublasLtMatmulPreference_t);
-
-impl Preference {
-    fn new() -> Result<Self> {
-        Ok(Self(result::create_matmul_pref().map_err(|error| failed("describing what is preferred", error))?))
-    }
-
-    fn set<T: bytemuck::Pod>(&self, attribute: sys::cublasLtMatmulPreferenceAttributes_t, value: &T) -> Result<()> {
-        // SAFETY: the preference exists; the attribute has this size, which cuBLASLt checks, and is copied.
-        unsafe {
-            result::set_matmul_pref_attribute(self.0, attribute, std::ptr::from_ref(value).cast(), size_of::<T>())
-        }
-        .map_err(|error| failed("describing what is preferred", error))
-    }
-}
-
-impl Drop for Preference {
-    fn drop(&mut self) {
-        // SAFETY: created by us and destroyed once.
-        let _ = unsafe { result::destroy_matmul_pref(self.0) };
-    }
-}
-
 /// Whether an algorithm can write elsewhere than over its addend.
 fn works_out_of_place(algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
     let attribute = sys::cublasLtMatmulAlgoCapAttributes_t::CUBLASLT_ALGO_CAP_OUT_OF_PLACE_RESULT_SUPPORT;
@@ -618,84 +404,19 @@ fn describe(description: &GemmDescription) -> String {
     format!("[{rows}, {depth}] x [{depth}, {columns}], {input:?} to {output:?}, epilogue {epilogue:?}, adds {adds}")
 }
 
-fn failed(call: &'static str, error: CublasError) -> CudaError {
-    CudaError::Call { call, reason: format!("{:?}", error.0) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::gemm::Gemm;
-
-    /// cuBLASLt, or nothing after saying that the test is skipped.
-    fn library() -> bool {
-        match probe() {
-            Ok(version) => {
-                println!("cuBLASLt {version}");
-                true
-            }
-            Err(error) => {
-                println!("skipped: {error}");
-                false
-            }
-        }
-    }
-
-    fn description(output: GemmType, adds: bool, epilogue: EpilogueKind) -> GemmDescription {
-        let gemm = Gemm {
-            rows: 50,
-            columns: 96,
-            depth: 64,
-            left: Layout::rows(64),
-            right: Layout::transposed(64),
-            output_stride: 96,
-        };
-        GemmDescription { gemm, input: GemmType::Bf16, output, adds, epilogue }
-    }
-
-    #[test]
-    fn a_folder_without_cublaslt_is_an_error_that_says_what_to_do() {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let error = load_from(folder.path()).expect_err("none");
-        assert!(matches!(error, CudaError::CublasMissing { .. }), "{error:?}");
-        let text = error.to_string();
-        assert!(text.contains("VITMAE_CUBLASLT") && text.contains("nvidia-cublas"), "{text}");
-
-        std::fs::write(folder.path().join(SONAMES[1]), "not a library").expect("written");
-        let error = load_from(folder.path()).expect_err("no library");
-        assert!(matches!(error, CudaError::CublasUnusable { .. }), "{error:?}");
-    }
-
-    #[test]
-    fn every_product_can_be_described() {
-        if !library() {
-            return;
-        }
-        // Descriptors need no device.
-        let at = GemmAddresses { output: 256, left: 512, right: 1024, addend: 256, bias: 2048, pre: 4096 };
-        for epilogue in
-            [EpilogueKind::Nothing, EpilogueKind::Bias, EpilogueKind::BiasGeluTanh, EpilogueKind::GeluTanhBackward]
-        {
-            for output in [GemmType::Bf16, GemmType::F32] {
-                for adds in [false, true] {
-                    let product = Product::new(&description(output, adds, epilogue)).expect("described");
-                    product.point_at(&at).expect("pointed");
-                }
-            }
-        }
-        let preference = Preference::new().expect("created");
-        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
-        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &(WORKSPACE_BYTES as u64)).expect("set");
-        // A size that is not the attribute's is refused, so the ones above are right.
-        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &1u16).expect_err("two bytes");
-        preference.set(Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &2u32).expect("set");
-        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &16u32).expect("set");
-    }
+    use crate::cuda::gemm::{EpilogueKind, Gemm, GemmType};
 
     #[test]
     fn a_key_sees_alignment_and_aliasing() {
         let at = GemmAddresses { output: 0x1000, left: 0x1002, right: 0x1010, addend: 0x1000, bias: 0, pre: 0 };
-        let key = Key::new(description(GemmType::F32, true, EpilogueKind::Nothing), &at);
+        let (left, right) = (Layout::transposed(8), Layout::rows(16));
+        let gemm = Gemm { rows: 8, columns: 16, depth: 4, left, right, output_stride: 16 };
+        let (input, output, epilogue) = (GemmType::Bf16, GemmType::F32, EpilogueKind::Nothing);
+        let description = GemmDescription { gemm, input, output, adds: true, epilogue };
+        let key = Key::new(description, &at);
         assert!(key.in_place);
         assert_eq!(key.alignments, [256, 2, 16, 256, 256, 256]);
         let apart = Key::new(key.description, &GemmAddresses { addend: 0x2008, ..at });

@@ -353,6 +353,10 @@ impl Driver for Emulator {
             self.write_matrix(addresses.pre, output, gemm.output_stride, &sums, columns)?;
             sums.iter_mut().for_each(|sum| *sum = gelu_tanh(*sum).0);
         }
+        if epilogue == EpilogueKind::LeftSums {
+            let left_sums: Vec<f32> = left.chunks_exact(depth).map(|row| row.iter().sum()).collect();
+            self.write_matrix(addresses.bias, output, rows, &left_sums, rows)?;
+        }
         if epilogue == EpilogueKind::GeluTanhBackward {
             let pre = self.read_matrix(addresses.pre, output, like_output, rows, columns)?;
             sums.iter_mut().zip(pre).for_each(|(sum, pre)| *sum *= gelu_tanh(pre).1);

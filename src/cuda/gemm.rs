@@ -122,6 +122,9 @@ pub enum Epilogue<'a, O> {
         /// What [`Epilogue::BiasGeluTanh`] stored.
         pre: &'a Slice<'a, O>,
     },
+    /// Leaves the sums alone, and stores the sum of every row of the left factor over the depth, `[rows]`: with the left
+    /// factor `dyᵀ` a bias's gradient.
+    LeftSums(SliceMut<'a, O>),
 }
 
 /// [`Epilogue`] without its memory.
@@ -135,6 +138,8 @@ pub enum EpilogueKind {
     BiasGeluTanh,
     /// [`Epilogue::GeluTanhBackward`].
     GeluTanhBackward,
+    /// [`Epilogue::LeftSums`].
+    LeftSums,
 }
 
 /// Everything about a product but where its matrices are.
@@ -163,7 +168,7 @@ pub struct GemmAddresses {
     pub right: u64,
     /// The addend; may be the output.
     pub addend: u64,
-    /// The bias.
+    /// The bias, or the sums of the left factor's rows.
     pub bias: u64,
     /// The values before the activation.
     pub pre: u64,
@@ -290,15 +295,16 @@ impl Stream {
         };
         let (kind, bias, pre) = match &epilogue {
             Epilogue::Nothing => (EpilogueKind::Nothing, None, 0),
-            Epilogue::Bias(bias) => (EpilogueKind::Bias, Some(*bias), 0),
+            Epilogue::Bias(bias) => (EpilogueKind::Bias, Some((bias.place(), columns)), 0),
             Epilogue::BiasGeluTanh { bias, pre } => {
                 let pre = matrix("length of the activation's input", pre.place())?;
-                (EpilogueKind::BiasGeluTanh, Some(*bias), pre)
+                (EpilogueKind::BiasGeluTanh, Some((bias.place(), columns)), pre)
             }
             Epilogue::GeluTanhBackward { pre } => {
                 let pre = matrix("length of the activation's input", pre.place())?;
                 (EpilogueKind::GeluTanhBackward, None, pre)
             }
+            Epilogue::LeftSums(sums) => (EpilogueKind::LeftSums, Some((sums.place(), rows)), 0),
         };
         if pre != 0 {
             within(OP, "stride of the activation's input modulo 8", (output_stride % 8) as u64, 0..=0)?;
@@ -306,9 +312,8 @@ impl Stream {
         }
         let bias = match bias {
             None => 0,
-            Some(bias) => {
-                let (address, length, device) = bias.place();
-                check("length of the bias", Layout::rows(columns), 1, columns, length, device)?;
+            Some(((address, length, device), needed)) => {
+                check("length of the bias", Layout::rows(needed), 1, needed, length, device)?;
                 address
             }
         };

@@ -1,13 +1,14 @@
 //! Linear layers: matrix products through [`Stream::gemm`], and launchers of `kernels/linear.cu` for what surrounds them.
 
+mod ops;
+
 use half::bf16;
 
-use super::backend::{Cuda, CudaBuffer, CudaElement};
 use super::error::{CudaError, Result};
 use super::gemm::{Addend, Epilogue, Gemm, GemmElement, GemmType, Layout};
 use super::launch::{Argument, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
 use super::modules::Kernel;
-use crate::ops::{Activation, Linear, LinearShape, Write};
+use crate::ops::{Activation, LinearShape, Write};
 
 const FINISH: Kernel = Kernel::named("linear_bias_backward_finish_f32");
 const ROUND: Kernel = Kernel::named("linear_bias_round_bf16");
@@ -33,18 +34,21 @@ mod sealed {
     pub trait Kernels {
         const FORWARD: Kernel;
         const BACKWARD: Kernel;
+        const BACKWARD_BIAS: Kernel;
         const PARTIAL: Kernel;
     }
 
     impl Kernels for f32 {
         const FORWARD: Kernel = Kernel::named("linear_activation_forward_f32");
         const BACKWARD: Kernel = Kernel::named("linear_activation_backward_f32");
+        const BACKWARD_BIAS: Kernel = Kernel::named("linear_activation_backward_bias_f32");
         const PARTIAL: Kernel = Kernel::named("linear_bias_backward_partial_f32");
     }
 
     impl Kernels for bf16 {
         const FORWARD: Kernel = Kernel::named("linear_activation_forward_bf16");
         const BACKWARD: Kernel = Kernel::named("linear_activation_backward_bf16");
+        const BACKWARD_BIAS: Kernel = Kernel::named("linear_activation_backward_bias_bf16");
         const PARTIAL: Kernel = Kernel::named("linear_bias_backward_partial_bf16");
     }
 }
@@ -141,19 +145,41 @@ pub fn linear_backward_weight<T: LinearElement>(
     x: &Slice<'_, T>,
     shape: LinearShape,
 ) -> Result<()> {
-    let LinearShape { rows, inputs, outputs } = shape;
+    if shape.rows == 0 {
+        return Ok(());
+    }
+    stream.gemm(weight_gemm(shape), dweight, dy, x, Addend::Output, Epilogue::Nothing)
+}
+
+/// `dweight += dyᵀ x` and `dbias += sum over rows of dy`, in one product whose epilogue adds up the bias's gradient, where
+/// there is an algorithm for that; else one after the other. The scratch memory is that of [`bias_backward`].
+///
+/// Errors: as [`Stream::gemm`] and [`bias_backward`].
+pub fn linear_backward_weight_and_bias<T: LinearElement>(
+    stream: &Stream,
+    dweight: &mut SliceMut<'_, f32>,
+    dbias: &mut SliceMut<'_, f32>,
+    scratch: &mut SliceMut<'_, f32>,
+    dy: &Slice<'_, T>,
+    x: &Slice<'_, T>,
+    shape: LinearShape,
+) -> Result<()> {
+    const OP: &str = "linear_backward_weight_and_bias";
+    let LinearShape { rows, outputs, .. } = shape;
+    exactly(OP, "length of dbias", dbias.len() as u64, outputs as u64)?;
+    within(OP, "outputs", outputs as u64, 0..=MAX_32_BIT)?;
     if rows == 0 {
         return Ok(());
     }
-    let gemm = Gemm {
-        rows: outputs,
-        columns: inputs,
-        depth: rows,
-        left: Layout::transposed(outputs),
-        right: Layout::rows(inputs),
-        output_stride: inputs,
-    };
-    stream.gemm(gemm, dweight, dy, x, Addend::Output, Epilogue::Nothing)
+    let sums = scratch.range(0..outputs)?;
+    match stream.gemm(weight_gemm(shape), dweight, dy, x, Addend::Output, Epilogue::LeftSums(sums)) {
+        Ok(()) => finish(stream, dbias, scratch, 1, outputs as u32),
+        Err(CudaError::NoAlgorithm { .. }) => {
+            linear_backward_weight(stream, dweight, dy, x, shape)?;
+            bias_backward(stream, dbias, scratch, dy, rows, outputs)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// `y = activation(pre)`, for as many elements as both have.
@@ -192,13 +218,7 @@ fn elementwise<T: LinearElement>(
     let blocks = out.len().div_ceil(THREADS as usize * PER_THREAD * vector::<T>()) as u64;
     within(op, "blocks", blocks, 0..=MAX_32_BIT)?;
     let length = out.len() as u64;
-    let function: u32 = match activation {
-        Activation::Gelu => 0,
-        Activation::GeluTanh => 1,
-        Activation::Relu => 2,
-        Activation::Silu => 3,
-        Activation::QuickGelu => 4,
-    };
+    let function = number_of(activation);
     let vectorized = u32::from(out.is_aligned_16() && pre.is_aligned_16());
     let grid = Grid { blocks: blocks as u32, threads: THREADS, shared_bytes: 0 };
     let arguments = [
@@ -210,6 +230,17 @@ fn elementwise<T: LinearElement>(
     ];
     // SAFETY: linear_activation_*(T*, const T*, u64, u32, u32); both have `length` elements.
     unsafe { stream.launch(kernel, grid, &arguments) }
+}
+
+/// The number of an activation in kernels/linear.cu.
+fn number_of(activation: Activation) -> u32 {
+    match activation {
+        Activation::Gelu => 0,
+        Activation::GeluTanh => 1,
+        Activation::Relu => 2,
+        Activation::Silu => 3,
+        Activation::QuickGelu => 4,
+    }
 }
 
 /// Numbers of scratch memory that [`bias_backward`] needs.
@@ -230,30 +261,107 @@ pub fn bias_backward<T: LinearElement>(
     columns: usize,
 ) -> Result<()> {
     const OP: &str = "bias_backward";
-    within(OP, "rows", rows as u64, 0..=MAX_32_BIT)?;
-    within(OP, "columns", columns as u64, 0..=MAX_32_BIT)?;
-    exactly(OP, "length of dy", dy.len() as u64, product(OP, "length of dy", &[rows, columns], u64::MAX)?)?;
-    exactly(OP, "length of dbias", dbias.len() as u64, columns as u64)?;
-    if rows == 0 || columns == 0 {
+    let Some((sums, grid)) = row_sums(OP, dbias, scratch, dy, dy.is_aligned_16(), rows, columns)? else {
         return Ok(());
+    };
+    let arguments = [scratch.argument(), dy.argument(), Argument::value(&sums)];
+    // SAFETY: linear_bias_backward_partial_*(float*, const T*, RowSums); lengths were checked.
+    unsafe { stream.launch(T::PARTIAL, grid, &arguments)? };
+    finish(stream, dbias, scratch, parts(rows).0 as u32, sums.columns)
+}
+
+/// Backward's three needs of an activation in one pass: `dpre *= activation'(pre)`, in place, `y = activation(pre)`, and
+/// `dbias[j] += sum of dpre[r, j] over r`. The scratch memory is that of [`bias_backward`].
+///
+/// Errors: as [`bias_backward`].
+#[expect(clippy::too_many_arguments, reason = "three outputs")]
+pub fn activation_backward_bias<T: LinearElement>(
+    stream: &Stream,
+    dpre: &mut SliceMut<'_, T>,
+    y: &mut SliceMut<'_, T>,
+    dbias: &mut SliceMut<'_, f32>,
+    scratch: &mut SliceMut<'_, f32>,
+    pre: &Slice<'_, T>,
+    rows: usize,
+    columns: usize,
+    activation: Activation,
+) -> Result<()> {
+    const OP: &str = "activation_backward_bias";
+    exactly(OP, "length of dpre", dpre.len() as u64, pre.len() as u64)?;
+    exactly(OP, "length of y", y.len() as u64, pre.len() as u64)?;
+    let aligned = dpre.is_aligned_16() && y.is_aligned_16() && pre.is_aligned_16();
+    let Some((sums, grid)) = row_sums(OP, dbias, scratch, pre, aligned, rows, columns)? else { return Ok(()) };
+    let function = number_of(activation);
+    let arguments = [
+        scratch.argument(),
+        dpre.argument(),
+        y.argument(),
+        pre.argument(),
+        Argument::value(&sums),
+        Argument::value(&function),
+    ];
+    // SAFETY: linear_activation_backward_bias_*(float*, T*, T*, const T*, RowSums, u32); lengths were checked.
+    unsafe { stream.launch(T::BACKWARD_BIAS, grid, &arguments)? };
+    finish(stream, dbias, scratch, parts(rows).0 as u32, sums.columns)
+}
+
+/// `RowSums` of kernels/linear.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct RowSums {
+    rows: u32,
+    columns: u32,
+    tiles: u32,
+    part_rows: u32,
+    vectorized: u32,
+}
+
+/// Checks limits and lengths of sums over the rows of `matrix`, and lays out the launch; nothing where there is nothing to do.
+fn row_sums<T: LinearElement>(
+    op: &'static str,
+    dbias: &SliceMut<'_, f32>,
+    scratch: &SliceMut<'_, f32>,
+    matrix: &Slice<'_, T>,
+    aligned: bool,
+    rows: usize,
+    columns: usize,
+) -> Result<Option<(RowSums, Grid)>> {
+    within(op, "rows", rows as u64, 0..=MAX_32_BIT)?;
+    within(op, "columns", columns as u64, 0..=MAX_32_BIT)?;
+    let elements = product(op, "length of the matrix", &[rows, columns], u64::MAX)?;
+    exactly(op, "length of the matrix", matrix.len() as u64, elements)?;
+    exactly(op, "length of dbias", dbias.len() as u64, columns as u64)?;
+    if rows == 0 || columns == 0 {
+        return Ok(None);
     }
     let needed = bias_backward_scratch(rows, columns);
-    within(OP, "length of the scratch memory", scratch.len() as u64, needed as u64..=u64::MAX)?;
+    within(op, "length of the scratch memory", scratch.len() as u64, needed as u64..=u64::MAX)?;
     let (parts, part_rows) = parts(rows);
     let tiles = columns.div_ceil(32 * vector::<T>());
-    let blocks = product(OP, "blocks", &[parts, tiles], MAX_32_BIT)? as u32;
-    let vectorized = u32::from(dy.is_aligned_16() && columns.is_multiple_of(vector::<T>()));
-    let numbers = [rows as u32, columns as u32, tiles as u32, part_rows as u32, vectorized];
-    let [rows, columns, tiles, part_rows, vectorized] = numbers.each_ref().map(Argument::value);
-    let grid = Grid { blocks, threads: THREADS, shared_bytes: 1024 * vector::<T>() as u32 };
-    let arguments = [scratch.argument(), dy.argument(), rows, columns, tiles, part_rows, vectorized];
-    // SAFETY: linear_bias_backward_partial_*(float*, const T*, u32, u32, u32, u32, u32); lengths were checked.
-    unsafe { stream.launch(T::PARTIAL, grid, &arguments)? };
-    let parts = parts as u32;
-    let grid = Grid { blocks: numbers[1].div_ceil(32), threads: 512, shared_bytes: 2048 };
-    let arguments = [dbias.argument(), scratch.argument(), Argument::value(&parts), columns];
+    let blocks = product(op, "blocks", &[parts, tiles], MAX_32_BIT)? as u32;
+    let sums = RowSums {
+        rows: rows as u32,
+        columns: columns as u32,
+        tiles: tiles as u32,
+        part_rows: part_rows as u32,
+        vectorized: (aligned && columns.is_multiple_of(vector::<T>())).into(),
+    };
+    Ok(Some((sums, Grid { blocks, threads: THREADS, shared_bytes: 1024 * vector::<T>() as u32 })))
+}
+
+/// `dbias[j] += sum of partial[c, j] over c`. The lengths were checked.
+fn finish(
+    stream: &Stream,
+    dbias: &mut SliceMut<'_, f32>,
+    partial: &SliceMut<'_, f32>,
+    parts: u32,
+    columns: u32,
+) -> Result<()> {
+    let grid = Grid { blocks: columns.div_ceil(32), threads: 512, shared_bytes: 2048 };
+    let numbers = [parts, columns];
+    let [parts, columns] = numbers.each_ref().map(Argument::value);
     // SAFETY: linear_bias_backward_finish_f32(float*, const float*, u32, u32); lengths were checked.
-    unsafe { stream.launch(FINISH, grid, &arguments) }
+    unsafe { stream.launch(FINISH, grid, &[dbias.argument(), partial.argument(), parts, columns]) }
 }
 
 /// Rounds a bias to the type that the epilogue of a product in bf16 takes.
@@ -293,6 +401,12 @@ fn input_gemm(shape: LinearShape) -> Gemm {
     Gemm { rows, columns: inputs, depth: outputs, left, right, output_stride: inputs }
 }
 
+fn weight_gemm(shape: LinearShape) -> Gemm {
+    let LinearShape { rows, inputs, outputs } = shape;
+    let (left, right) = (Layout::transposed(outputs), Layout::rows(inputs));
+    Gemm { rows: outputs, columns: inputs, depth: rows, left, right, output_stride: inputs }
+}
+
 fn addend_of<'a, T>(write: Write) -> Addend<'a, T> {
     match write {
         Write::Assign => Addend::Nothing,
@@ -304,151 +418,4 @@ fn addend_of<'a, T>(write: Write) -> Addend<'a, T> {
 /// kernel is exact and the product is what takes the time.
 fn has_epilogue<T: GemmElement>(activation: Activation, width: usize, aligned: bool) -> bool {
     T::TYPE == GemmType::Bf16 && activation == Activation::GeluTanh && width.is_multiple_of(8) && aligned
-}
-
-impl<E: CudaElement> Cuda<E> {
-    /// Lends a bias in the type that epilogues take.
-    fn with_bias(
-        &self,
-        op: &'static str,
-        outputs: usize,
-        bias: Option<&CudaBuffer<f32>>,
-        work: impl FnOnce(Option<&Slice<'_, E>>) -> Result<()>,
-    ) -> crate::Result<()> {
-        let Some(bias) = bias else { return Ok(work(None)?) };
-        let bias = bias.input(op, "bias", &[outputs])?;
-        if E::is_master() {
-            return Ok(work(Some(&bias.reinterpret()))?);
-        }
-        self.with_scratch(outputs.div_ceil(2), |scratch| {
-            let mut rounded = scratch.reinterpret();
-            let mut rounded = rounded.range(0..outputs)?;
-            bias_round(self.stream(), &mut rounded, &bias)?;
-            Ok(work(Some(&rounded.as_slice().reinterpret()))?)
-        })
-    }
-}
-
-impl<E: CudaElement> Linear for Cuda<E> {
-    fn linear_forward(
-        &self,
-        shape: LinearShape,
-        y: &mut CudaBuffer<E>,
-        x: &CudaBuffer<E>,
-        weight: &CudaBuffer<E>,
-        bias: Option<&CudaBuffer<f32>>,
-    ) -> crate::Result<()> {
-        let op = "linear_forward";
-        let mut y = y.output(op, "y", &[shape.rows, shape.outputs])?;
-        let x = x.input(op, "x", &[shape.rows, shape.inputs])?;
-        let weight = weight.input(op, "weight", &[shape.outputs, shape.inputs])?;
-        self.with_bias(op, shape.outputs, bias, |bias| {
-            linear_forward(self.stream(), &mut y, Addend::Nothing, &x, &weight, bias, shape)
-        })
-    }
-
-    fn linear_residual_forward(
-        &self,
-        shape: LinearShape,
-        y: &mut CudaBuffer<E>,
-        residual: &CudaBuffer<E>,
-        x: &CudaBuffer<E>,
-        weight: &CudaBuffer<E>,
-        bias: Option<&CudaBuffer<f32>>,
-    ) -> crate::Result<()> {
-        let op = "linear_residual_forward";
-        let mut y = y.output(op, "y", &[shape.rows, shape.outputs])?;
-        let residual = residual.input(op, "residual", &[shape.rows, shape.outputs])?;
-        let x = x.input(op, "x", &[shape.rows, shape.inputs])?;
-        let weight = weight.input(op, "weight", &[shape.outputs, shape.inputs])?;
-        self.with_bias(op, shape.outputs, bias, |bias| {
-            linear_forward(self.stream(), &mut y, Addend::Matrix(&residual), &x, &weight, bias, shape)
-        })
-    }
-
-    fn linear_activation_forward(
-        &self,
-        shape: LinearShape,
-        activation: Activation,
-        y: &mut CudaBuffer<E>,
-        pre: &mut CudaBuffer<E>,
-        x: &CudaBuffer<E>,
-        weight: &CudaBuffer<E>,
-        bias: Option<&CudaBuffer<f32>>,
-    ) -> crate::Result<()> {
-        let op = "linear_activation_forward";
-        let mut y = y.output(op, "y", &[shape.rows, shape.outputs])?;
-        let mut pre = pre.output(op, "pre", &[shape.rows, shape.outputs])?;
-        let x = x.input(op, "x", &[shape.rows, shape.inputs])?;
-        let weight = weight.input(op, "weight", &[shape.outputs, shape.inputs])?;
-        self.with_bias(op, shape.outputs, bias, |bias| {
-            linear_activation_forward(self.stream(), &mut y, &mut pre, &x, &weight, bias, shape, activation)
-        })
-    }
-
-    fn activation_forward(
-        &self,
-        length: usize,
-        activation: Activation,
-        y: &mut CudaBuffer<E>,
-        pre: &CudaBuffer<E>,
-    ) -> crate::Result<()> {
-        let op = "activation_forward";
-        let mut y = y.output(op, "y", &[length])?;
-        let pre = pre.input(op, "pre", &[length])?;
-        Ok(activation_forward(self.stream(), &mut y, &pre, activation)?)
-    }
-
-    fn linear_backward_input(
-        &self,
-        shape: LinearShape,
-        write: Write,
-        dx: &mut CudaBuffer<E>,
-        dy: &CudaBuffer<E>,
-        weight: &CudaBuffer<E>,
-    ) -> crate::Result<()> {
-        let op = "linear_backward_input";
-        let mut dx = dx.output(op, "dx", &[shape.rows, shape.inputs])?;
-        let dy = dy.input(op, "dy", &[shape.rows, shape.outputs])?;
-        let weight = weight.input(op, "weight", &[shape.outputs, shape.inputs])?;
-        Ok(linear_backward_input(self.stream(), &mut dx, &dy, &weight, shape, write)?)
-    }
-
-    fn linear_activation_backward_input(
-        &self,
-        shape: LinearShape,
-        activation: Activation,
-        dpre: &mut CudaBuffer<E>,
-        dy: &CudaBuffer<E>,
-        weight: &CudaBuffer<E>,
-        pre: &CudaBuffer<E>,
-    ) -> crate::Result<()> {
-        let op = "linear_activation_backward_input";
-        let mut dpre = dpre.output(op, "dpre", &[shape.rows, shape.inputs])?;
-        let dy = dy.input(op, "dy", &[shape.rows, shape.outputs])?;
-        let weight = weight.input(op, "weight", &[shape.outputs, shape.inputs])?;
-        let pre = pre.input(op, "pre", &[shape.rows, shape.inputs])?;
-        Ok(linear_activation_backward_input(self.stream(), &mut dpre, &dy, &weight, &pre, shape, activation)?)
-    }
-
-    fn linear_backward_weight(
-        &self,
-        shape: LinearShape,
-        dweight: &mut CudaBuffer<f32>,
-        dbias: Option<&mut CudaBuffer<f32>>,
-        dy: &CudaBuffer<E>,
-        x: &CudaBuffer<E>,
-    ) -> crate::Result<()> {
-        let op = "linear_backward_weight";
-        let LinearShape { rows, inputs, outputs } = shape;
-        let mut dweight = dweight.output(op, "dweight", &[outputs, inputs])?;
-        let dy = dy.input(op, "dy", &[rows, outputs])?;
-        let x = x.input(op, "x", &[rows, inputs])?;
-        let dbias = dbias.map(|dbias| dbias.output(op, "dbias", &[outputs])).transpose()?;
-        linear_backward_weight(self.stream(), &mut dweight, &dy, &x, shape)?;
-        let Some(mut dbias) = dbias else { return Ok(()) };
-        self.with_scratch(bias_backward_scratch(rows, outputs), |scratch| {
-            Ok(bias_backward(self.stream(), &mut dbias, scratch, &dy, rows, outputs)?)
-        })
-    }
 }

@@ -49,6 +49,8 @@ pub const KERNELS: &[(&str, &str)] = &[
     ("linear.cu", "linear_activation_forward_bf16"),
     ("linear.cu", "linear_activation_backward_f32"),
     ("linear.cu", "linear_activation_backward_bf16"),
+    ("linear.cu", "linear_activation_backward_bias_f32"),
+    ("linear.cu", "linear_activation_backward_bias_bf16"),
     ("linear.cu", "linear_bias_backward_partial_f32"),
     ("linear.cu", "linear_bias_backward_partial_bf16"),
     ("linear.cu", "linear_bias_backward_finish_f32"),

@@ -252,21 +252,22 @@ pub(crate) fn backward<B: Backend>(
         // The MLP: after = middle + contract(activation(expand(norm2(middle)))).
         let expand = shape.linear(width, mlp_width);
         let contract = shape.linear(mlp_width, width);
-        backend.activation_forward(shape.rows() * mlp_width, activation, expanded, &kept.pre)?;
+        backend.linear_activation_backward(
+            contract,
+            activation,
+            dwide,
+            expanded,
+            gradients.expand.bias.as_mut(),
+            dx,
+            &weights.contract.weight,
+            &kept.pre,
+        )?;
         backend.linear_backward_weight(
             contract,
             &mut gradients.contract.weight,
             gradients.contract.bias.as_mut(),
             dx,
             expanded,
-        )?;
-        backend.linear_activation_backward_input(
-            contract,
-            activation,
-            dwide,
-            dx,
-            &weights.contract.weight,
-            &kept.pre,
         )?;
         let norm2 = &weights.norm2;
         backend.layernorm_forward(
@@ -278,13 +279,8 @@ pub(crate) fn backward<B: Backend>(
             &norm2.gamma,
             &norm2.beta,
         )?;
-        backend.linear_backward_weight(
-            expand,
-            &mut gradients.expand.weight,
-            gradients.expand.bias.as_mut(),
-            dwide,
-            norm,
-        )?;
+        // Its bias's gradient came with the activation's.
+        backend.linear_backward_weight(expand, &mut gradients.expand.weight, None, dwide, norm)?;
         backend.linear_backward_input(expand, Write::Assign, dnarrow, dwide, &weights.expand.weight)?;
         backend.layernorm_backward(
             shape.norm(),

@@ -126,6 +126,25 @@ pub trait Linear: Memory {
         pre: &Self::Buffer<Self::Element>,
     ) -> Result<()>;
 
+    /// Everything that backward needs of an activation between two layers: `dpre = (dy weight) * activation'(pre)`;
+    /// `y = activation(pre)` again, for this layer's weight gradient; and `dbias += sum over rows of dpre`, `[inputs]`, the
+    /// bias gradient of the layer before, which is then not asked for again.
+    ///
+    /// # Errors
+    /// As [`Linear::linear_forward`].
+    #[expect(clippy::too_many_arguments, reason = "three outputs and three inputs")]
+    fn linear_activation_backward(
+        &self,
+        shape: LinearShape,
+        activation: Activation,
+        dpre: &mut Self::Buffer<Self::Element>,
+        y: &mut Self::Buffer<Self::Element>,
+        dbias: Option<&mut Self::Buffer<Self::Master>>,
+        dy: &Self::Buffer<Self::Element>,
+        weight: &Self::Buffer<Self::Element>,
+        pre: &Self::Buffer<Self::Element>,
+    ) -> Result<()>;
+
     /// `dweight += dyᵀ x` and `dbias += sum over rows of dy`.
     ///
     /// # Errors

@@ -68,6 +68,15 @@ pub const OPS: &[OpSpec] = &[
     ),
     op(
         "linear",
+        "linear_activation_backward",
+        &[
+            "linear_activation_backward_bias_f32",
+            "linear_activation_backward_bias_bf16",
+            "linear_bias_backward_finish_f32",
+        ],
+    ),
+    op(
+        "linear",
         "linear_backward_weight",
         &["linear_bias_backward_partial_f32", "linear_bias_backward_partial_bf16", "linear_bias_backward_finish_f32"],
     ),

@@ -5,7 +5,9 @@ use vitmae::cpu::Cpu;
 use vitmae::ops::{Activation, Element, Linear, LinearShape, Memory, Write};
 
 use super::emulated::gemm::{Addend, Epilogue, Gemm, GemmElement, Layout};
-use super::emulated::linear::{activation_backward, bias_backward, bias_backward_scratch};
+use super::emulated::linear::{
+    activation_backward, bias_backward, bias_backward_scratch, linear_backward_weight_and_bias,
+};
 use super::emulated::{Cuda, CudaBuffer, CudaElement, CudaError, SEEDS, emulator};
 
 const ACTIVATIONS: [Activation; 5] =
@@ -165,6 +167,36 @@ fn check_layer<E: CudaElement>(device: &Cuda<E>, shape: LinearShape, activation:
     let found = dpre.read(device, "dpre");
     assert_close(&found, &rounded::<E>(&naive), &exact, 3.0, &what("linear_activation_backward_input"));
 
+    for bias in [true, false] {
+        let what = |op: &str| format!("{}, bias {bias}", what(op));
+        let (mut dpre, mut y) = (output(rows * inputs), output(rows * inputs));
+        let bias_before = rounded::<f32>(&random(inputs, 10));
+        let mut dbias = Padded::<f32>::new(device, &bias_before, shift);
+        let dbias_d = bias.then_some(&mut dbias.part);
+        device
+            .linear_activation_backward(shape, activation, &mut dpre.part, &mut y.part, dbias_d, dy_d, weight_d, pre_d)
+            .expect("no fault");
+        let found = dpre.read(device, "dpre");
+        assert_close(&found, &rounded::<E>(&naive), &exact, 3.0, &what("linear_activation_backward, dpre"));
+        let mut exact_y = zeros(rows * inputs);
+        cpu.activation_forward(rows * inputs, activation, &mut exact_y, &pre_r).expect("right");
+        let naive_y = rounded::<E>(&exact_y);
+        assert_close(&y.read(device, "y"), &naive_y, &exact_y, 2.0, &what("linear_activation_backward, y"));
+        let sum = |matrix: &[f64], j: usize| (0..rows).map(|r| matrix[r * inputs + j]).sum::<f64>();
+        let sums = |matrix: &[f64]| (0..inputs).map(|j| bias_before[j] + sum(matrix, j)).collect::<Vec<f64>>();
+        let (exact_sums, naive_sums) = (sums(&exact), sums(&rounded::<E>(&naive)));
+        let (exact_sums, naive_sums) =
+            if bias { (exact_sums, naive_sums) } else { (bias_before.clone(), bias_before.clone()) };
+        let found = dbias.read(device, "dbias");
+        // A sum of few numbers may be exact by chance: allow the rounding of one of them.
+        let unit = if size_of::<E>() == 2 { 1.0 / 256.0 } else { 2e-6 };
+        let slack = unit * largest(exact.iter().map(|value| value.abs()));
+        for ((found, naive), exact) in found.iter().zip(&naive_sums).zip(&exact_sums) {
+            let (error, allowed) = ((found - exact).abs(), 3.0 * (naive - exact).abs() + slack * rows as f64);
+            assert!(error <= allowed, "{}: {found}, expected {exact}", what("linear_activation_backward, dbias"));
+        }
+    }
+
     let mut dweight = Padded::<f32>::new(device, &dweight_before, shift);
     let mut dbias = Padded::<f32>::new(device, &dbias_before, shift);
     device.linear_backward_weight(shape, &mut dweight.part, Some(&mut dbias.part), dy_d, x_d).expect("no fault");
@@ -175,7 +207,31 @@ fn check_layer<E: CudaElement>(device: &Cuda<E>, shape: LinearShape, activation:
     assert_close(&found, &rounded::<f32>(&exact), &exact, 3.0, &what("linear_backward_weight"));
     let found = dbias.read(device, "dbias");
     assert_close(&found, &rounded::<f32>(&exact_bias), &exact_bias, 3.0, &what("linear_backward_weight, bias"));
+    // Once more without a bias, and in one product with it.
     device.linear_backward_weight(shape, &mut dweight.part, None, dy_d, x_d).expect("no fault");
+    let (mut dweight, mut dbias) =
+        (Padded::<f32>::new(device, &dweight_before, shift), Padded::<f32>::new(device, &dbias_before, shift));
+    let mut scratch = device.stream().uninitialised::<f32>(bias_backward_scratch(rows, outputs)).expect("reserved");
+    linear_backward_weight_and_bias(
+        device.stream(),
+        &mut dweight.part.slice_mut(),
+        &mut dbias.part.slice_mut(),
+        &mut scratch.as_mut_slice(),
+        &dy_d.slice(),
+        &x_d.slice(),
+        shape,
+    )
+    .expect("no fault");
+    let found = dweight.read(device, "dweight");
+    assert_close(&found, &rounded::<f32>(&exact), &exact, 3.0, &what("linear_backward_weight_and_bias"));
+    let found = dbias.read(device, "dbias");
+    assert_close(
+        &found,
+        &rounded::<f32>(&exact_bias),
+        &exact_bias,
+        3.0,
+        &what("linear_backward_weight_and_bias, bias"),
+    );
 }
 
 /// The derivatives of an activation, from the reference: a layer with the identity as its weight.

@@ -150,6 +150,21 @@ fn all_backward<F: Float>(size: (usize, usize, usize)) {
         };
         let expected: Vec<f64> = dx.iter().zip(&pre).map(|(dx, &pre)| dx * slope(pre)).collect();
         close("dpre", &found, &expected, tolerance_x.max(1e-9) * 4.0);
+        let [found, y, dbias] = same_on_any_threads(|| {
+            let (mut dpre, mut y, mut dbias) =
+                (poisoned::<F>(rows * n), poisoned::<F>(rows * n), buffer::<F>(&pre[..n]));
+            let sums = Some(&mut dbias);
+            Cpu::new()
+                .linear_activation_backward(shape, activation, &mut dpre, &mut y, sums, &dy_, &weight_, &pre_)
+                .unwrap();
+            [read(&dpre), read(&y), read(&dbias)]
+        });
+        close("dpre, with y and dbias", &found, &expected, tolerance_x.max(1e-9) * 4.0);
+        let expected_y: Vec<f64> = pre.iter().map(|&pre| naive_activation(activation, pre)).collect();
+        close("y again", &y, &expected_y, tolerance_x.max(1e-9) * 4.0);
+        let sum = |j: usize| pre[j] + (0..rows).map(|i| expected[i * n + j]).sum::<f64>();
+        let expected: Vec<f64> = (0..n).map(sum).collect();
+        close("dbias of the layer before", &dbias, &expected, tolerance_x.max(1e-9) * 4.0 * rows as f64);
     }
     let tolerance_w = tolerance::<F>(rows);
     let old = random(31, outputs * n);
