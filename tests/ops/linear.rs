@@ -118,7 +118,7 @@ fn all_backward<F: Float>(size: (usize, usize, usize)) {
     let shape = shape(size);
     let LinearShape { rows, inputs: n, outputs } = shape;
     let [x, weight, bias, dy] = inputs(shape, 20);
-    let pre = random(30, rows * n);
+    let (pre, before) = (random(30, rows * n), random(32, n));
     let (x_, weight_, dy_, pre_) = (buffer::<F>(&x), buffer::<F>(&weight), buffer::<F>(&dy), buffer::<F>(&pre));
     let dx = matrix(rows, n, |i, j| (0..outputs).map(|k| dy[i * outputs + k] * weight[k * n + j]).sum());
     let tolerance_x = tolerance::<F>(outputs);
@@ -151,8 +151,7 @@ fn all_backward<F: Float>(size: (usize, usize, usize)) {
         let expected: Vec<f64> = dx.iter().zip(&pre).map(|(dx, &pre)| dx * slope(pre)).collect();
         close("dpre", &found, &expected, tolerance_x.max(1e-9) * 4.0);
         let [found, y, dbias] = same_on_any_threads(|| {
-            let (mut dpre, mut y, mut dbias) =
-                (poisoned::<F>(rows * n), poisoned::<F>(rows * n), buffer::<F>(&pre[..n]));
+            let (mut dpre, mut y, mut dbias) = (poisoned::<F>(rows * n), poisoned::<F>(rows * n), buffer::<F>(&before));
             let sums = Some(&mut dbias);
             Cpu::new()
                 .linear_activation_backward(shape, activation, &mut dpre, &mut y, sums, &dy_, &weight_, &pre_)
@@ -162,7 +161,7 @@ fn all_backward<F: Float>(size: (usize, usize, usize)) {
         close("dpre, with y and dbias", &found, &expected, tolerance_x.max(1e-9) * 4.0);
         let expected_y: Vec<f64> = pre.iter().map(|&pre| naive_activation(activation, pre)).collect();
         close("y again", &y, &expected_y, tolerance_x.max(1e-9) * 4.0);
-        let sum = |j: usize| pre[j] + (0..rows).map(|i| expected[i * n + j]).sum::<f64>();
+        let sum = |j: usize| before[j] + (0..rows).map(|i| expected[i * n + j]).sum::<f64>();
         let expected: Vec<f64> = (0..n).map(sum).collect();
         close("dbias of the layer before", &dbias, &expected, tolerance_x.max(1e-9) * 4.0 * rows as f64);
     }
