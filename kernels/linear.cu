@@ -2,36 +2,38 @@
 //
 //   linear_activation_forward_*    y = f(pre)                                    assigned
 //   linear_activation_backward_*   dpre = dpre * f'(pre), in place               dpre holds the gradient of f's output before
-//   linear_activation_backward_bias_*  the same, y = f(pre) again, and partial[c, j] = sum of dpre[r, j] over the rows r of part c
+//   linear_activation_backward_bias_*  the same, y = f(pre) again, and partial[c, j] = sum of dpre[r, j] over rows r of part c
 //   linear_bias_backward_partial_* partial[c, j] = sum of dy[r, j] over the rows r of part c          assigned
 //   linear_bias_backward_finish_f32  dbias[j] += sum over c of partial[c, j]     accumulated
 //   linear_bias_round_bf16         rounded = bf16(bias), for an epilogue whose bias has the output's type
 //
 // One pass for backward's three needs of an activation: its slope, its output for the next weight's gradient, and the bias
 // gradient of the layer before; the sums are of dpre before it is rounded.
-// f: GELU with the error function (Hendrycks and Gimpel, arXiv 1606.08415), its tanh form, ReLU, SiLU, or x sigmoid(1.702 x).
-// y, pre, dpre: `length` elements, or [rows, columns], f32 or bf16; dy [rows, columns], f32 or bf16; partial [parts, columns], dbias, bias [columns],
-// f32. Arithmetic in f32, one rounding at the end. No aliasing but the one in place; y may not be pre. Forward saves pre.
+// f: GELU with the error function (Hendrycks and Gimpel, arXiv 1606.08415), its tanh form, ReLU, SiLU, or
+// x sigmoid(1.702 x).
+// y, pre, dpre: `length` elements, or [rows, columns], f32 or bf16; dy [rows, columns], f32 or bf16; partial [parts,
+// columns], dbias, bias [columns], f32. Arithmetic in f32, one rounding at the end. No aliasing but the one in place; y may
+// not be pre. Forward saves pre.
 //
 // GELU: with z = |x|, the normal distribution's tail is exp(-z^2 / 2) R(z); R is t times a polynomial of degree 6 in
-// t = 1 / (1 + p z), fitted for z from 0 to 6 with a relative error of 1.1e-7 (kernels/notes/linear.md). No cancellation, so the
-// negative tail is as exact as the rest; the same exponential gives the density that the derivative needs. Two operations of
-// the special function unit and about 15 others per element, without a branch.
+// t = 1 / (1 + p z), fitted for z from 0 to 6 with a relative error of 1.1e-7 (kernels/notes/linear.md). No cancellation, so
+// the negative tail is as exact as the rest; the same exponential gives the density that the derivative needs. Two
+// operations of the special function unit and about 15 others per element, without a branch.
 //
-// Method, activations: 16-byte vectors, PER_THREAD of them loaded before the first is used; a block takes BLOCK_VECTORS. What is
-// left over, and everything where an address is not a multiple of 16, goes element by element.
-// Method, bias: a warp reads 32 vectors of a row at once, so a lane owns a vector's columns and keeps their sums in registers; the
-// block's warps take turns on the rows of its part, and are then added up through shared memory in order. Parts depend on
-// the shape alone, so the sums have the same bits every time. Where rows do not start at multiples of 16 bytes, a lane owns
-// columns 32 apart.
+// Method, activations: 16-byte vectors, PER_THREAD of them loaded before the first is used; a block takes BLOCK_VECTORS.
+// What is left over, and everything where an address is not a multiple of 16, goes element by element.
+// Method, bias: a warp reads 32 vectors of a row at once, so a lane owns a vector's columns and keeps their sums in
+// registers; the block's warps take turns on the rows of its part, and are then added up through shared memory in order.
+// Parts depend on the shape alone, so the sums have the same bits every time. Where rows do not start at multiples of 16
+// bytes, a lane owns columns 32 apart.
 //
 // Preconditions, checked by the launcher (src/cuda/linear.rs): buffer lengths; columns < 2^31, rows < 2^31, blocks < 2^31;
 // `vectorized` only if all addresses, and for the bias the rows, are multiples of 16 bytes.
 // Launch, with v elements to 16 bytes: activations: grid ceil(length / (512 v)), block 256; sums over rows: grid parts *
 // ceil(columns / (32 v)), block 256, 1024 v bytes of shared memory; finish: grid ceil(columns / 32), block 512, 2048 bytes;
 // round: grid ceil(columns / 128), block 128.
-// Bytes, e = element size: forward 2 e length, backward 3 e length, with y and sums 4 e length; parts: e rows columns + 4 parts columns, finish: 4 parts
-// columns. FLOPs: about 20 length for GELU, rows columns for the bias. Bound by: memory.
+// Bytes, e = element size: forward 2 e length, backward 3 e length, with y and sums 4 e length; parts: e rows columns + 4
+// parts columns, finish: 4 parts columns. FLOPs: about 20 length for GELU, rows columns for the bias. Bound by: memory.
 #include "device.cuh"
 
 constexpr u32 THREADS = 256;

@@ -43,9 +43,10 @@ fn find() -> Result<usize> {
     let explicit = std::env::var_os("VITMAE_CUBLASLT").filter(|path| !path.is_empty()).map(PathBuf::from);
     // SAFETY: only opens libraries by name.
     let is_present = || unsafe { sys::is_culib_present() };
+    let mut wanted = None;
     let searched = match explicit {
         Some(path) => {
-            load_from(&path)?;
+            wanted = Some(load_from(&path)?);
             path.display().to_string()
         }
         None if is_present() => "the system's libraries".to_string(),
@@ -69,6 +70,14 @@ fn find() -> Result<usize> {
     }
     // SAFETY: cublasLtGetVersion() has no preconditions.
     let version = unsafe { sys::cublasLtGetVersion() };
+    if let Some(wanted) = wanted.filter(|&wanted| wanted != version) {
+        // cudarc asks the loader for `libcublasLt.so` first: say so instead of using another one quietly.
+        let reason = format!(
+            "VITMAE_CUBLASLT is version {wanted}, but the system's loader has a libcublasLt.so of version {version} that \
+             comes first; put the wanted one's folder first in LD_LIBRARY_PATH"
+        );
+        return Err(CudaError::CublasUnusable { reason });
+    }
     // 12.0 is 120000: three digits for the minor version and two for the patch, whatever the major version.
     if version < 120_000 {
         let reason = format!("it is version {version}, and 12.0 (120000) or newer is needed");
@@ -77,24 +86,24 @@ fn find() -> Result<usize> {
     Ok(version)
 }
 
-/// Loads the library at a path, or in a folder, and keeps it loaded, so that cudarc finds it by its soname.
-fn load_from(path: &Path) -> Result<()> {
+/// Loads the library at a path, or in a folder, and keeps it loaded, so that cudarc finds it by its soname; says its version.
+fn load_from(path: &Path) -> Result<usize> {
     let mut candidates = vec![path.to_path_buf()];
     if !path.is_file() {
         candidates = SONAMES.iter().map(|name| path.join(name)).filter(|path| path.is_file()).collect();
     }
-    let Some(library) = candidates.first() else {
+    let Some(path) = candidates.first() else {
         return Err(CudaError::CublasMissing { searched: path.display().to_string() });
     };
+    let unusable = |error| CudaError::CublasUnusable { reason: format!("{}: {}", path.display(), reason_of(&error)) };
     // SAFETY: loading runs cuBLASLt's initialisers, which have no preconditions.
-    match unsafe { libloading::Library::new(library) } {
-        Ok(library) => std::mem::forget(library),
-        Err(error) => {
-            let reason = format!("{}: {}", library.display(), reason_of(&error));
-            return Err(CudaError::CublasUnusable { reason });
-        }
-    }
-    Ok(())
+    let library = unsafe { libloading::Library::new(path) }.map_err(unusable)?;
+    // SAFETY: cublasLtGetVersion() -> size_t has no preconditions.
+    let version =
+        unsafe { library.get::<unsafe extern "C" fn() -> usize>(b"cublasLtGetVersion\0").map(|version| version()) };
+    let version = version.map_err(unusable)?;
+    std::mem::forget(library);
+    Ok(version)
 }
 
 #[cfg(test)]
