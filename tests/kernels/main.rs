@@ -11,6 +11,7 @@ mod linear;
 mod loss;
 mod masking;
 mod patchify;
+mod recording;
 mod reference;
 mod scratch;
 mod tokens;
