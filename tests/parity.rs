@@ -1,12 +1,12 @@
 //! The model against transformers and PyTorch, on the committed golden values (`tests/golden/README.md`).
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
+mod goldens;
 
-use safetensors::{Dtype, SafeTensors};
+use std::fs;
+
+use goldens::{Case, assert_close, cases, read};
 use vitmae::cpu::Cpu;
-use vitmae::model::{Extras, ImageValues, Images, MaeEncoder, MaeForPreTraining, Masking, PositionInterpolation};
+use vitmae::model::{Extras, ImageValues, Images, MaeEncoder, MaeForPreTraining, Masking};
 use vitmae::train::{OptimizerSettings, Trainer};
 
 /// Of loss, predictions, hidden states and attention.
@@ -14,175 +14,11 @@ const OUTPUT_BOUND: f64 = 1e-5;
 /// Of every gradient.
 const GRADIENT_BOUND: f64 = 1e-4;
 
-struct Tensor {
-    shape: Vec<usize>,
-    values: Vec<f64>,
-}
-
-impl Tensor {
-    fn f32(&self) -> Vec<f32> {
-        self.values.iter().map(|&value| value as f32).collect()
-    }
-}
-
-fn read(path: &Path) -> BTreeMap<String, Tensor> {
-    let bytes = fs::read(path).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    file.tensors()
-        .into_iter()
-        .map(|(name, view)| {
-            let data = view.data();
-            let values = match view.dtype() {
-                Dtype::F32 => {
-                    data.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect()
-                }
-                Dtype::F64 => data.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect(),
-                Dtype::I64 => data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as f64).collect(),
-                other => panic!("{name} has type {other:?}"),
-            };
-            (name, Tensor { shape: view.shape().to_vec(), values })
-        })
-        .collect()
-}
-
-fn cases() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases")
-}
-
-/// The largest difference over the largest expected value, and the same of the Euclidean norms; the greater of the two.
-fn relative_error(found: &[f32], expected: &[f64]) -> f64 {
-    assert_eq!(found.len(), expected.len());
-    let differences = || found.iter().zip(expected).map(|(&found, &expected)| (f64::from(found) - expected).abs());
-    let largest = expected.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
-    if largest == 0.0 {
-        return differences().fold(0.0, f64::max);
-    }
-    let norm = expected.iter().map(|value| value * value).sum::<f64>().sqrt();
-    let by_norm = differences().map(|difference| difference * difference).sum::<f64>().sqrt() / norm;
-    assert!(by_norm.is_finite(), "a value is not finite");
-    by_norm.max(differences().fold(0.0, f64::max) / largest)
-}
-
-fn assert_close(case: &str, name: &str, found: &[f32], expected: &Tensor, bound: f64) -> f64 {
-    assert_eq!(found.len(), expected.values.len(), "{case}: {name} should have shape {:?}", expected.shape);
-    let error = relative_error(found, &expected.values);
-    assert!(error <= bound, "{case}: {name}: relative error {error:.2e} > {bound:.0e}");
-    error
-}
-
-struct Case {
-    name: String,
-    folder: PathBuf,
-    expected: BTreeMap<String, Tensor>,
-    pixels: Tensor,
-    noise: Vec<f32>,
-    interpolation: Option<PositionInterpolation>,
-}
-
-impl Case {
-    /// Every folder that has a whole model, an input and outputs to compare.
-    fn all() -> Vec<Self> {
-        let mut cases: Vec<Self> = fs::read_dir(cases())
-            .unwrap()
-            .map(|entry| entry.unwrap().path())
-            .filter(|folder| folder.join("model.safetensors").exists() && folder.join("expected.safetensors").exists())
-            .filter_map(|folder| Self::open(&folder))
-            .collect();
-        cases.sort_by(|a, b| a.name.cmp(&b.name));
-        assert!(cases.len() >= 20, "only {} golden cases found", cases.len());
-        cases
-    }
-
-    fn open(folder: &Path) -> Option<Self> {
-        let expected = read(&folder.join("expected.safetensors"));
-        if !expected.contains_key("logits") || !expected.contains_key("ids_restore") {
-            return None;
-        }
-        let mut input = read(&folder.join("input.safetensors"));
-        let text = fs::read_to_string(folder.join("case.json")).unwrap();
-        let case: serde_json::Value = serde_json::from_str(&text).unwrap();
-        Some(Self {
-            name: folder.file_name().unwrap().to_string_lossy().into_owned(),
-            folder: folder.to_owned(),
-            expected,
-            pixels: input.remove("pixel_values").unwrap(),
-            noise: input["noise"].f32(),
-            interpolation: match case["interpolate_pos_encoding"].as_str() {
-                None => None,
-                Some("2d") => Some(PositionInterpolation::Grid),
-                Some("transformers") => Some(PositionInterpolation::Transformers),
-                Some(other) => panic!("unknown interpolation {other}"),
-            },
-        })
-    }
-
-    fn images<'a>(&self, values: &'a [f32]) -> Images<'a> {
-        let [batch, channels, height, width] = self.pixels.shape[..] else { panic!("pixels have four dimensions") };
-        Images { batch, channels, height, width, values: ImageValues::Normalized(values) }
-    }
-}
-
 #[test]
 fn outputs_and_gradients_are_those_of_transformers() {
-    let everything = Extras { hidden_states: true, attentions: true };
     for case in Case::all() {
-        let model = MaeForPreTraining::from_pretrained(&case.folder, Cpu::<f32>::new()).unwrap();
-        let pixels = case.pixels.f32();
-        let images = case.images(&pixels);
-        let masking = Masking::Noise { ratio: model.config().mask_ratio, noise: &case.noise };
-        let (result, gradients) = model.forward_backward(&images, &masking, case.interpolation, everything).unwrap();
-
-        let expected = |name: &str| &case.expected[name];
-        let ids: Vec<f64> = result.ids_restore.iter().map(|&id| f64::from(id)).collect();
-        assert_eq!(ids, expected("ids_restore").values, "{}: ids_restore", case.name);
-        let mask: Vec<f64> = result.mask.iter().map(|&value| f64::from(value)).collect();
-        assert_eq!(mask, expected("mask").values, "{}: mask", case.name);
-
-        let mut worst = 0.0f64;
-        let mut close = |name: &str, found: &[f32], bound: f64| {
-            worst = worst.max(assert_close(&case.name, name, found, expected(name), bound));
-        };
-        close("loss", &[result.loss as f32], OUTPUT_BOUND);
-        close("logits", &result.logits, OUTPUT_BOUND);
-        close("last_hidden_state", &result.last_hidden_state, OUTPUT_BOUND);
-        for (layer, state) in result.hidden_states.iter().enumerate() {
-            close(&format!("hidden_states.{layer}"), state, OUTPUT_BOUND);
-        }
-        for (layer, attention) in result.attentions.iter().enumerate() {
-            close(&format!("attentions.{layer}"), attention, OUTPUT_BOUND);
-        }
-        let states = case.expected.keys().filter(|name| name.starts_with("hidden_states.")).count();
-        assert_eq!(result.hidden_states.len(), states, "{}: hidden states", case.name);
-        let attentions = case.expected.keys().filter(|name| name.starts_with("attentions.")).count();
-        assert_eq!(result.attentions.len(), attentions, "{}: attentions", case.name);
-
-        let layout = model.parameters().layout();
-        let expects_gradients = case.expected.keys().any(|name| name.starts_with("grad."));
-        let mut worst_gradient = 0.0f64;
-        for (index, spec) in layout.specs().iter().enumerate() {
-            let name = format!("grad.{}", spec.name);
-            let Some(found) = gradients.get(model.backend(), layout, index).unwrap() else {
-                assert!(!case.expected.contains_key(&name), "{}: {name} is missing", case.name);
-                continue;
-            };
-            let Some(expected) = case.expected.get(&name) else {
-                assert!(!expects_gradients, "{}: {name} should not be trained", case.name);
-                // Nothing is hidden, so nothing is learned.
-                assert!(found.iter().all(|&value| value == 0.0), "{}: {name} should be zero", case.name);
-                continue;
-            };
-            if spec.name.ends_with("key.bias") {
-                // Zero in exact arithmetic: adding the same to every key changes no softmax. What is left is rounding, to be
-                // compared with the gradient of the query's bias beside it.
-                let query = &case.expected[&name.replace("key", "query")];
-                let scale = query.values.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
-                let largest = found.iter().fold(0.0f64, |largest, &value| largest.max(f64::from(value).abs()));
-                assert!(largest <= GRADIENT_BOUND * scale.max(1e-6), "{}: {name}: {largest:.2e}", case.name);
-                continue;
-            }
-            worst_gradient = worst_gradient.max(assert_close(&case.name, &name, &found, expected, GRADIENT_BOUND));
-        }
-        println!("{:32} outputs {worst:.1e}  gradients {worst_gradient:.1e}", case.name);
+        let (output, gradient) = case.check(Cpu::<f32>::new(), OUTPUT_BOUND, GRADIENT_BOUND);
+        println!("{:32} outputs {output:.1e}  gradients {gradient:.1e}", case.name);
     }
 }
 

@@ -196,7 +196,7 @@ fn model(out: &mut impl Write, path: &Path, batch_size: Option<usize>) -> anyhow
     for batch in batches {
         let shape = |purpose: Purpose| {
             let keep = if purpose == Purpose::Encode { image.patches() } else { keep };
-            WorkspaceShape { batch, image, keep, purpose, interpolation: None }
+            WorkspaceShape { batch, image, keep, purpose, interpolation: None, recompute: false }
         };
         let megabytes =
             |purpose: Purpose| MemoryUse::of(&config, &shape(purpose)).map(|memory| memory.total() as f64 / 1e6);

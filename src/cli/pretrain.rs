@@ -86,6 +86,9 @@ pub(crate) struct Arguments {
     /// Images in the model at a time: more is faster up to a point and needs more memory; the result is the same
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one)]
     micro_batch: usize,
+    /// Compute activations again in backward instead of keeping them: less memory, a third more time, the same result
+    #[arg(long)]
+    recompute: bool,
 }
 
 impl Arguments {
@@ -141,6 +144,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
         seed: arguments.seed,
         resume: arguments.resume,
         micro_batch: arguments.micro_batch,
+        recompute: arguments.recompute,
         workers: threads,
     };
 

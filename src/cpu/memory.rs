@@ -81,6 +81,7 @@ impl<F: Float> Memory for Cpu<F> {
     type Element = F;
     type Master = F;
     type Buffer<T: Element> = CpuBuffer<T>;
+    type Recording = std::convert::Infallible;
 
     fn buffer<T: Element>(&self, length: usize) -> Result<CpuBuffer<T>> {
         let bytes = length
@@ -136,6 +137,14 @@ impl<F: Float> Memory for Cpu<F> {
     fn zero<T: Element>(&self, buffer: &mut CpuBuffer<T>) -> Result<()> {
         buffer.fill(T::default());
         Ok(())
+    }
+
+    fn record(&self, _work: impl FnOnce() -> Result<()>) -> Result<Self::Recording> {
+        Err(Error::Device("the CPU records no work".into()))
+    }
+
+    unsafe fn replay(&self, recording: &Self::Recording) -> Result<bool> {
+        match *recording {}
     }
 
     fn element(value: f64) -> F {

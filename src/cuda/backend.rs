@@ -3,11 +3,12 @@
 //! Each op family implements its trait of [`crate::ops`] in its own module, over the launchers there.
 
 use std::marker::PhantomData;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
 use super::launch::{Buffer, Slice, SliceMut, Stream};
+use super::recording::RecordedWork;
 use crate::ops::{Element, Memory};
 use crate::{Error, Result};
 
@@ -17,8 +18,8 @@ pub trait CudaElement:
     + super::adamw::WorkingElement
     + super::cross_entropy::LogitElement
     + super::layernorm::LayerNormElement
-    + super::loss::LossElement
     + super::linear::LinearElement
+    + super::loss::LossElement
     + super::patchify::RowElement
     + super::tokens::TokenElement
 {
@@ -64,12 +65,19 @@ impl CudaElement for bf16 {
 pub struct Cuda<E> {
     stream: Stream,
     scratch: Arc<Mutex<Option<Buffer<f32>>>>,
+    /// Where buffers come from while [`Memory::together`] makes them.
+    arena: Option<Arc<Mutex<Arena>>>,
     element: PhantomData<E>,
 }
 
 impl<E> Clone for Cuda<E> {
     fn clone(&self) -> Self {
-        Self { stream: self.stream.clone(), scratch: Arc::clone(&self.scratch), element: PhantomData }
+        Self {
+            stream: self.stream.clone(),
+            scratch: Arc::clone(&self.scratch),
+            arena: self.arena.clone(),
+            element: PhantomData,
+        }
     }
 }
 
@@ -77,7 +85,7 @@ impl<E: CudaElement> Cuda<E> {
     /// A backend whose work goes to `stream`.
     #[must_use]
     pub fn new(stream: Stream) -> Self {
-        Self { stream, scratch: Arc::default(), element: PhantomData }
+        Self { stream, scratch: Arc::default(), arena: None, element: PhantomData }
     }
 
     /// Where its work goes.
@@ -108,6 +116,45 @@ impl<E: CudaElement> Cuda<E> {
         let memory = scratch.insert(memory);
         work(&mut memory.as_mut_slice().range(0..length)?)
     }
+}
+
+impl<E> Cuda<E> {
+    /// A device that takes its buffers from an arena, and the arena.
+    fn with_arena(&self, memory: Option<Arc<Buffer<u8>>>) -> (Self, Arc<Mutex<Arena>>) {
+        let arena = Arc::new(Mutex::new(Arena { memory, used: 0 }));
+        (Self { arena: Some(Arc::clone(&arena)), ..self.clone() }, arena)
+    }
+
+    fn arena(&self) -> Option<MutexGuard<'_, Arena>> {
+        self.arena.as_ref().map(|arena| arena.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether buffers are only counted, and have no memory.
+    fn measures(&self) -> bool {
+        self.arena().is_some_and(|arena| arena.memory.is_none())
+    }
+
+    /// The size of the scratch memory, which changes with its address.
+    fn scratch_length(&self) -> usize {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Buffer::len)
+    }
+}
+
+/// One allocation that buffers are cut from, or, without memory, a count of what they will need.
+#[derive(Debug)]
+struct Arena {
+    memory: Option<Arc<Buffer<u8>>>,
+    used: usize,
+}
+
+/// Every buffer starts at a multiple of this, as an allocation of its own would.
+const ALIGNMENT: usize = 256;
+
+/// Recorded work, and the scratch memory that it saw.
+#[derive(Debug)]
+pub struct CudaRecording {
+    work: Box<dyn RecordedWork>,
+    scratch_length: usize,
 }
 
 /// Elements of an allocation on the device, which lives as long as any buffer of it.
@@ -172,11 +219,22 @@ impl<E: CudaElement> Memory for Cuda<E> {
     type Element = E;
     type Master = f32;
     type Buffer<T: Element> = CudaBuffer<T>;
+    type Recording = CudaRecording;
 
     fn buffer<T: Element>(&self, length: usize) -> Result<CudaBuffer<T>> {
         let bytes = length.saturating_mul(size_of::<T>());
-        let memory = Arc::new(self.stream.zeros(bytes)?);
-        Ok(CudaBuffer { memory, byte: 0, length, element: PhantomData })
+        let Some(mut arena) = self.arena() else {
+            let memory = Arc::new(self.stream.zeros(bytes)?);
+            return Ok(CudaBuffer { memory, byte: 0, length, element: PhantomData });
+        };
+        let byte = arena.used;
+        arena.used = byte.saturating_add(bytes).saturating_add(ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+        let memory = match &arena.memory {
+            Some(memory) if arena.used <= memory.len() => Arc::clone(memory),
+            Some(memory) => return Err(Error::shape("together", "bytes", memory.len(), arena.used)),
+            None => Arc::new(self.stream.uninitialised(0)?),
+        };
+        Ok(CudaBuffer { memory, byte, length, element: PhantomData })
     }
 
     unsafe fn alias<T: Element>(&self, buffer: &CudaBuffer<T>, offset: usize, length: usize) -> Result<CudaBuffer<T>> {
@@ -214,6 +272,9 @@ impl<E: CudaElement> Memory for Cuda<E> {
     }
 
     fn upload<T: Element>(&self, to: &mut CudaBuffer<T>, from: &[T]) -> Result<()> {
+        if self.measures() {
+            return Ok(());
+        }
         let mut to = to.output("upload", "target", &[from.len()])?;
         Ok(self.stream.write(&mut to, from)?)
     }
@@ -224,7 +285,39 @@ impl<E: CudaElement> Memory for Cuda<E> {
     }
 
     fn zero<T: Element>(&self, buffer: &mut CudaBuffer<T>) -> Result<()> {
+        if self.measures() {
+            return Ok(());
+        }
         Ok(self.stream.fill(&mut buffer.slice_mut(), 0)?)
+    }
+
+    fn together<T>(&self, make: impl Fn(&Self) -> Result<T>) -> Result<T> {
+        if self.arena.is_some() {
+            return make(self);
+        }
+        let (measuring, arena) = self.with_arena(None);
+        make(&measuring)?;
+        let bytes = arena.lock().unwrap_or_else(PoisonError::into_inner).used;
+        let memory = self.stream.zeros(bytes)?;
+        make(&self.with_arena(Some(Arc::new(memory))).0)
+    }
+
+    fn records(&self) -> bool {
+        true
+    }
+
+    fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<CudaRecording> {
+        let work = self.stream.record(work)?;
+        Ok(CudaRecording { work, scratch_length: self.scratch_length() })
+    }
+
+    unsafe fn replay(&self, recording: &CudaRecording) -> Result<bool> {
+        if recording.scratch_length != self.scratch_length() {
+            return Ok(false);
+        }
+        // SAFETY: the caller promises the buffers, and the scratch memory is still the one that was recorded.
+        unsafe { recording.work.launch() }?;
+        Ok(true)
     }
 
     fn element(value: f64) -> E {

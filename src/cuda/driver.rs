@@ -1,7 +1,8 @@
 //! The GPU: finding the driver without panicking, listing devices, loading kernels, and [`Driver`] over cudarc.
 
 use std::ffi::{CString, c_void};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
@@ -11,6 +12,8 @@ use super::gemm::{GemmAddresses, GemmDescription};
 use super::launch::{Argument, DeviceId, Driver, Grid, Limits, MAX_ARGUMENTS, Stream, exactly};
 use super::modules::{KERNELS, Kernel, KernelFile, Target, embedded_kernels};
 use super::nvrtc::reason_of;
+use super::recording::{Graph, RecordedWork};
+use super::staging::Staging;
 
 /// Names of the driver library that cudarc tries too.
 const DRIVER_LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
@@ -38,7 +41,10 @@ const DRIVER_SYMBOLS: &[&str] = &[
     "cuStreamIsCapturing",
     "cuEventCreate",
     "cuEventRecord",
+    "cuEventSynchronize",
     "cuEventDestroy_v2",
+    "cuMemHostAlloc",
+    "cuMemFreeHost",
     "cuMemAlloc_v2",
     "cuMemFree_v2",
     "cuMemsetD8Async",
@@ -50,6 +56,12 @@ const DRIVER_SYMBOLS: &[&str] = &[
     "cuModuleGetFunction",
     "cuFuncSetAttribute",
     "cuLaunchKernel",
+    "cuStreamBeginCapture_v2",
+    "cuStreamEndCapture",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch",
+    "cuGraphExecDestroy",
+    "cuGraphDestroy",
 ];
 
 /// One GPU of this machine.
@@ -73,6 +85,20 @@ pub struct DeviceInfo {
 }
 
 impl DeviceInfo {
+    /// A GPU of which nothing is known, for tests.
+    #[cfg(test)]
+    pub(crate) fn unknown(ordinal: usize) -> Self {
+        Self {
+            ordinal,
+            name: String::new(),
+            compute_capability: (0, 0),
+            memory_bytes: 0,
+            multiprocessors: 0,
+            shared_bytes_per_block: 0,
+            driver_version: (13, 0),
+        }
+    }
+
     /// Fails with what to do about it where the GPU is too old for the kernels.
     pub fn check_supported(&self) -> Result<()> {
         let (major, minor) = self.compute_capability;
@@ -214,8 +240,14 @@ impl Gpu {
         if stream.context().cu_ctx() != self.context.cu_ctx() {
             return Err(CudaError::WrongDevice { op: "stream", argument: 0 });
         }
-        let products = Mutex::new(None);
-        Ok(Stream::new(Arc::new(GpuStream { gpu: self.clone(), stream: Arc::clone(stream), products })))
+        Ok(Stream::new(Arc::new(GpuStream {
+            gpu: self.clone(),
+            stream: Arc::clone(stream),
+            staging: Mutex::default(),
+            products: Mutex::new(None),
+            allocations: AtomicU64::new(0),
+            recording: AtomicBool::new(false),
+        })))
     }
 }
 
@@ -311,11 +343,15 @@ fn resolve(module: Option<sys::CUmodule>, symbol: &'static str, info: &DeviceInf
     Ok(function)
 }
 
-/// [`Driver`] over a cudarc stream.
+/// [`Driver`] over a cudarc stream. Its memory is plain addresses, so cudarc records no events for it: everything that uses it
+/// runs on the one stream.
 #[derive(Debug)]
 struct GpuStream {
     gpu: Gpu,
     stream: Arc<CudaStream>,
+    staging: Mutex<Staging>,
+    allocations: AtomicU64,
+    recording: AtomicBool,
     /// Started by the first matrix product.
     products: Mutex<Option<CublasLt>>,
 }
@@ -323,6 +359,27 @@ struct GpuStream {
 impl GpuStream {
     fn bind(&self) -> Result<()> {
         self.gpu.context.bind_to_thread().map_err(|error| call("making a context current", error))
+    }
+
+    /// The same, for what a graph cannot hold.
+    fn bind_for(&self, what: &'static str) -> Result<()> {
+        if self.recording.load(Ordering::Relaxed) {
+            return Err(CudaError::Recording { what });
+        }
+        self.bind()
+    }
+
+    fn staging(&self) -> MutexGuard<'_, Staging> {
+        self.staging.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for GpuStream {
+    fn drop(&mut self) {
+        // The slots need a current context to be given back; without one they are gone with it.
+        if self.bind().is_ok() {
+            *self.staging() = Staging::default();
+        }
     }
 }
 
@@ -336,7 +393,8 @@ impl Driver for GpuStream {
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
-        self.bind()?;
+        self.bind_for("reserving memory")?;
+        self.allocations.fetch_add(1, Ordering::Relaxed);
         // SAFETY: a context is current; the memory is not read before it is written.
         unsafe { result::malloc_sync(bytes) }.map_err(|error| match error {
             DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY) => CudaError::OutOfMemory { bytes },
@@ -354,15 +412,13 @@ impl Driver for GpuStream {
     }
 
     unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<()> {
-        self.bind()?;
-        // SAFETY: the caller promises the target; the source lives until the synchronisation below.
-        unsafe { result::memcpy_htod_async(to, bytes, self.stream.cu_stream()) }
-            .map_err(|error| call("copying to the device", error))?;
-        self.synchronize()
+        self.bind_for("a copy from the host")?;
+        // SAFETY: the caller promises the target; the stream is always this one.
+        unsafe { self.staging().upload(&self.stream, to, bytes) }
     }
 
     unsafe fn download(&self, bytes: &mut [u8], from: u64) -> Result<()> {
-        self.bind()?;
+        self.bind_for("a copy to the host")?;
         // SAFETY: the caller promises the source; the target lives until the synchronisation below.
         unsafe { result::memcpy_dtoh_async(bytes, from, self.stream.cu_stream()) }
             .map_err(|error| call("copying from the device", error))?;
@@ -384,6 +440,7 @@ impl Driver for GpuStream {
     }
 
     fn synchronize(&self) -> Result<()> {
+        self.bind_for("waiting")?;
         self.stream.synchronize().map_err(|error| call("waiting for the device", error))
     }
 
@@ -409,6 +466,28 @@ impl Driver for GpuStream {
             )
         }
         .map_err(|error| call("launching a kernel", error))
+    }
+
+    fn allocations(&self) -> u64 {
+        self.allocations.load(Ordering::Relaxed) + self.staging().allocations()
+    }
+
+    fn begin_recording(&self) -> Result<()> {
+        self.bind_for("a recording")?;
+        // Other threads may go on with what capture forbids, such as reserving memory on streams of their own.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream.begin_capture(mode).map_err(|error| call("starting to capture a graph", error))?;
+        self.recording.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn end_recording(&self) -> Result<Box<dyn RecordedWork>> {
+        self.recording.store(false, Ordering::Relaxed);
+        let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        match graph.map_err(|error| call("capturing a graph", error))? {
+            Some(graph) => Ok(Box::new(Graph::new(graph))),
+            None => Err(CudaError::Recording { what: "work that failed" }),
+        }
     }
 
     unsafe fn gemm(&self, description: &GemmDescription, addresses: &GemmAddresses) -> Result<()> {
@@ -455,15 +534,7 @@ mod tests {
 
     #[test]
     fn an_old_gpu_is_named() {
-        let info = DeviceInfo {
-            ordinal: 0,
-            name: "Tesla T4".into(),
-            compute_capability: (7, 5),
-            memory_bytes: 0,
-            multiprocessors: 0,
-            shared_bytes_per_block: 0,
-            driver_version: (13, 0),
-        };
+        let info = DeviceInfo { name: "Tesla T4".into(), compute_capability: (7, 5), ..DeviceInfo::unknown(0) };
         let text = info.check_supported().expect_err("too old").to_string();
         assert!(text.contains("Tesla T4") && text.contains("7.5") && text.contains("8.0"), "{text}");
     }

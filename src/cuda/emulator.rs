@@ -7,12 +7,13 @@ use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::fmt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::error::{CudaError, Result};
 use super::gemm::{EpilogueKind, GemmAddresses, GemmDescription, GemmType, Layout};
 use super::launch::{Argument, DeviceId, Driver, Grid, Limits, Stream};
 use super::modules::Kernel;
+use super::recording::RecordedWork;
 
 /// The interface of runtime.cpp.
 #[derive(Clone, Copy)]
@@ -135,6 +136,37 @@ pub struct Emulator {
     handle: Mutex<Handle>,
     id: u64,
     options: Options,
+    allocations: AtomicU64,
+    /// What was asked for since the recording began, while there is one.
+    recording: Mutex<Option<Vec<Step>>>,
+    /// Itself, for what it recorded.
+    this: Weak<Self>,
+}
+
+/// One thing that an emulator was asked to do.
+#[derive(Debug, Clone)]
+enum Step {
+    Copy { to: u64, from: u64, bytes: usize },
+    Fill { to: u64, value: u8, bytes: usize },
+    Launch { kernel: Kernel, grid: Grid, arguments: Vec<Vec<u8>> },
+    Gemm { description: GemmDescription, addresses: GemmAddresses },
+}
+
+/// What an emulator recorded.
+#[derive(Debug)]
+struct Steps {
+    emulator: Arc<Emulator>,
+    steps: Vec<Step>,
+}
+
+impl RecordedWork for Steps {
+    unsafe fn launch(&self) -> Result<()> {
+        for step in &self.steps {
+            // SAFETY: the emulator checks addresses; the arguments were promised when the step was recorded.
+            unsafe { self.emulator.run(step) }?;
+        }
+        Ok(())
+    }
 }
 
 /// The emulator's address.
@@ -175,7 +207,15 @@ impl Emulator {
             return Err(CudaError::Emulator("cannot reserve address space".to_string()));
         }
         let id = CREATED.fetch_add(1, Ordering::Relaxed);
-        Ok(Arc::new(Self { functions, handle: Mutex::new(Handle(handle)), id, options }))
+        Ok(Arc::new_cyclic(|this| Self {
+            functions,
+            handle: Mutex::new(Handle(handle)),
+            id,
+            options,
+            allocations: AtomicU64::new(0),
+            recording: Mutex::new(None),
+            this: this.clone(),
+        }))
     }
 
     /// A stream for launchers.
@@ -190,9 +230,20 @@ impl Emulator {
     ///
     /// Addresses among the arguments are of this emulator's memory, or null. What the kernel makes of them is checked.
     pub unsafe fn launch_named(&self, symbol: &str, grid: Grid, arguments: &[Argument<'_>]) -> Result<()> {
+        let bytes: Vec<&[u8]> = arguments.iter().map(Argument::bytes).collect();
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_bytes(symbol, grid, &bytes) }
+    }
+
+    /// The same with the bytes of the arguments.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Emulator::launch_named`].
+    unsafe fn launch_bytes(&self, symbol: &str, grid: Grid, arguments: &[&[u8]]) -> Result<()> {
         let name = CString::new(symbol).map_err(|error| CudaError::Emulator(error.to_string()))?;
-        let pointers: Vec<*const c_void> = arguments.iter().map(|argument| argument.bytes().as_ptr().cast()).collect();
-        let sizes: Vec<usize> = arguments.iter().map(|argument| argument.bytes().len()).collect();
+        let pointers: Vec<*const c_void> = arguments.iter().map(|argument| argument.as_ptr().cast()).collect();
+        let sizes: Vec<usize> = arguments.iter().map(|argument| argument.len()).collect();
         let Grid { blocks, threads, shared_bytes } = grid;
         self.call(|functions, handle| {
             let (pointers, sizes) = (pointers.as_ptr(), sizes.as_ptr());
@@ -211,6 +262,56 @@ impl Emulator {
                 )
             }
         })
+    }
+
+    /// Does a step now.
+    ///
+    /// # Safety
+    ///
+    /// As for the [`Driver`]'s methods.
+    unsafe fn run(&self, step: &Step) -> Result<()> {
+        match *step {
+            // SAFETY: the emulator is locked and checks both addresses.
+            Step::Copy { to, from, bytes } => {
+                self.call(|functions, handle| unsafe { (functions.copy)(handle, to, from, bytes as u64) })
+            }
+            // SAFETY: the emulator is locked and checks the address.
+            Step::Fill { to, value, bytes } => {
+                self.call(|functions, handle| unsafe { (functions.fill)(handle, to, value.into(), bytes as u64) })
+            }
+            Step::Launch { kernel, grid, ref arguments } => {
+                let arguments: Vec<&[u8]> = arguments.iter().map(Vec::as_slice).collect();
+                // SAFETY: the caller's promise.
+                unsafe { self.launch_bytes(kernel.symbol(), grid, &arguments) }
+            }
+            Step::Gemm { ref description, ref addresses } => self.multiply(description, addresses),
+        }
+    }
+
+    /// Does a step now, or keeps it where work is recorded.
+    ///
+    /// # Safety
+    ///
+    /// As for the [`Driver`]'s methods.
+    unsafe fn give(&self, step: Step) -> Result<()> {
+        if let Some(steps) = &mut *self.recording() {
+            steps.push(step);
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.run(&step) }
+    }
+
+    fn recording(&self) -> MutexGuard<'_, Option<Vec<Step>>> {
+        self.recording.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fails where work is recorded, as on a GPU.
+    fn refuse_recording(&self, what: &'static str) -> Result<()> {
+        match *self.recording() {
+            Some(_) => Err(CudaError::Recording { what }),
+            None => Ok(()),
+        }
     }
 
     /// A matrix `[rows, columns]` as f32, in dense rows. Its elements must have been written.
@@ -233,6 +334,43 @@ impl Emulator {
             }
         }
         Ok(matrix)
+    }
+
+    /// Multiplies matrices.
+    fn multiply(&self, description: &GemmDescription, addresses: &GemmAddresses) -> Result<()> {
+        let GemmDescription { gemm, input, output, adds, epilogue } = *description;
+        let (rows, columns, depth) = (gemm.rows, gemm.columns, gemm.depth);
+        let like_output = Layout::rows(gemm.output_stride);
+        let left = self.read_matrix(addresses.left, input, gemm.left, rows, depth)?;
+        let right = self.read_matrix(addresses.right, input, gemm.right, depth, columns)?;
+        let mut sums = vec![0.0f32; rows * columns];
+        for (sums, left) in sums.chunks_exact_mut(columns).zip(left.chunks_exact(depth)) {
+            for (&left, right) in left.iter().zip(right.chunks_exact(columns)) {
+                sums.iter_mut().zip(right).for_each(|(sum, &right)| *sum += left * right);
+            }
+        }
+        if adds {
+            let addend = self.read_matrix(addresses.addend, output, like_output, rows, columns)?;
+            sums.iter_mut().zip(addend).for_each(|(sum, addend)| *sum += addend);
+        }
+        if matches!(epilogue, EpilogueKind::Bias | EpilogueKind::BiasGeluTanh) {
+            let bias = self.read_matrix(addresses.bias, output, Layout::rows(columns), 1, columns)?;
+            let rows = sums.chunks_exact_mut(columns);
+            rows.for_each(|row| row.iter_mut().zip(&bias).for_each(|(sum, bias)| *sum += bias));
+        }
+        if epilogue == EpilogueKind::BiasGeluTanh {
+            self.write_matrix(addresses.pre, output, gemm.output_stride, &sums, columns)?;
+            sums.iter_mut().for_each(|sum| *sum = gelu_tanh(*sum).0);
+        }
+        if epilogue == EpilogueKind::LeftSums {
+            let left_sums: Vec<f32> = left.chunks_exact(depth).map(|row| row.iter().sum()).collect();
+            self.write_matrix(addresses.bias, output, rows, &left_sums, rows)?;
+        }
+        if epilogue == EpilogueKind::GeluTanhBackward {
+            let pre = self.read_matrix(addresses.pre, output, like_output, rows, columns)?;
+            sums.iter_mut().zip(pre).for_each(|(sum, pre)| *sum *= gelu_tanh(pre).1);
+        }
+        self.write_matrix(addresses.output, output, gemm.output_stride, &sums, columns)
     }
 
     /// Writes rows of f32 as rows of a type, rounded.
@@ -285,6 +423,8 @@ impl Driver for Emulator {
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
+        self.refuse_recording("reserving memory")?;
+        self.allocations.fetch_add(1, Ordering::Relaxed);
         let handle = self.lock();
         // SAFETY: the emulator is locked.
         match unsafe { (self.functions.allocate)(handle.0, bytes as u64) } {
@@ -299,69 +439,60 @@ impl Driver for Emulator {
     }
 
     unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<()> {
+        self.refuse_recording("a copy from the host")?;
         let (from, count) = (bytes.as_ptr().cast(), bytes.len() as u64);
         // SAFETY: the emulator is locked and checks the target; the source is a slice.
         self.call(|functions, handle| unsafe { (functions.upload)(handle, to, from, count) })
     }
 
     unsafe fn download(&self, bytes: &mut [u8], from: u64) -> Result<()> {
+        self.refuse_recording("a copy to the host")?;
         let (to, count) = (bytes.as_mut_ptr().cast(), bytes.len() as u64);
         // SAFETY: the emulator is locked and checks the source; the target is a slice.
         self.call(|functions, handle| unsafe { (functions.download)(handle, to, from, count) })
     }
 
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
-        // SAFETY: the emulator is locked and checks both.
-        self.call(|functions, handle| unsafe { (functions.copy)(handle, to, from, bytes as u64) })
+        // SAFETY: the caller's promise.
+        unsafe { self.give(Step::Copy { to, from, bytes }) }
     }
 
     unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<()> {
-        // SAFETY: the emulator is locked and checks the target.
-        self.call(|functions, handle| unsafe { (functions.fill)(handle, to, value.into(), bytes as u64) })
+        // SAFETY: the caller's promise.
+        unsafe { self.give(Step::Fill { to, value, bytes }) }
     }
 
     fn synchronize(&self) -> Result<()> {
-        Ok(())
+        self.refuse_recording("waiting")
     }
 
     unsafe fn launch(&self, kernel: Kernel, grid: Grid, arguments: &[Argument<'_>]) -> Result<()> {
+        let arguments = arguments.iter().map(|argument| argument.bytes().to_vec()).collect();
         // SAFETY: the caller promises that the arguments are the kernel's.
-        unsafe { self.launch_named(kernel.symbol(), grid, arguments) }
+        unsafe { self.give(Step::Launch { kernel, grid, arguments }) }
     }
+
+    fn allocations(&self) -> u64 {
+        self.allocations.load(Ordering::Relaxed)
+    }
+
+    fn begin_recording(&self) -> Result<()> {
+        self.refuse_recording("a recording")?;
+        *self.recording() = Some(Vec::new());
+        Ok(())
+    }
+
+    fn end_recording(&self) -> Result<Box<dyn RecordedWork>> {
+        let steps = self.recording().take();
+        match (steps, self.this.upgrade()) {
+            (Some(steps), Some(emulator)) => Ok(Box::new(Steps { emulator, steps })),
+            _ => Err(CudaError::Recording { what: "the end of a recording that was never begun" }),
+        }
+    }
+
     unsafe fn gemm(&self, description: &GemmDescription, addresses: &GemmAddresses) -> Result<()> {
-        let GemmDescription { gemm, input, output, adds, epilogue } = *description;
-        let (rows, columns, depth) = (gemm.rows, gemm.columns, gemm.depth);
-        let like_output = Layout::rows(gemm.output_stride);
-        let left = self.read_matrix(addresses.left, input, gemm.left, rows, depth)?;
-        let right = self.read_matrix(addresses.right, input, gemm.right, depth, columns)?;
-        let mut sums = vec![0.0f32; rows * columns];
-        for (sums, left) in sums.chunks_exact_mut(columns).zip(left.chunks_exact(depth)) {
-            for (&left, right) in left.iter().zip(right.chunks_exact(columns)) {
-                sums.iter_mut().zip(right).for_each(|(sum, &right)| *sum += left * right);
-            }
-        }
-        if adds {
-            let addend = self.read_matrix(addresses.addend, output, like_output, rows, columns)?;
-            sums.iter_mut().zip(addend).for_each(|(sum, addend)| *sum += addend);
-        }
-        if matches!(epilogue, EpilogueKind::Bias | EpilogueKind::BiasGeluTanh) {
-            let bias = self.read_matrix(addresses.bias, output, Layout::rows(columns), 1, columns)?;
-            let rows = sums.chunks_exact_mut(columns);
-            rows.for_each(|row| row.iter_mut().zip(&bias).for_each(|(sum, bias)| *sum += bias));
-        }
-        if epilogue == EpilogueKind::BiasGeluTanh {
-            self.write_matrix(addresses.pre, output, gemm.output_stride, &sums, columns)?;
-            sums.iter_mut().for_each(|sum| *sum = gelu_tanh(*sum).0);
-        }
-        if epilogue == EpilogueKind::LeftSums {
-            let left_sums: Vec<f32> = left.chunks_exact(depth).map(|row| row.iter().sum()).collect();
-            self.write_matrix(addresses.bias, output, rows, &left_sums, rows)?;
-        }
-        if epilogue == EpilogueKind::GeluTanhBackward {
-            let pre = self.read_matrix(addresses.pre, output, like_output, rows, columns)?;
-            sums.iter_mut().zip(pre).for_each(|(sum, pre)| *sum *= gelu_tanh(pre).1);
-        }
-        self.write_matrix(addresses.output, output, gemm.output_stride, &sums, columns)
+        // SAFETY: the caller's promise.
+        unsafe { self.give(Step::Gemm { description: *description, addresses: *addresses }) }
     }
 }
 

@@ -109,6 +109,12 @@ pub enum CudaError {
         /// Which argument, from 0.
         argument: usize,
     },
+    /// Work that is being recorded asked for something that cannot be repeated.
+    #[error("{what} cannot be part of work that is recorded; do it before")]
+    Recording {
+        /// What was asked for.
+        what: &'static str,
+    },
     /// The emulator found a fault in a kernel.
     #[error("emulator: {0}")]
     Emulator(String),

@@ -14,6 +14,7 @@ use cudarc::driver::SyncOnDrop;
 use super::error::{CudaError, Result};
 use super::gemm::{GemmAddresses, GemmDescription};
 use super::modules::Kernel;
+use super::recording::RecordedWork;
 
 /// Most arguments that a kernel takes; beyond it, pass a structure.
 pub const MAX_ARGUMENTS: usize = 24;
@@ -124,6 +125,15 @@ pub trait Driver: fmt::Debug + Send + Sync {
     /// what the kernel's header comment says it reads and writes, and its preconditions hold.
     unsafe fn launch(&self, kernel: Kernel, grid: Grid, arguments: &[Argument<'_>]) -> Result<()>;
 
+    /// How often memory was reserved so far, on the device and for copies to it.
+    fn allocations(&self) -> u64;
+
+    /// From here on work is recorded instead of run.
+    fn begin_recording(&self) -> Result<()>;
+
+    /// Ends what [`Driver::begin_recording`] began.
+    fn end_recording(&self) -> Result<Box<dyn RecordedWork>>;
+
     /// Multiplies matrices; see [`super::gemm`].
     ///
     /// # Safety
@@ -160,6 +170,12 @@ impl Stream {
     #[must_use]
     pub fn limits(&self) -> Limits {
         self.driver.limits()
+    }
+
+    /// How often memory was reserved so far by all users of this stream, on the device and for copies to it.
+    #[must_use]
+    pub fn allocations(&self) -> u64 {
+        self.driver.allocations()
     }
 
     /// Reserves memory for `len` elements with undefined content, for what a launch writes in full.

@@ -23,6 +23,8 @@ pub mod modules;
 #[path = "../../build/nvrtc.rs"]
 pub mod nvrtc;
 pub mod patchify;
+pub mod recording;
+mod staging;
 pub mod tokens;
 
 pub use backend::{Cuda, CudaBuffer, CudaElement};

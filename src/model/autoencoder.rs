@@ -227,7 +227,7 @@ impl<B: Backend> MaeForPreTraining<B> {
     ) -> Result<Workspace<B>> {
         let image = images.check(&self.config)?;
         let keep = masking.check(images.batch, image.patches())?.keep;
-        self.workspace(WorkspaceShape { batch: images.batch, image, keep, purpose, interpolation })
+        self.workspace(WorkspaceShape { batch: images.batch, image, keep, purpose, interpolation, recompute: false })
     }
 
     /// Hides patches, predicts all of them and compares the hidden ones with the pixels.
@@ -329,12 +329,34 @@ impl<B: Backend> MaeForPreTraining<B> {
         loss: &mut Vector<B>,
         observer: Option<&mut dyn Observer<B>>,
     ) -> Result<()> {
-        self.encoder().forward(workspace, images, masking, observer)?;
+        self.prepare(workspace, images, masking)?;
+        self.forward_prepared(workspace, images.batch, hidden_in_step, loss, observer)
+    }
+
+    /// Checks the images, brings them to the device and decides which of their patches are hidden.
+    pub(crate) fn prepare(
+        &self,
+        workspace: &mut Workspace<B>,
+        images: &Images<'_>,
+        masking: &Masking<'_>,
+    ) -> Result<()> {
+        self.encoder().prepare(workspace, images, masking)
+    }
+
+    /// [`MaeForPreTraining::forward_in`] on `batch` images that are prepared: work of the device alone.
+    pub(crate) fn forward_prepared(
+        &self,
+        workspace: &mut Workspace<B>,
+        batch: usize,
+        hidden_in_step: usize,
+        loss: &mut Vector<B>,
+        observer: Option<&mut dyn Observer<B>>,
+    ) -> Result<()> {
+        self.encoder().forward_prepared(workspace, batch, observer)?;
         let (config, backend, layers) = (&self.config, &self.backend, &self.decoder);
         let Workspace { shape, inputs, scratch, encoder, decoder: Some(decoder), positions, .. } = workspace else {
             return Err(no_decoder());
         };
-        let batch = images.batch;
         let (image, predicted) = (shape.image, shape.predicted());
         let encoder_rows = batch * (1 + shape.keep);
         let width = config.decoder_hidden_size;

@@ -132,7 +132,14 @@ impl<B: Backend> EncoderView<'_, B> {
     pub fn workspace(&self, images: &Images<'_>, interpolation: Option<PositionInterpolation>) -> Result<Workspace<B>> {
         let image = images.check(self.config)?;
         let keep = image.patches();
-        let shape = WorkspaceShape { batch: images.batch, image, keep, purpose: Purpose::Encode, interpolation };
+        let shape = WorkspaceShape {
+            batch: images.batch,
+            image,
+            keep,
+            purpose: Purpose::Encode,
+            interpolation,
+            recompute: false,
+        };
         let mut workspace = Workspace::new(self.backend, self.config, shape)?;
         workspace.place(self.backend, self.config, self.positions, None)?;
         Ok(workspace)
@@ -150,7 +157,8 @@ impl<B: Backend> EncoderView<'_, B> {
         extras: Extras,
     ) -> Result<Encoded> {
         let mut collector = Collector::new(self.backend, extras);
-        self.forward(workspace, images, masking, collector.as_mut().map(|c| c as &mut dyn Observer<B>))?;
+        self.prepare(workspace, images, masking)?;
+        self.forward_prepared(workspace, images.batch, collector.as_mut().map(|c| c as &mut dyn Observer<B>))?;
         let tokens = 1 + workspace.shape.keep;
         let width = self.config.hidden_size;
         let last_hidden_state =
@@ -160,17 +168,15 @@ impl<B: Backend> EncoderView<'_, B> {
         Ok(Encoded { batch: images.batch, tokens, width, last_hidden_state, hidden_states, attentions })
     }
 
-    /// Uploads and masks the images and runs the encoder; the result is in `workspace.encoder.encoded`.
-    pub(crate) fn forward(
+    /// Checks the images, brings them to the device and decides which of their patches are hidden.
+    pub(crate) fn prepare(
         &self,
         workspace: &mut Workspace<B>,
         images: &Images<'_>,
         masking: &Masking<'_>,
-        observer: Option<&mut dyn Observer<B>>,
     ) -> Result<()> {
-        let Self { config, backend, layers, positions } = *self;
-        let Workspace { shape, inputs, scratch, encoder, positions: interpolated, .. } = workspace;
-        let image = images.check(config)?;
+        let Workspace { shape, inputs, .. } = workspace;
+        let image = images.check(self.config)?;
         let mask = masking.check(images.batch, image.patches())?;
         if image != shape.image || mask.keep != shape.keep || images.batch > shape.batch {
             return Err(Error::shape(
@@ -180,9 +186,21 @@ impl<B: Backend> EncoderView<'_, B> {
                 format!("{} of {image:?}, {} patches visible", images.batch, mask.keep),
             ));
         }
-        inputs.upload(backend, shape, images)?;
-        inputs.mask(backend, mask, masking)?;
-        let (batch, keep, width) = (images.batch, shape.keep, config.hidden_size);
+        inputs.upload(self.backend, shape, images)?;
+        inputs.mask(self.backend, mask, masking)
+    }
+
+    /// Runs the encoder on `batch` images that are prepared; the result is in `workspace.encoder.encoded`. Work of the device
+    /// alone.
+    pub(crate) fn forward_prepared(
+        &self,
+        workspace: &mut Workspace<B>,
+        batch: usize,
+        observer: Option<&mut dyn Observer<B>>,
+    ) -> Result<()> {
+        let Self { config, backend, layers, positions } = *self;
+        let Workspace { shape, inputs, scratch, encoder, positions: interpolated, .. } = workspace;
+        let (image, keep, width) = (shape.image, shape.keep, config.hidden_size);
         backend.patchify_visible_forward(image, batch, keep, &mut encoder.rows, inputs.pixels()?, &inputs.ids_keep)?;
         backend.linear_forward(
             LinearShape { rows: batch * keep, inputs: image.patch_length(), outputs: width },
@@ -192,7 +210,7 @@ impl<B: Backend> EncoderView<'_, B> {
             layers.patch.bias.as_ref(),
         )?;
         backend.tokens_assemble_forward(
-            TokensShape { batch, patches: mask.patches, selected: keep, width },
+            TokensShape { batch, patches: image.patches(), selected: keep, width },
             encoder.stack.input_mut(),
             &encoder.patches,
             &layers.class_token,

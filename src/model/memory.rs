@@ -40,7 +40,7 @@ impl MemoryUse {
         let stack = |stack: &crate::model::transformer::StackShape, depth: usize| {
             let (rows, width) = (stack.rows(), stack.width);
             let block = rows * (5 * width + stack.mlp_width + stack.heads + 4);
-            let (streams, blocks) = if trains { (depth + 1, depth) } else { (2.min(depth + 1), 1.min(depth)) };
+            let (streams, blocks) = shape.kept().counts(depth);
             (streams * rows * width + blocks * block) as u64
         };
         let (patches, predicted, length) = (shape.image.patches(), shape.predicted(), shape.image.patch_length());

@@ -7,7 +7,8 @@
 //!
 //! Forward keeps per block: x and the middle of the residual stream, the norms' statistics, qkv, the log-sum-exp, the
 //! attention's output and the input of the activation: 10 D numbers per token. The norms' and the activation's outputs, another
-//! 6 D, are recomputed in backward, for less than 1 % of its time.
+//! 6 D, are recomputed in backward, for less than 1 % of its time. Where memory is short, forward keeps only x, and backward
+//! runs each block once more: a third of forward's memory and a third more time.
 
 use crate::Result;
 use crate::model::layers::BlockLayers;
@@ -58,8 +59,29 @@ struct BlockActivations<B: Backend> {
     pre: B::Buffer<B::Element>,
 }
 
-/// The activations of a stack. In training every block has its own; otherwise all blocks share one set, and the residual
-/// stream alternates between two buffers.
+/// What forward keeps for backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keep {
+    /// Nothing: there is no backward. All blocks share one set, and the residual stream alternates between two buffers.
+    Nothing,
+    /// The input of every block; the rest is computed again.
+    Inputs,
+    /// Everything that backward needs.
+    Everything,
+}
+
+impl Keep {
+    /// How many residual streams and how many sets of a block's other activations a stack of `depth` blocks has.
+    pub fn counts(self, depth: usize) -> (usize, usize) {
+        match self {
+            Self::Nothing => (2.min(depth + 1), 1.min(depth)),
+            Self::Inputs => (depth + 1, 1.min(depth)),
+            Self::Everything => (depth + 1, depth),
+        }
+    }
+}
+
+/// The activations of a stack.
 #[derive(Debug)]
 pub(crate) struct StackActivations<B: Backend> {
     streams: Vec<B::Buffer<B::Element>>,
@@ -68,12 +90,11 @@ pub(crate) struct StackActivations<B: Backend> {
 }
 
 impl<B: Backend> StackActivations<B> {
-    pub fn new(backend: &B, shape: StackShape, depth: usize, training: bool) -> Result<Self> {
+    pub fn new(backend: &B, shape: StackShape, depth: usize, keep: Keep) -> Result<Self> {
         let rows = shape.rows();
         let statistics = || backend.buffer(rows);
         let features = |width: usize| backend.buffer(rows * width);
-        let streams = if training { depth + 1 } else { 2.min(depth + 1) };
-        let blocks = if training { depth } else { 1.min(depth) };
+        let (streams, blocks) = keep.counts(depth);
         Ok(Self {
             streams: (0..streams).map(|_| features(shape.width)).collect::<Result<_>>()?,
             blocks: (0..blocks)
@@ -159,8 +180,9 @@ pub(crate) fn forward<B: Backend>(
     scratch: &mut Scratch<B>,
     mut observer: Option<&mut dyn Observer<B>>,
 ) -> Result<()> {
-    let StackShape { width, mlp_width, activation, .. } = shape;
+    let StackShape { width, mlp_width, .. } = shape;
     let StackActivations { streams, blocks, .. } = activations;
+    let Scratch { norm, expanded, .. } = scratch;
     let (stream_count, block_count) = (streams.len(), blocks.len());
     for (layer, weights) in layers.iter().enumerate() {
         let (before, after) = two_mut(streams, layer % stream_count, (layer + 1) % stream_count);
@@ -168,59 +190,15 @@ pub(crate) fn forward<B: Backend>(
         if let Some(observer) = observer.as_deref_mut() {
             observer.hidden_state(shape.rows() * width, before)?;
         }
-        let norm1 = &weights.norm1;
-        backend.layernorm_forward(
-            shape.norm(),
-            &mut scratch.norm,
-            &mut kept.mean1,
-            &mut kept.rstd1,
-            before,
-            &norm1.gamma,
-            &norm1.beta,
-        )?;
-        backend.linear_forward(
-            shape.linear(width, 3 * width),
-            &mut kept.qkv,
-            &scratch.norm,
-            &weights.qkv.weight,
-            weights.qkv.bias.as_ref(),
-        )?;
-        backend.attention_forward(shape.attention(), &mut kept.attended, &mut kept.log_sum_exp, &kept.qkv)?;
+        forward_kept(backend, shape, weights, before, kept, norm, expanded)?;
         if let Some(observer) = observer.as_deref_mut() {
             observer.attention(shape.attention(), &kept.qkv, &kept.log_sum_exp)?;
         }
         backend.linear_residual_forward(
-            shape.linear(width, width),
-            &mut kept.middle,
-            before,
-            &kept.attended,
-            &weights.projection.weight,
-            weights.projection.bias.as_ref(),
-        )?;
-        let norm2 = &weights.norm2;
-        backend.layernorm_forward(
-            shape.norm(),
-            &mut scratch.norm,
-            &mut kept.mean2,
-            &mut kept.rstd2,
-            &kept.middle,
-            &norm2.gamma,
-            &norm2.beta,
-        )?;
-        backend.linear_activation_forward(
-            shape.linear(width, mlp_width),
-            activation,
-            &mut scratch.expanded,
-            &mut kept.pre,
-            &scratch.norm,
-            &weights.expand.weight,
-            weights.expand.bias.as_ref(),
-        )?;
-        backend.linear_residual_forward(
             shape.linear(mlp_width, width),
             after,
             &kept.middle,
-            &scratch.expanded,
+            expanded,
             &weights.contract.weight,
             weights.contract.bias.as_ref(),
         )?;
@@ -229,6 +207,64 @@ pub(crate) fn forward<B: Backend>(
         observer.hidden_state(shape.rows() * width, &streams[layers.len() % stream_count])?;
     }
     Ok(())
+}
+
+/// Runs a block up to its last linear layer: everything that backward needs of it.
+fn forward_kept<B: Backend>(
+    backend: &B,
+    shape: StackShape,
+    weights: &BlockLayers<B::Buffer<B::Element>, Vector<B>>,
+    before: &B::Buffer<B::Element>,
+    kept: &mut BlockActivations<B>,
+    norm: &mut B::Buffer<B::Element>,
+    expanded: &mut B::Buffer<B::Element>,
+) -> Result<()> {
+    let StackShape { width, mlp_width, activation, .. } = shape;
+    let norm1 = &weights.norm1;
+    backend.layernorm_forward(
+        shape.norm(),
+        norm,
+        &mut kept.mean1,
+        &mut kept.rstd1,
+        before,
+        &norm1.gamma,
+        &norm1.beta,
+    )?;
+    backend.linear_forward(
+        shape.linear(width, 3 * width),
+        &mut kept.qkv,
+        norm,
+        &weights.qkv.weight,
+        weights.qkv.bias.as_ref(),
+    )?;
+    backend.attention_forward(shape.attention(), &mut kept.attended, &mut kept.log_sum_exp, &kept.qkv)?;
+    backend.linear_residual_forward(
+        shape.linear(width, width),
+        &mut kept.middle,
+        before,
+        &kept.attended,
+        &weights.projection.weight,
+        weights.projection.bias.as_ref(),
+    )?;
+    let norm2 = &weights.norm2;
+    backend.layernorm_forward(
+        shape.norm(),
+        norm,
+        &mut kept.mean2,
+        &mut kept.rstd2,
+        &kept.middle,
+        &norm2.gamma,
+        &norm2.beta,
+    )?;
+    backend.linear_activation_forward(
+        shape.linear(width, mlp_width),
+        activation,
+        expanded,
+        &mut kept.pre,
+        norm,
+        &weights.expand.weight,
+        weights.expand.bias.as_ref(),
+    )
 }
 
 /// Turns `dx`, the gradient of the stack's output, into that of its input, and accumulates the parameters' gradients.
@@ -246,8 +282,13 @@ pub(crate) fn backward<B: Backend>(
         return Err(crate::Error::Config("this workspace was made for inference and cannot train".into()));
     };
     for (layer, (weights, gradients)) in layers.iter().zip(gradients).enumerate().rev() {
-        let kept = &mut activations.blocks[layer];
+        let block_count = activations.blocks.len();
+        let kept = &mut activations.blocks[layer % block_count];
         let before = &activations.streams[layer];
+        // Where the blocks share one set, it still holds that of the last block.
+        if block_count < layers.len() && layer + 1 < layers.len() {
+            forward_kept(backend, shape, weights, before, kept, norm, expanded)?;
+        }
 
         // The MLP: after = middle + contract(activation(expand(norm2(middle)))).
         let expand = shape.linear(width, mlp_width);

@@ -4,7 +4,7 @@ use crate::config::MaeConfig;
 use crate::model::images::{ImageValues, Images};
 use crate::model::layers::{DecoderLayers, EncoderLayers};
 use crate::model::positions::{PositionInterpolation, interpolate_flat, interpolate_grid};
-use crate::model::transformer::{Scratch, StackActivations, StackShape};
+use crate::model::transformer::{Keep, Scratch, StackActivations, StackShape};
 use crate::ops::{Backend, ImageShape, MaskingShape, Memory, Pixels};
 use crate::{Error, Result};
 
@@ -40,9 +40,21 @@ pub struct WorkspaceShape {
     pub purpose: Purpose,
     /// Where positions come from when the image is not as large as the config's; an error where that is `None`.
     pub interpolation: Option<PositionInterpolation>,
+    /// Whether backward computes the blocks' activations again instead of keeping them: less memory, a third more time, the
+    /// same results.
+    pub recompute: bool,
 }
 
 impl WorkspaceShape {
+    /// What the stacks keep for backward.
+    pub(crate) fn kept(&self) -> Keep {
+        match (self.purpose.trains(), self.recompute) {
+            (false, _) => Keep::Nothing,
+            (true, true) => Keep::Inputs,
+            (true, false) => Keep::Everything,
+        }
+    }
+
     pub(crate) fn predicted(&self) -> usize {
         match self.purpose {
             Purpose::Encode => 0,
@@ -230,6 +242,10 @@ pub struct Workspace<B: Backend> {
 
 impl<B: Backend> Workspace<B> {
     pub(crate) fn new(backend: &B, config: &MaeConfig, shape: WorkspaceShape) -> Result<Self> {
+        backend.together(|backend| Self::build(backend, config, shape))
+    }
+
+    fn build(backend: &B, config: &MaeConfig, shape: WorkspaceShape) -> Result<Self> {
         let WorkspaceShape { batch, image, keep, purpose, .. } = shape;
         let (patches, predicted) = (image.patches(), shape.predicted());
         let (width, decoder_width) = (config.hidden_size, config.decoder_hidden_size);
@@ -262,7 +278,7 @@ impl<B: Backend> Workspace<B> {
             encoder: EncoderActivations {
                 rows: features(batch * keep * patch_length)?,
                 patches: features(batch * keep * width)?,
-                stack: StackActivations::new(backend, encoder_shape, config.num_hidden_layers, trains)?,
+                stack: StackActivations::new(backend, encoder_shape, config.num_hidden_layers, shape.kept())?,
                 mean: backend.buffer(encoder_shape.rows())?,
                 rstd: backend.buffer(encoder_shape.rows())?,
                 encoded: features(encoder_shape.rows() * width)?,
@@ -272,7 +288,12 @@ impl<B: Backend> Workspace<B> {
                     let rows = batch * predicted;
                     Ok(DecoderActivations {
                         embedded: features(encoder_shape.rows() * decoder_width)?,
-                        stack: StackActivations::new(backend, decoder_shape, config.decoder_num_hidden_layers, trains)?,
+                        stack: StackActivations::new(
+                            backend,
+                            decoder_shape,
+                            config.decoder_num_hidden_layers,
+                            shape.kept(),
+                        )?,
                         gathered: features(rows * decoder_width)?,
                         mean: backend.buffer(rows)?,
                         rstd: backend.buffer(rows)?,

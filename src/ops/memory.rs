@@ -20,6 +20,8 @@ pub trait Memory: Debug + Send + Sync + Sized + 'static {
     type Master: Element;
     /// A range of device memory with elements of type `T`.
     type Buffer<T: Element>: Debug + Send + Sync;
+    /// Work that was recorded once and is launched as a whole.
+    type Recording: Debug + Send + Sync;
 
     /// One zeroed buffer of `length` elements.
     ///
@@ -82,6 +84,37 @@ pub trait Memory: Debug + Send + Sync + Sized + 'static {
     /// # Errors
     /// Device errors.
     fn zero<T: Element>(&self, buffer: &mut Self::Buffer<T>) -> Result<()>;
+
+    /// Makes something out of buffers that share one allocation, where that is worth it: `make` may be called twice, first to
+    /// measure. It asks for the same buffers each time and reads none of them.
+    ///
+    /// # Errors
+    /// What `make` returns; [`Error::Device`](crate::Error::Device) when there is not enough memory.
+    fn together<T>(&self, make: impl Fn(&Self) -> Result<T>) -> Result<T> {
+        make(self)
+    }
+
+    /// Whether this device gains from recorded work.
+    fn records(&self) -> bool {
+        false
+    }
+
+    /// Records what `work` asks of this device; nothing of it runs. Run the same work once before, so that nothing is allocated
+    /// in it, and let it copy nothing from or to the host.
+    ///
+    /// # Errors
+    /// What `work` returns, and device errors.
+    fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Self::Recording>;
+
+    /// Runs recorded work. `false` where it cannot run any more because memory that it used was given back meanwhile: record it
+    /// again.
+    ///
+    /// # Errors
+    /// Device errors.
+    ///
+    /// # Safety
+    /// All buffers that the work used still exist.
+    unsafe fn replay(&self, recording: &Self::Recording) -> Result<bool>;
 
     /// `value` as an element of activations.
     fn element(value: f64) -> Self::Element;

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod metrics;
+mod passes;
 mod pretrain;
 mod schedule;
 mod trainer;

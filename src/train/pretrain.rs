@@ -16,7 +16,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::config::MaeConfig;
-use crate::data::{ImageProcessor, Loader, LoaderOptions, Position, Source, SourceOptions, Training, Transform};
+use crate::data::{Batch, ImageProcessor, Loader, LoaderOptions, Position, Source, SourceOptions, Training, Transform};
 use crate::files::write_json;
 use crate::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking, Purpose, WorkspaceShape};
 use crate::ops::{Backend, MaskingShape, RandomMask};
@@ -71,6 +71,8 @@ pub struct PretrainSettings {
     pub resume: bool,
     /// Images in the model at a time, at most.
     pub micro_batch: usize,
+    /// Whether backward computes activations again instead of keeping them.
+    pub recompute: bool,
     /// Threads that decode pictures.
     pub workers: usize,
 }
@@ -159,7 +161,11 @@ struct Run<'s, B: Backend> {
     settings: &'s PretrainSettings,
     trainer: Trainer<B>,
     loader: Loader,
+    /// The batch that was prefetched.
+    upcoming: Option<Batch>,
     processor: ImageProcessor,
+    /// Mean and deviation per channel.
+    normalization: (Vec<f32>, Vec<f32>),
     /// The pictures of the reconstruction grid, `[SHOWN, H, W, C]`.
     shown: Vec<u8>,
     schedule: Schedule,
@@ -229,6 +235,7 @@ impl<'s, B: Backend> Run<'s, B> {
         };
         let parameters = model.parameters().layout().trained();
         let mut trainer = Trainer::new(model, settings.optimizer, settings.micro_batch)?;
+        trainer.set_recompute(settings.recompute);
         let mut done = 0;
         if let Some((step, folder)) = &resumed {
             let state = checkpoint::load_trainer(&mut trainer, folder)?;
@@ -276,6 +283,8 @@ impl<'s, B: Backend> Run<'s, B> {
             settings,
             trainer,
             loader,
+            upcoming: None,
+            normalization: processor.normalization(),
             processor,
             shown,
             schedule,
@@ -339,32 +348,20 @@ impl<'s, B: Backend> Run<'s, B> {
         let started = Instant::now();
         let PretrainSettings { accumulate, batch_size, seed, .. } = *self.settings;
         let ratio = self.trainer.model().config().mask_ratio;
-        let image = self.trainer.model().config().image();
-        let (mean, deviation) = self.processor.normalization();
         let mut waited = 0.0;
         for _ in 0..accumulate {
-            let asked = Instant::now();
-            let Some(batch) = self.loader.next_batch()? else {
-                return Err(Error::Training("the pictures ended before the run did".into()));
+            let batch = match self.upcoming.take() {
+                Some(batch) => batch,
+                None => self.next_batch(&mut waited)?,
             };
-            waited += asked.elapsed().as_secs_f64();
-            let images = Images {
-                batch: batch.len(),
-                channels: image.channels,
-                height: image.height,
-                width: image.width,
-                values: ImageValues::Bytes { values: &batch.pixels, mean: &mean, deviation: &deviation },
-            };
-            let masking = Masking::Random {
-                ratio,
-                random: RandomMask { seed, epoch: batch.epoch },
-                samples: Some(&batch.samples),
-                first: 0,
-            };
+            let (images, masking) = training_input(&batch, &self.normalization, ratio, seed);
             self.trainer.accumulate(&images, &masking, batch_size * accumulate)?;
         }
         let learning_rate = self.schedule.at(self.done);
-        let report = self.trainer.update(learning_rate)?;
+        self.trainer.launch_update(learning_rate)?;
+        // While the device works on this step, the next one's pictures are fetched and brought to it.
+        let upcoming = if self.done + 1 < self.schedule.total_steps { self.prefetch(&mut waited) } else { Ok(()) };
+        let report = self.trainer.report()?;
         self.done += 1;
         if !report.updated {
             tracing::warn!(
@@ -386,7 +383,26 @@ impl<'s, B: Backend> Run<'s, B> {
             skipped: !report.updated,
         };
         self.metrics.append(&metrics)?;
+        upcoming?;
         Ok(metrics)
+    }
+
+    /// The next batch, and the time that it took to come.
+    fn next_batch(&mut self, waited: &mut f64) -> Result<Batch> {
+        let asked = Instant::now();
+        let batch = self.loader.next_batch()?;
+        *waited += asked.elapsed().as_secs_f64();
+        batch.ok_or_else(|| Error::Training("the pictures ended before the run did".into()))
+    }
+
+    /// Fetches the next step's first batch and brings it to the device.
+    fn prefetch(&mut self, waited: &mut f64) -> Result<()> {
+        let batch = self.next_batch(waited)?;
+        let ratio = self.trainer.model().config().mask_ratio;
+        let (images, masking) = training_input(&batch, &self.normalization, ratio, self.settings.seed);
+        self.trainer.prefetch(&images, &masking)?;
+        self.upcoming = Some(batch);
+        Ok(())
     }
 
     /// Writes `reconstruction-STEP.png`.
@@ -405,8 +421,14 @@ impl<'s, B: Backend> Run<'s, B> {
         };
         let masking = Masking::random(config.mask_ratio, self.settings.seed);
         let keep = MaskingShape::new(batch, image.patches(), config.mask_ratio)?.keep;
-        let mut workspace =
-            model.workspace(WorkspaceShape { batch, image, keep, purpose: Purpose::Predict, interpolation: None })?;
+        let mut workspace = model.workspace(WorkspaceShape {
+            batch,
+            image,
+            keep,
+            purpose: Purpose::Predict,
+            interpolation: None,
+            recompute: false,
+        })?;
         let result = model.reconstruct_in(&mut workspace, &images, &masking, Extras::default())?;
         let labels: Vec<String> = (1..=batch).map(|index| format!("picture {index}")).collect();
         let mut grid = reconstruction_grid(config, image, &images, &result, (&mean, &deviation), &labels)?;
@@ -448,6 +470,20 @@ impl<'s, B: Backend> Run<'s, B> {
             None => error,
         }
     }
+}
+
+/// A batch as the trainer takes it.
+fn training_input<'a>(
+    batch: &'a Batch,
+    (mean, deviation): &'a (Vec<f32>, Vec<f32>),
+    ratio: f64,
+    seed: u64,
+) -> (Images<'a>, Masking<'a>) {
+    let Batch { channels, height, width, .. } = *batch;
+    let values = ImageValues::Bytes { values: &batch.pixels, mean, deviation };
+    let random = RandomMask { seed, epoch: batch.epoch };
+    let masking = Masking::Random { ratio, random, samples: Some(&batch.samples), first: 0 };
+    (Images { batch: batch.len(), channels, height, width, values }, masking)
 }
 
 /// The first pictures of a source that can be decoded, as the model sees them at inference.

@@ -1,14 +1,16 @@
 //! One optimiser step: forward and backward in micro-batches, then AdamW.
 
+use std::ops::Range;
 use std::path::Path;
 
 use safetensors::Dtype;
 
 use crate::model::{
-    Gradients, Images, MaeForPreTraining, Masking, PositionInterpolation, Purpose, Workspace, WorkspaceShape,
-    download_part,
+    Gradients, ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation, Purpose, Workspace,
+    WorkspaceShape, download_part,
 };
-use crate::ops::{AdamWSettings, AdamWState, Backend, MaskingShape};
+use crate::ops::{AdamWSettings, AdamWState, Backend, MaskingShape, RandomMask};
+use crate::train::passes::{Pass, Passes};
 use crate::weights::{TensorFile, write_f32, write_stream};
 use crate::{Error, Result};
 
@@ -79,8 +81,49 @@ pub struct Trainer<B: Backend> {
     settings: OptimizerSettings,
     workspace: Option<Workspace<B>>,
     micro_batch: usize,
+    recompute: bool,
+    passes: Passes<B>,
+    /// Whether the last pixels were bytes: the workspace keeps a buffer for one kind only.
+    bytes: bool,
+    /// The batch whose first micro-batch lies prepared in the workspace.
+    prefetched: Option<Prefetched>,
     /// The device's counters as they were read last.
     last: AdamWState,
+}
+
+/// Which batch was prefetched: where it lies, and how it is masked.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Prefetched {
+    images: usize,
+    batch: usize,
+    /// Where the noise or the samples lie, or the first sample.
+    masks: Option<usize>,
+    ratio: f64,
+    random: Option<RandomMask>,
+    first: u64,
+}
+
+impl Prefetched {
+    fn of(images: &Images<'_>, masking: &Masking<'_>) -> Self {
+        let place = match images.values {
+            ImageValues::Normalized(values) => values.as_ptr().addr(),
+            ImageValues::Bytes { values, .. } => values.as_ptr().addr(),
+        };
+        let unmasked = Self { images: place, batch: images.batch, masks: None, ratio: 0.0, random: None, first: 0 };
+        match *masking {
+            Masking::None => unmasked,
+            Masking::Noise { ratio, noise } => Self { masks: Some(noise.as_ptr().addr()), ratio, ..unmasked },
+            Masking::Random { ratio, random, samples, first } => {
+                let masks = samples.map(|samples| samples.as_ptr().addr());
+                Self { masks, ratio, random: Some(random), first, ..unmasked }
+            }
+        }
+    }
+}
+
+/// Ranges of at most `most` images.
+fn micro_batches(batch: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..batch).step_by(most.max(1)).map(move |start| start..(start + most).min(batch))
 }
 
 impl<B: Backend> Trainer<B> {
@@ -100,9 +143,25 @@ impl<B: Backend> Trainer<B> {
             settings,
             workspace: None,
             micro_batch,
+            recompute: false,
+            passes: Passes::new(true),
+            bytes: false,
+            prefetched: None,
             last: AdamWState::default(),
             model,
         })
+    }
+
+    /// Whether backward computes the blocks' activations again instead of keeping them: less memory, a third more time, the
+    /// same results.
+    pub fn set_recompute(&mut self, recompute: bool) {
+        self.recompute = recompute;
+    }
+
+    /// Whether a device that gains from it gets each pass as one recording (a CUDA graph) from its second time on. It does so
+    /// unless told otherwise; the results are the same.
+    pub fn set_recording(&mut self, recording: bool) {
+        self.passes.enable(recording);
     }
 
     /// The model as it is now.
@@ -200,39 +259,73 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// Those of images and noise that do not fit the model.
     pub fn accumulate(&mut self, images: &Images<'_>, masking: &Masking<'_>, images_in_step: usize) -> Result<()> {
-        let config = self.model.config();
-        let image = images.check(config)?;
-        let patches = image.patches();
-        let mask = masking.check(images.batch, patches)?;
+        let mask = self.fit(images, masking)?;
+        let prefetched = self.prefetched.take() == Some(Prefetched::of(images, masking));
+        let Self { model, gradients, optimizer, workspace: Some(workspace), passes, bytes, .. } = self else {
+            return Ok(());
+        };
+        let hidden_in_step = images_in_step * mask.hidden();
+        for (index, range) in micro_batches(images.batch, workspace.shape().batch.min(self.micro_batch)).enumerate() {
+            if index > 0 || !prefetched {
+                model.prepare(workspace, &images.part(range.clone()), &masking.part(range.clone(), mask.patches))?;
+            }
+            let (batch, bytes) = (range.len(), *bytes);
+            // SAFETY: a pass depends on nothing else, and it is forgotten before a buffer of the workspace is dropped. Weights,
+            // gradients and the optimiser's state live as long as the trainer.
+            unsafe {
+                passes.run(model.backend(), Pass::ForwardBackward { batch, hidden_in_step, bytes }, || {
+                    model.forward_prepared(workspace, batch, hidden_in_step, &mut optimizer.loss, None)?;
+                    model.backward(workspace, batch, gradients)
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings the first images of the batch that is to be accumulated next to the device, behind the work that it has:
+    /// between [`Trainer::launch_update`] and [`Trainer::report`], so that the device does not wait for it after the report.
+    /// Until then the images and masks stay as they are. The result is the same as without.
+    ///
+    /// # Errors
+    /// As [`Trainer::accumulate`].
+    pub fn prefetch(&mut self, images: &Images<'_>, masking: &Masking<'_>) -> Result<()> {
+        self.prefetched = None;
+        let mask = self.fit(images, masking)?;
+        let Some(workspace) = &mut self.workspace else { return Ok(()) };
+        if let Some(range) = micro_batches(images.batch, workspace.shape().batch.min(self.micro_batch)).next() {
+            self.model.prepare(workspace, &images.part(range.clone()), &masking.part(range, mask.patches))?;
+            self.prefetched = Some(Prefetched::of(images, masking));
+        }
+        Ok(())
+    }
+
+    /// Checks a batch, and makes a workspace for its micro-batches where there is none that fits.
+    fn fit(&mut self, images: &Images<'_>, masking: &Masking<'_>) -> Result<MaskingShape> {
+        let image = images.check(self.model.config())?;
+        let mask = masking.check(images.batch, image.patches())?;
         let shape = WorkspaceShape {
             batch: self.micro_batch.min(images.batch),
             image,
             keep: mask.keep,
             purpose: Purpose::Train,
             interpolation: Some(PositionInterpolation::Grid),
+            recompute: self.recompute,
         };
-        let fits = |workspace: &Workspace<B>| {
+        let fits = self.workspace.as_ref().is_some_and(|workspace| {
             let made_for = workspace.shape();
             made_for.batch >= shape.batch && WorkspaceShape { batch: shape.batch, ..*made_for } == shape
-        };
-        if !self.workspace.as_ref().is_some_and(fits) {
+        });
+        let bytes = matches!(images.values, ImageValues::Bytes { .. });
+        if !fits || bytes != self.bytes {
+            self.passes.forget();
+            self.prefetched = None;
+            self.bytes = bytes;
+        }
+        if !fits {
             self.workspace = None;
+            self.workspace = Some(self.model.workspace(shape)?);
         }
-        let workspace = match &mut self.workspace {
-            Some(workspace) => workspace,
-            none => none.insert(self.model.workspace(shape)?),
-        };
-        let hidden_in_step = images_in_step * MaskingShape::hidden(&mask);
-        let mut start = 0;
-        while start < images.batch {
-            let range = start..(start + shape.batch).min(images.batch);
-            let (part, part_masking) = (images.part(range.clone()), masking.part(range.clone(), patches));
-            let loss = &mut self.optimizer.loss;
-            self.model.forward_in(workspace, &part, &part_masking, hidden_in_step, loss, None)?;
-            self.model.backward(workspace, part.batch, &mut self.gradients)?;
-            start = range.end;
-        }
-        Ok(())
+        Ok(mask)
     }
 
     /// Applies the accumulated gradients and clears them: [`Trainer::launch_update`] and [`Trainer::report`].
@@ -257,24 +350,29 @@ impl<B: Backend> Trainer<B> {
         };
         let settings =
             AdamWSettings { beta1: betas.0, beta2: betas.1, epsilon, weight_decay, clip_norm, length, decayed };
-        let (backend, parameters) = self.model.parameters_mut();
-        let optimizer = &mut self.optimizer;
+        let Self { model, gradients, optimizer, passes, .. } = self;
+        let (backend, parameters) = model.parameters_mut();
         backend.upload(&mut optimizer.learning_rate, &[learning_rate])?;
-        backend.gradient_norm(length, &mut optimizer.gradient_norm, &self.gradients.arena)?;
-        backend.adamw_step(
-            settings,
-            &mut optimizer.state,
-            &mut parameters.master,
-            &mut parameters.working,
-            &mut optimizer.first,
-            &mut optimizer.second,
-            &self.gradients.arena,
-            &optimizer.gradient_norm,
-            Some(&optimizer.loss),
-            &optimizer.learning_rate,
-        )?;
-        backend.zero(&mut optimizer.loss)?;
-        self.gradients.zero(backend)
+        // SAFETY: an update depends on the settings, which do not change, and on buffers that live as long as the trainer.
+        unsafe {
+            passes.run(backend, Pass::Update, || {
+                backend.gradient_norm(length, &mut optimizer.gradient_norm, &gradients.arena)?;
+                backend.adamw_step(
+                    settings,
+                    &mut optimizer.state,
+                    &mut parameters.master,
+                    &mut parameters.working,
+                    &mut optimizer.first,
+                    &mut optimizer.second,
+                    &gradients.arena,
+                    &optimizer.gradient_norm,
+                    Some(&optimizer.loss),
+                    &optimizer.learning_rate,
+                )?;
+                backend.zero(&mut optimizer.loss)?;
+                gradients.zero(backend)
+            })
+        }
     }
 
     /// Waits for the last update and says what it did.

@@ -10,6 +10,7 @@ mod linear;
 mod loss;
 mod masking;
 mod patchify;
+mod recording;
 mod reference;
 mod scratch;
 mod tokens;
