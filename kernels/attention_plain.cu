@@ -1,12 +1,11 @@
 // Attention without matrix instructions: f32 throughout, to compare other ways of computing it with, and the probabilities for
 // looking at. out = softmax(q k^T / sqrt(D)) v per head; the equations of the gradients are in attention_backward.cu.
 //
-//   attention_forward_f32             out and the natural log-sum-exp of the scaled scores, with an online softmax
-//   attention_backward_delta_f32      three launches: delta = sum over keys of p * dp (over that of p, which differs from
-//                                     1 by the rounding of log_sum_exp), kept in the first element of a head's
-//   attention_backward_keys_f32       row of dq; then dk and dv of 32 keys;
-//   attention_backward_queries_f32    then dq of 32 queries
-//   attention_probabilities_f32       p = exp(q k^T / sqrt(D) - log_sum_exp), from f32 or bf16
+//   attention_forward_f32            out and the natural log-sum-exp of the scaled scores, with an online softmax
+//   attention_backward_delta_f32     three launches: delta = sum over keys of p * dp, over that of p, which the rounding of
+//   attention_backward_keys_f32      log_sum_exp keeps from being 1; then dk and dv of 32 keys; then dq of 32 queries. Delta
+//   attention_backward_queries_f32   stays in the first element of a head's row of dq, which the third launch overwrites
+//   attention_probabilities_f32      p = exp(q k^T / sqrt(D) - log_sum_exp), from f32 or bf16
 //   attention_probabilities_bf16
 //
 // Pointers, all distinct (no aliasing); T is f32, or bf16 for attention_probabilities_bf16:
@@ -22,7 +21,7 @@
 // Preconditions, checked by src/cuda/attention.rs: D at most 128; buffers as long as their shapes; B * H * tiles below 2^31.
 // Launch: B * H * ceil(N / 32) blocks of 256 threads; tiles of 32 rows of R = 16 ceil(D / 16) + 1 floats and of 33 in shared
 // memory: forward 384 R + 4608 bytes, backward 512 R + 8704, probabilities 256 R.
-// Bytes: those of attention_forward.cu and attention_backward.cu with 4 bytes for 2; keys and values are read once per 32 queries.
+// Bytes: those of attention_forward.cu and attention_backward.cu with 4 bytes for 2, and keys and values once per 32 queries.
 // FLOPs: 4 B H N^2 D forward, 18 B H N^2 D backward. Bound by: shared memory, at about one load per multiply-add.
 #include "attention.cuh"
 
