@@ -6,16 +6,23 @@
 //
 // The output is not read: delta comes from p and dp, and so fits the rounded p.
 //
-//   attention_backward_whole_d64_n64_bf16, _d64_n80_, _d80_n80_  short sequences: a block per head, a warp per 16 keys, all
-//                                                                queries at once
-//   attention_backward_resident_d32_bf16, _d64_                  everything of a head stays in shared memory; a warp owns 32
-//                                                                keys, and the block walks over 32 queries at a time
-//   attention_backward_delta_d32_bf16, _d64_, _d80_, _d128_      any N, in three launches: delta,
-//   attention_backward_keys_d32_bf16, _d64_, _d80_, _d128_       then dk and dv of a block of keys, queries streaming past,
-//   attention_backward_queries_d32_bf16, _d64_, _d80_, _d128_    then dq of a block of queries, keys streaming past
+//   attention_backward_whole_d64_n64_bf16     short sequences: a block per head, a warp per 16 keys, all queries at once
+//   attention_backward_whole_d64_n80_bf16
+//   attention_backward_whole_d80_n80_bf16
+//   attention_backward_resident_d32_bf16      everything of a head stays in shared memory; a warp owns 32 keys, and the block
+//   attention_backward_resident_d64_bf16      walks over 32 queries at a time
 //
-// The first two work on s^T = k q^T, so that p^T and ds^T leave the matrix units in the layout in which they enter them again for
-// dv and dk; only ds^T goes through shared memory, for dq. The number after d is the most features that a kernel takes.
+// and for any N in three launches: delta; dk and dv of a block of keys, queries streaming past; dq of a block of queries, keys
+// streaming past:
+//
+//   attention_backward_delta_d32_bf16    attention_backward_keys_d32_bf16    attention_backward_queries_d32_bf16
+//   attention_backward_delta_d64_bf16    attention_backward_keys_d64_bf16    attention_backward_queries_d64_bf16
+//   attention_backward_delta_d80_bf16    attention_backward_keys_d80_bf16    attention_backward_queries_d80_bf16
+//   attention_backward_delta_d128_bf16   attention_backward_keys_d128_bf16   attention_backward_queries_d128_bf16
+//
+// The kernels of one launch, and keys, work on s^T = k q^T, so that p^T and ds^T leave the matrix units in the layout in which
+// they enter them again for dv and dk; only ds^T goes through shared memory, for dq. The number after d is the most features
+// that a kernel takes.
 //
 // Pointers, all distinct (no aliasing):
 //   dqkv         [B, N, 3, H, D], bf16, assigned. The three launches keep delta as f32 in the first four bytes of a head's row

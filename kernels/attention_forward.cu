@@ -2,11 +2,16 @@
 // log-sum-exp of the scaled scores for the backward pass. The softmax over a row is done piece by piece where a row does not
 // fit into registers (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135).
 //
-//   attention_forward_whole_d64_n64_bf16, _d64_n80_, _d80_n80_   short sequences: a block per head, a warp per 16 queries,
-//                                                                whole rows of scores in registers
-//   attention_forward_resident_d32_bf16, _d64_, _d80_            keys and values of a head stay in shared memory; a warp takes
-//                                                                16 or 32 queries and walks over the keys
-//   attention_forward_streamed_d32_bf16, _d64_, _d80_, _d128_    any N: a block takes some queries and streams the keys past
+//   attention_forward_whole_d64_n64_bf16      short sequences: a block per head, a warp per 16 queries, whole rows of scores
+//   attention_forward_whole_d64_n80_bf16      in registers
+//   attention_forward_whole_d80_n80_bf16
+//   attention_forward_resident_d32_bf16       keys and values of a head stay in shared memory; a warp takes 16 or 32 queries
+//   attention_forward_resident_d64_bf16       and walks over the keys
+//   attention_forward_resident_d80_bf16
+//   attention_forward_streamed_d32_bf16       any N: a block takes some queries and streams the keys past
+//   attention_forward_streamed_d64_bf16
+//   attention_forward_streamed_d80_bf16
+//   attention_forward_streamed_d128_bf16
 //
 // The number after d is the most features that a kernel takes; fewer are filled up with zeros in shared memory.
 //

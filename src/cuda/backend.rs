@@ -16,6 +16,7 @@ use crate::{Error, Result};
 pub trait CudaElement:
     Element
     + super::adamw::WorkingElement
+    + super::attention::AttentionElement
     + super::cross_entropy::LogitElement
     + super::layernorm::LayerNormElement
     + super::linear::LinearElement

@@ -4,6 +4,7 @@
 //! [`Stream`], and each op family has one module of launchers. Nothing here panics where the driver or NVRTC is missing.
 
 pub mod adamw;
+pub mod attention;
 pub mod backend;
 pub mod cross_entropy;
 pub mod cublaslt;

@@ -28,7 +28,12 @@ pub const SEEDS: [u64; 4] = [0, 1, 2, 3];
 
 /// An emulator, or nothing after saying that the test is skipped.
 pub fn emulator(seed: u64) -> Option<Arc<Emulator>> {
-    match start(Options { seed, ..Options::default() }) {
+    emulator_with(Options { seed, ..Options::default() })
+}
+
+/// The same with other options.
+pub fn emulator_with(options: Options) -> Option<Arc<Emulator>> {
+    match start(options) {
         Ok(emulator) => Some(emulator),
         Err(reason) => {
             println!("skipped: {reason}");
@@ -82,9 +87,17 @@ fn build() -> Outcome<PathBuf> {
     let files = kernel_files();
     let units = units::units(&folder, &files).map_err(|error| error.to_string())?;
     let mut parts = vec![version.stdout, units::FLAGS.join(" ").into_bytes()];
-    parts.extend(files.into_iter().map(|(_, text)| text.into_bytes()));
-    for name in ["ptx.cuh", "device.cuh", "emulator/host.h", "emulator/faults.cu", "emulator/runtime.cpp"] {
-        parts.push(std::fs::read(folder.join(name)).map_err(|error| format!("{name}: {error}"))?);
+    // The kernels, their headers and the emulator.
+    for folder in [&folder, &folder.join("emulator")] {
+        let mut paths: Vec<_> = std::fs::read_dir(folder)
+            .map_err(|error| error.to_string())?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.is_file())
+            .collect();
+        paths.sort();
+        for path in paths {
+            parts.push(std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?);
+        }
     }
     let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"));

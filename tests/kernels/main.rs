@@ -2,6 +2,7 @@
 #![cfg(feature = "cuda")]
 
 mod adamw;
+mod attention;
 mod build_script;
 mod cross_entropy;
 mod emulated;

@@ -1,0 +1,308 @@
+//! Attention on the emulator against the CPU in f64.
+
+use std::sync::Arc;
+
+use half::bf16;
+use vitmae::cpu::Cpu;
+use vitmae::ops::{Attention, AttentionShape, Memory};
+
+use super::emulated::attention::{attention_backward, attention_forward};
+use super::emulated::{Cuda, CudaElement, CudaError, Emulator, Options, SEEDS, Stream, emulator, emulator_with};
+use super::reference::{Bench, random};
+
+fn shape(batch: usize, tokens: usize, heads: usize, head_dim: usize) -> AttentionShape {
+    AttentionShape { batch, tokens, heads, head_dim }
+}
+
+/// Shapes for every kernel: lengths of all kinds of tiles, and heads narrower than, as wide as and between them.
+fn shapes() -> Vec<AttentionShape> {
+    let mut shapes = Vec::new();
+    for (index, tokens) in [1, 2, 17, 50, 65].into_iter().enumerate() {
+        for head_dim in [8, 16, 32, 40, 64, 80, 128] {
+            shapes.push(shape(1 + index % 2, tokens, 2 - index % 2, head_dim));
+        }
+    }
+    for (tokens, head_dims) in [(197, [32, 64, 80]), (257, [32, 80, 40]), (300, [16, 64, 128])] {
+        shapes.extend(head_dims.map(|head_dim| shape(1, tokens, 1, head_dim)));
+    }
+    shapes
+}
+
+/// Tokens by features of one head.
+type Rows = Vec<Vec<f64>>;
+
+/// Element `(row, column)` of a head's rows in memory, as its place in the whole.
+fn place(shape: AttentionShape, parts: usize, sample: usize, head: usize, part: usize, token: usize) -> usize {
+    (((sample * shape.tokens + token) * parts + part) * shape.heads + head) * shape.head_dim
+}
+
+/// Inputs of attention. `spread`: queries and keys reach to plus and minus this.
+struct Inputs {
+    qkv: Vec<f64>,
+    dout: Vec<f64>,
+}
+
+impl Inputs {
+    fn new(shape: AttentionShape, spread: f64) -> Self {
+        let numbers = shape.batch * shape.tokens * shape.width();
+        let mut qkv = random(1, 3 * numbers);
+        for (index, value) in qkv.iter_mut().enumerate() {
+            if index / shape.width() % 3 < 2 {
+                *value *= spread;
+            }
+        }
+        Self { qkv, dout: random(2, numbers) }
+    }
+
+    fn rows(&self, shape: AttentionShape, sample: usize, head: usize) -> [Rows; 4] {
+        let row = |values: &[f64], start: usize| values[start..start + shape.head_dim].to_vec();
+        let part = |part| {
+            (0..shape.tokens).map(|token| row(&self.qkv, place(shape, 3, sample, head, part, token))).collect::<Rows>()
+        };
+        let dout = (0..shape.tokens).map(|token| row(&self.dout, place(shape, 1, sample, head, 0, token))).collect();
+        [part(0), part(1), part(2), dout]
+    }
+}
+
+/// What attention writes.
+#[derive(Clone, PartialEq, Debug)]
+struct Outputs {
+    out: Vec<f64>,
+    log_sum_exp: Vec<f64>,
+    dqkv: Vec<f64>,
+    probabilities: Vec<f64>,
+}
+
+fn run<B: Attention>(bench: &Bench<'_, B>, shape: AttentionShape, inputs: &Inputs) -> Outputs {
+    let AttentionShape { batch, tokens, heads, .. } = shape;
+    let numbers = batch * tokens * shape.width();
+    let (qkv, dout) = (bench.elements(&inputs.qkv), bench.elements(&inputs.dout));
+    let (mut out, mut dqkv) = (bench.poisoned(numbers), bench.poisoned(3 * numbers));
+    let mut log_sum_exp = bench.masters(&vec![f64::NAN; batch * heads * tokens]);
+    let mut probabilities = bench.poisoned(batch * heads * tokens * tokens);
+    let backend = bench.backend;
+    backend.attention_forward(shape, &mut out, &mut log_sum_exp, &qkv).expect("no fault");
+    backend.attention_backward(shape, &mut dqkv, &dout, &qkv, &log_sum_exp).expect("no fault");
+    backend.attention_probabilities(shape, &mut probabilities, &qkv, &log_sum_exp).expect("no fault");
+    Outputs {
+        out: bench.read(&out),
+        log_sum_exp: bench.read_masters(&log_sum_exp),
+        dqkv: bench.read(&dqkv),
+        probabilities: bench.read(&probabilities),
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// The same by the definition, with every tensor rounded to the element type: what nobody can blame a kernel for.
+fn naive<E: CudaElement>(shape: AttentionShape, inputs: &Inputs) -> Outputs {
+    let round = |value: f64| Cuda::<E>::element_f64(Cuda::<E>::element(value));
+    let AttentionShape { batch, tokens, heads, head_dim } = shape;
+    let mut outputs = Outputs {
+        out: vec![0.0; inputs.dout.len()],
+        log_sum_exp: Vec::new(),
+        dqkv: vec![0.0; inputs.qkv.len()],
+        probabilities: Vec::new(),
+    };
+    for (sample, head) in (0..batch).flat_map(|sample| (0..heads).map(move |head| (sample, head))) {
+        let [q, k, v, dout] = inputs.rows(shape, sample, head);
+        let at = |part, token| place(shape, 3, sample, head, part, token);
+        for i in 0..tokens {
+            let scores: Vec<f64> = k.iter().map(|k| dot(&q[i], k) * shape.scale()).collect();
+            let largest = scores.iter().fold(f64::MIN, |a, &b| a.max(b));
+            let log_sum_exp = largest + scores.iter().map(|score| (score - largest).exp()).sum::<f64>().ln();
+            let p: Vec<f64> = scores.iter().map(|score| (score - log_sum_exp).exp()).collect();
+            let dp: Vec<f64> = v.iter().map(|v| dot(&dout[i], v)).collect();
+            let delta = dot(&p, &dp);
+            let ds: Vec<f64> = p.iter().zip(&dp).map(|(p, dp)| round(p * (dp - delta))).collect();
+            let p: Vec<f64> = p.into_iter().map(round).collect();
+            for d in 0..head_dim {
+                for j in 0..tokens {
+                    outputs.out[place(shape, 1, sample, head, 0, i) + d] += p[j] * v[j][d];
+                    outputs.dqkv[at(0, i) + d] += ds[j] * k[j][d] * shape.scale();
+                    outputs.dqkv[at(1, j) + d] += ds[j] * q[i][d] * shape.scale();
+                    outputs.dqkv[at(2, j) + d] += p[j] * dout[i][d];
+                }
+            }
+            outputs.log_sum_exp.push(log_sum_exp);
+            outputs.probabilities.extend(p);
+        }
+    }
+    outputs.out.iter_mut().chain(&mut outputs.dqkv).for_each(|value| *value = round(*value));
+    outputs
+}
+
+fn largest(values: impl Iterator<Item = f64>) -> f64 {
+    values.fold(0.0, |largest, value| if value.abs() > largest { value.abs() } else { largest })
+}
+
+/// Asserts that `found` is no further from `exact` than `factor` times `naive` is, and `slack` of the largest number.
+#[track_caller]
+fn close(what: &str, [found, naive, exact]: [&[f64]; 3], factor: f64, slack: f64) {
+    assert_eq!(found.len(), exact.len(), "{what}");
+    let error = largest(naive.iter().zip(exact).map(|(naive, exact)| naive - exact));
+    let allowed = factor * error + slack * largest(exact.iter().copied());
+    for (index, (found, exact)) in found.iter().zip(exact).enumerate() {
+        // Written so that a NaN fails.
+        let within = (found - exact).abs() <= allowed;
+        assert!(within, "{what}[{index}]: {found} instead of {exact}, more than {allowed} off");
+    }
+}
+
+/// Queries', keys' or values' part of dqkv.
+fn part(shape: AttentionShape, dqkv: &[f64], which: usize) -> Vec<f64> {
+    dqkv.chunks_exact(shape.width()).skip(which).step_by(3).flatten().copied().collect()
+}
+
+fn check<E: CudaElement>(stream: &Stream, shape: AttentionShape, spread: f64, slack: f64) {
+    let inputs = Inputs::new(shape, spread);
+    let exact = run(&Bench { backend: &Cpu::<f64>::new(), shift: 0 }, shape, &inputs);
+    let naive = naive::<E>(shape, &inputs);
+    let found = run(&Bench { backend: &Cuda::<E>::new(stream.clone()), shift: 0 }, shape, &inputs);
+    let what = format!("{shape:?}, {} bytes, spread {spread}", size_of::<E>());
+    close(&format!("out, {what}"), [&found.out, &naive.out, &exact.out], 2.0, slack);
+    let statistics = [&found.log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp].map(Vec::as_slice);
+    close(&format!("log-sum-exp, {what}"), statistics, 1.0, 1e-6);
+    let probabilities = [&found.probabilities, &naive.probabilities, &exact.probabilities].map(Vec::as_slice);
+    close(&format!("probabilities, {what}"), probabilities, 2.0, slack);
+    for (which, name) in ["dq", "dk", "dv"].into_iter().enumerate() {
+        let [found, naive, exact] = [&found, &naive, &exact].map(|outputs| part(shape, &outputs.dqkv, which));
+        // Where one key takes all, gradients of scores cancel to nothing, but for the rounding of the log-sum-exp.
+        let uncancelled = if which < 2 { spread * shape.scale() * (shape.head_dim as f64).sqrt() } else { 0.0 };
+        let room = slack * (1.0_f64).max(uncancelled / largest(exact.iter().copied()).max(1e-9));
+        close(&format!("{name}, {what}"), [&found, &naive, &exact], 3.0, room);
+    }
+}
+
+/// An emulator whose blocks have as much shared memory as those of some GPU.
+fn with_shared_memory(seed: u64, kilobytes: u32) -> Option<Arc<Emulator>> {
+    emulator_with(Options { seed, shared_bytes: kilobytes << 10 })
+}
+
+#[test]
+fn attention_matches_the_cpu_at_every_shape() {
+    for (index, shape) in shapes().into_iter().enumerate() {
+        // The largest GPU's shared memory for long sequences, the smallest's for short ones, which fit into it.
+        let kilobytes = if shape.tokens > 100 { 227 } else { 99 };
+        let Some(emulator) = with_shared_memory(SEEDS[index % SEEDS.len()], kilobytes) else { return };
+        check::<bf16>(&emulator.stream(), shape, 4.0, 1e-5);
+        if shape.tokens < 66 && (shape.head_dim < 64 || index % 2 == 0) || shape.head_dim < 17 {
+            check::<f32>(&emulator.stream(), shape, 4.0, 1e-5);
+        }
+    }
+}
+
+#[test]
+fn attention_fits_into_less_shared_memory() {
+    // 99 KB are what consumer GPUs have; with 72 KB, every width takes the kernels that need least.
+    for (kilobytes, shape) in [
+        (99, shape(1, 197, 1, 64)),
+        (99, shape(1, 257, 1, 32)),
+        (99, shape(1, 257, 1, 80)),
+        (99, shape(1, 65, 2, 128)),
+        (74, shape(1, 197, 1, 32)),
+        (74, shape(1, 130, 1, 64)),
+    ] {
+        let Some(emulator) = with_shared_memory(2, kilobytes) else { return };
+        check::<bf16>(&emulator.stream(), shape, 4.0, 1e-5);
+    }
+    let Some(emulator) = with_shared_memory(2, 99) else { return };
+    check::<f32>(&emulator.stream(), shape(1, 33, 1, 128), 4.0, 1e-5);
+}
+
+#[test]
+fn f32_attention_takes_heads_of_any_width() {
+    let Some(emulator) = emulator(3) else { return };
+    for head_dim in [1, 7, 100, 127] {
+        check::<f32>(&emulator.stream(), shape(2, 33, 1, head_dim), 2.0, 1e-5);
+    }
+}
+
+#[test]
+fn attention_survives_extreme_scores() {
+    let Some(emulator) = emulator(2) else { return };
+    for shape in [shape(1, 50, 1, 64), shape(1, 65, 1, 80), shape(1, 97, 1, 32), shape(1, 70, 1, 128)] {
+        // Up to about ten thousand. A score in f32 is then known to a thousandth, and so is a probability relative to itself.
+        let spread = 128.0;
+        check::<bf16>(&emulator.stream(), shape, spread, 1e-2);
+        check::<f32>(&emulator.stream(), shape, spread, 1e-2);
+    }
+}
+
+#[test]
+fn long_sequences_are_attended_to_piece_by_piece() {
+    let Some(emulator) = emulator(3) else { return };
+    check::<bf16>(&emulator.stream(), shape(1, 577, 1, 16), 4.0, 1e-5);
+    for shape in [shape(1, 785, 1, 8), shape(1, 1025, 1, 8)] {
+        let inputs = Inputs::new(shape, 4.0);
+        let forward = |bench: &Bench<'_, Cuda<bf16>>| {
+            let mut out = bench.poisoned(inputs.dout.len());
+            let mut log_sum_exp = bench.masters(&vec![f64::NAN; shape.tokens]);
+            let qkv = bench.elements(&inputs.qkv);
+            bench.backend.attention_forward(shape, &mut out, &mut log_sum_exp, &qkv).expect("no fault");
+            (bench.read(&out), bench.read_masters(&log_sum_exp))
+        };
+        let reference = Bench { backend: &Cpu::<f64>::new(), shift: 0 };
+        let exact = run(&reference, shape, &inputs);
+        let naive = naive::<bf16>(shape, &inputs);
+        let (out, log_sum_exp) = forward(&Bench { backend: &Cuda::new(emulator.stream()), shift: 0 });
+        close("out", [&out, &naive.out, &exact.out], 2.0, 1e-5);
+        close("log-sum-exp", [&log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp], 1.0, 1e-6);
+    }
+}
+
+#[test]
+fn attention_has_the_same_bits_in_every_order_of_threads() {
+    for shape in [shape(2, 50, 2, 64), shape(1, 65, 1, 80), shape(1, 100, 1, 32), shape(1, 90, 1, 128)] {
+        let inputs = Inputs::new(shape, 4.0);
+        let mut first = None;
+        for seed in SEEDS.into_iter().chain(SEEDS) {
+            let Some(emulator) = emulator(seed) else { return };
+            let found = run(&Bench { backend: &Cuda::<bf16>::new(emulator.stream()), shift: 0 }, shape, &inputs);
+            assert_eq!(*first.get_or_insert(found.clone()), found, "{shape:?}, seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn attention_refuses_what_does_not_fit() {
+    let Some(emulator) = emulator(0) else { return };
+    let stream = emulator.stream();
+    let good = shape(2, 5, 2, 8);
+    let mut qkv = stream.zeros::<bf16>(2 * 5 * 3 * 16 + 8).expect("reserved");
+    let out = stream.zeros::<bf16>(2 * 5 * 16).expect("reserved");
+    let mut log_sum_exp = stream.zeros::<f32>(2 * 2 * 5).expect("reserved");
+    let mut refused = |shape: AttentionShape, from: usize| {
+        let (mut to, from) = (stream.zeros::<bf16>(2 * 5 * 16).expect("reserved"), from..from + 2 * 5 * 3 * 16);
+        let qkv = qkv.as_slice();
+        let qkv = qkv.range(from).expect("inside");
+        let result = attention_forward(&stream, &mut to.as_mut_slice(), &mut log_sum_exp.as_mut_slice(), &qkv, shape);
+        let error = result.expect_err("refused");
+        assert!(matches!(error, CudaError::Shape { .. }), "{error:?}");
+        error.to_string()
+    };
+    assert!(
+        refused(AttentionShape { head_dim: 12, ..good }, 0).contains("12, expected a multiple of 8; f32 takes any")
+    );
+    assert!(refused(AttentionShape { head_dim: 136, ..good }, 0).contains("136, expected 1 to 128"));
+    assert!(refused(AttentionShape { head_dim: 0, ..good }, 0).contains("features of a head is 0"));
+    assert!(refused(AttentionShape { tokens: 6, ..good }, 0).contains("length of qkv is 480, expected 576"));
+    assert!(refused(AttentionShape { batch: 1 << 40, ..good }, 0).contains("batch"));
+    assert!(refused(AttentionShape { tokens: 1 << 30, heads: 1 << 30, ..good }, 0).contains("length of qkv"));
+    assert!(refused(good, 4).contains("alignment of qkv is 8, expected at least 16"));
+
+    let input = stream.zeros::<bf16>(2 * 5 * 3 * 16).expect("reserved");
+    let mut short = qkv.as_mut_slice();
+    let mut short = short.range(0..479).expect("inside");
+    let statistics = log_sum_exp.as_slice();
+    let result = attention_backward(&stream, &mut short, &out.as_slice(), &input.as_slice(), &statistics, good);
+    assert!(result.expect_err("refused").to_string().contains("length of dqkv is 479, expected 480"));
+
+    // Nothing to do.
+    let backend = Cuda::<bf16>::new(stream.clone());
+    for shape in [shape(0, 5, 2, 8), shape(2, 0, 2, 8), shape(2, 5, 0, 8)] {
+        run(&Bench { backend: &backend, shift: 0 }, shape, &Inputs::new(shape, 1.0));
+    }
+}
