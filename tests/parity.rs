@@ -2,9 +2,10 @@
 
 mod goldens;
 
+use std::collections::BTreeMap;
 use std::fs;
 
-use goldens::{Case, assert_close, cases, read};
+use goldens::{Case, Tensor, assert_close, cases, read};
 use vitmae::cpu::Cpu;
 use vitmae::model::{Extras, ImageValues, Images, MaeEncoder, MaeForPreTraining, Masking};
 use vitmae::train::{OptimizerSettings, Trainer};

@@ -8,7 +8,9 @@ use vitmae::model::{MemoryUse, Purpose, WorkspaceShape};
 use vitmae::ops::{MaskingShape, OPS};
 use vitmae::weights::{Checkpoint, Parts};
 
-use crate::cli::arguments::{DeviceChoice, at_least_one};
+use vitmae::device::{Device, DeviceChoice, Precision};
+
+use crate::cli::arguments::at_least_one;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -20,15 +22,15 @@ pub(crate) struct Arguments {
     batch_size: Option<usize>,
 }
 
-pub(crate) fn run(arguments: &Arguments, device: DeviceChoice) -> anyhow::Result<()> {
+pub(crate) fn run(arguments: &Arguments, device: DeviceChoice, precision: Option<Precision>) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
     match &arguments.checkpoint {
-        None => devices(&mut out, device),
+        None => devices(&mut out, device, precision),
         Some(path) => model(&mut out, path, arguments.batch_size),
     }
 }
 
-fn devices(out: &mut impl Write, device: DeviceChoice) -> anyhow::Result<()> {
+fn devices(out: &mut impl Write, device: DeviceChoice, precision: Option<Precision>) -> anyhow::Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     writeln!(out, "vitmae {}", env!("CARGO_PKG_VERSION"))?;
     writeln!(out)?;
@@ -38,18 +40,17 @@ fn devices(out: &mut impl Write, device: DeviceChoice) -> anyhow::Result<()> {
     writeln!(
         out,
         "  --device {device} is {}",
-        device.resolve().map_or_else(|error| error.to_string(), |d| d.to_string())
+        Device::open(device, precision).map_or_else(|error| error.to_string(), |device| device.to_string())
     )?;
     writeln!(out)?;
     kernels(out)?;
-    let families: Vec<&str> = OPS.iter().map(|op| op.family).fold(Vec::new(), |mut seen, family| {
-        if !seen.contains(&family) {
-            seen.push(family);
-        }
-        seen
-    });
     writeln!(out)?;
-    writeln!(out, "ops: {} in {} families ({})", OPS.len(), families.len(), families.join(", "))?;
+    writeln!(out, "ops")?;
+    for op in OPS {
+        let symbols = if op.symbols.is_empty() { "-".to_string() } else { op.symbols.join(" ") };
+        writeln!(out, "  {:10} {:33} {symbols}", op.family, op.name)?;
+    }
+    writeln!(out)?;
     writeln!(out, "models: tiny, small, base, large, huge; try `vitmae info base`")?;
     Ok(())
 }

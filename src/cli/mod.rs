@@ -12,11 +12,11 @@ mod reconstruct;
 
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 
-use arguments::DeviceChoice;
-use vitmae::cpu::Cpu;
+use vitmae::device::{Device, DeviceChoice, Precision, Work};
+use vitmae::ops::Backend;
 
 /// Masked autoencoders: pre-training, reconstructions and features.
 #[derive(Debug, Parser)]
@@ -33,9 +33,9 @@ struct Global {
     /// Where to run: auto, cpu, cuda, cuda:N or emulator
     #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
     device: DeviceChoice,
-    /// Numbers of activations and working weights
-    #[arg(long, global = true, default_value = "f32", value_name = "TYPE")]
-    precision: arguments::Precision,
+    /// Numbers of activations and working weights: f32 or bf16 [default: bf16 on a GPU, f32 on the CPU]
+    #[arg(long, global = true, value_name = "TYPE")]
+    precision: Option<Precision>,
     /// CPU threads [default: all cores]
     #[arg(long, global = true, value_name = "N", value_parser = arguments::at_least_one)]
     threads: Option<usize>,
@@ -79,25 +79,35 @@ pub(crate) fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<()> {
     let Global { device, precision, threads, quiet, .. } = cli.global;
     if let Command::Info(arguments) = &cli.command {
-        return info::run(arguments, device);
+        return info::run(arguments, device, precision);
     }
-    let device = device.resolve()?;
-    if precision == arguments::Precision::Bf16 && device == DeviceChoice::Cpu {
-        bail!("bf16 needs a GPU; on the CPU use --precision f32 (the default)");
-    }
-    if device != DeviceChoice::Cpu {
-        bail!("the model does not run on {device} in this version; use --device cpu");
-    }
+    let device = Device::open(device, precision)?;
     let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("starting the worker threads")?;
-    let backend = Cpu::<f32>::new();
-    pool.install(|| match cli.command {
-        Command::Pretrain(arguments) => pretrain::run(backend, *arguments, threads, quiet),
-        Command::Reconstruct(arguments) => reconstruct::run(backend, &arguments),
-        Command::Embed(arguments) => embed::run(backend, arguments, threads, quiet),
-        Command::Forward(arguments) => forward::run(backend, &arguments),
-        Command::Info(arguments) => info::run(&arguments, device),
-    })
+    pool.install(|| device.run(Running { command: cli.command, threads, quiet }))
+}
+
+/// A command that needs a device.
+struct Running {
+    command: Command,
+    threads: usize,
+    quiet: bool,
+}
+
+impl Work for Running {
+    type Output = anyhow::Result<()>;
+
+    fn run<B: Backend>(self, backend: B) -> Self::Output {
+        let Self { command, threads, quiet } = self;
+        match command {
+            Command::Pretrain(arguments) => pretrain::run(backend, *arguments, threads, quiet),
+            Command::Reconstruct(arguments) => reconstruct::run(backend, &arguments),
+            Command::Embed(arguments) => embed::run(backend, arguments, threads, quiet),
+            Command::Forward(arguments) => forward::run(backend, &arguments),
+            // It shows devices and opens none.
+            Command::Info(arguments) => info::run(&arguments, DeviceChoice::Auto, None),
+        }
+    }
 }
 
 /// `vitmae info | head` is not a failure.

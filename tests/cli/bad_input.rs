@@ -159,6 +159,28 @@ fn wrong_numbers_are_wrong_usage() {
 }
 
 #[test]
+fn a_device_that_is_not_there_says_what_to_do() {
+    let place = Place::new();
+    let (checkpoint, pictures, out) = (place.checkpoint(), place.pictures(1), place.path("f.npy"));
+    let embed = |device: &str| {
+        run(&format!("{device} embed --from {{}} --data {{}} --out {{}}"), &[&checkpoint, &pictures, &out])
+    };
+    let ran = embed("--device cuda:4096");
+    let words = ["--device cpu", "CUDA_VISIBLE_DEVICES", "--features cuda"];
+    assert!(words.iter().any(|word| ran.err.contains(word)), "{}", ran.err);
+    ran.failed(1, &["error"]);
+    embed("--device cpu --precision bf16").failed(1, &["bf16", "--precision f32"]);
+    embed("--precision f16").failed(2, &["--precision", "bf16"]);
+    if cfg!(not(feature = "emulator")) {
+        embed("--device emulator").failed(1, &["--features emulator"]);
+        let ran = run("--device emulator info", &[]).succeeded();
+        assert!(ran.out.contains("--features emulator"), "{}", ran.out);
+    }
+    assert!(!out.exists());
+    embed("--device auto").succeeded();
+}
+
+#[test]
 fn files_that_lie_are_refused() {
     let place = Place::new();
     let pictures = place.pictures(1);

@@ -55,6 +55,29 @@ fn forward_writes_everything_that_was_asked_for() {
     assert_eq!(fs::read(&output).unwrap(), first);
 }
 
+#[cfg(feature = "emulator")]
+#[test]
+fn the_emulator_gives_what_the_cpu_gives() {
+    let place = Place::new();
+    let pixels: Vec<f32> = (0..3 * 32 * 32).map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0).collect();
+    let input = place.tensors("input.safetensors", &[("pixel_values", &[1, 3, 32, 32], &pixels)]);
+    let checkpoint = place.checkpoint();
+    let forward = |device: &str| {
+        let output = place.path("output.safetensors");
+        run(&format!("{device} forward --from {{}} --input {{}} --output {{}}"), &[&checkpoint, &input, &output])
+            .succeeded();
+        ["mask", "loss", "logits"].map(|name| tensor(&output, name).1)
+    };
+    let expected = forward("--device cpu");
+    for (device, bound) in [("--device emulator --precision f32", 1e-4), ("--device emulator", 0.1)] {
+        let found = forward(device);
+        assert_eq!(found[0], expected[0], "masks do not depend on the device");
+        for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
+            assert!((found - expected).abs() <= bound, "{device}: {found} instead of {expected}");
+        }
+    }
+}
+
 #[test]
 fn every_trained_parameter_gets_a_gradient() {
     let place = Place::new();
