@@ -161,11 +161,6 @@ impl Stream {
         self.driver.device()
     }
 
-    /// What runs the work.
-    pub(super) fn driver(&self) -> &dyn Driver {
-        &*self.driver
-    }
-
     /// What a launch may ask for.
     #[must_use]
     pub fn limits(&self) -> Limits {
@@ -176,6 +171,12 @@ impl Stream {
     #[must_use]
     pub fn allocations(&self) -> u64 {
         self.driver.allocations()
+    }
+
+    /// What runs the kernels, for another driver to wrap.
+    #[must_use]
+    pub fn driver(&self) -> &Arc<dyn Driver> {
+        &self.driver
     }
 
     /// Reserves memory for `len` elements with undefined content, for what a launch writes in full.
