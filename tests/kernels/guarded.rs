@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use vitmae::cuda::launch::{Argument, Driver, Grid, Limits};
 use vitmae::cuda::modules::Kernel;
-use vitmae::cuda::{DeviceId, Gpu, Result, Stream};
+use vitmae::cuda::{DeviceId, Gpu, Mark, Result, Stream};
 
 /// Bytes before and after an allocation; keeps its alignment.
 const GUARD: usize = 256;
@@ -131,6 +131,10 @@ impl Driver for Guarded {
         unsafe { self.inner.launch(kernel, grid, arguments)? };
         // So that a fault is this launch's, and stops the test here.
         self.inner.synchronize()
+    }
+
+    fn mark(&self) -> Result<Mark> {
+        self.inner.mark()
     }
 }
 

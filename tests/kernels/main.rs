@@ -13,6 +13,7 @@ mod masking;
 mod patchify;
 mod recording;
 mod reference;
+mod report;
 mod scratch;
 mod tokens;
 
@@ -95,9 +96,8 @@ fn every_kernel_compiles_for_every_architecture() {
     for target in ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_80"] {
         let target = Target::parse(target).expect("a good name");
         for file in embedded_kernels().files {
-            let source = Source { name: file.name, text: file.text };
-            let compiled = nvrtc.compile(source, &headers(), target).unwrap_or_else(|error| panic!("{error}"));
-            assert_eq!(compiled.log, "", "{} for {target}", file.name);
+            let compiled = report::report::compile(&nvrtc, file, target).unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(compiled.1, "", "{} for {target}", file.name);
         }
     }
 }
