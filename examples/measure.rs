@@ -68,8 +68,11 @@ impl Work {
     fn measure<B: Backend>(&self, backend: B) -> vitmae::Result<Vec<f64>> {
         let Self { batch, micro_batch, .. } = *self;
         let image = self.config.image();
-        let values =
-            ImageValues::Bytes { values: &self.pixels, mean: &[0.485, 0.456, 0.406], deviation: &[0.229, 0.224, 0.225] };
+        let values = ImageValues::Bytes {
+            values: &self.pixels,
+            mean: &[0.485, 0.456, 0.406],
+            deviation: &[0.229, 0.224, 0.225],
+        };
         let images = Images { batch, channels: image.channels, height: image.height, width: image.width, values };
         let model = MaeForPreTraining::new(self.config.clone(), backend, 0)?;
         // Reading anything back waits for the work before.

@@ -34,11 +34,15 @@ take() {
 }
 
 echo "tests" >&2
-programs test --test kernels --test parity --no-run | while read -r _ name path; do take "test-$name" "$path"; done
+programs test --test kernels --test parity --no-run | while read -r kind name path; do
+    [ "$kind" != test ] || take "test-$name" "$path"
+done
 # Optimised, without the link-time optimisation that costs minutes and gives our kernels nothing.
 export CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16
 echo "benches" >&2
-programs bench --bench ops --no-run | while read -r _ name path; do take "bench-$name" "$path"; done
+programs bench --bench ops --no-run | while read -r kind name path; do
+    [ "$kind" != bench ] || take "bench-$name" "$path"
+done
 echo "programs" >&2
 programs build --release --bin vitmae --example measure | while read -r _ name path; do take "$name" "$path"; done
 

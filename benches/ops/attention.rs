@@ -9,7 +9,9 @@ pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Plac
         let (name, decoder) = (model.name, Model::DECODER_WIDTH / Model::DECODER_HEADS);
         let head_dim = model.width / model.heads;
         shapes.push((format!("{name}_encoder"), 1 + model.visible(), model.heads, head_dim));
-        shapes.push((format!("{name}_decoder"), 1 + model.patches(), Model::DECODER_HEADS, decoder));
+        if !model.repeats {
+            shapes.push((format!("{name}_decoder"), 1 + model.patches(), Model::DECODER_HEADS, decoder));
+        }
         shapes.push((format!("{name}_unmasked"), 1 + model.patches(), model.heads, head_dim));
     }
     for (name, tokens, heads, head_dim) in shapes {

@@ -1,14 +1,11 @@
 use criterion::Criterion;
 use vitmae::ops::{Backend, LayerNormShape, Write};
 
-use crate::place::{Model, Place};
+use crate::place::Place;
 
 pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>) {
     for model in place.models {
-        for (part, tokens, width) in
-            [("encoder", 1 + model.visible(), model.width), ("decoder", 1 + model.patches(), Model::DECODER_WIDTH)]
-        {
-            let name = format!("{}_{part}", model.name);
+        for (name, tokens, width) in model.parts() {
             let rows = place.batch * tokens;
             let shape = LayerNormShape { rows, width, epsilon: 1e-6 };
             let bytes = place.element_bytes();

@@ -1,13 +1,11 @@
 use criterion::Criterion;
 use vitmae::ops::{Activation, Backend, Cost, LinearShape, Write};
 
-use crate::place::{Model, Place};
+use crate::place::Place;
 
 pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>) {
     for model in place.models {
-        for (part, tokens, width) in
-            [("encoder", 1 + model.visible(), model.width), ("decoder", 1 + model.patches(), Model::DECODER_WIDTH)]
-        {
+        for (part, tokens, width) in model.parts() {
             let rows = place.batch * tokens;
             for (layer, inputs, outputs) in [
                 ("qkv", width, 3 * width),
@@ -15,10 +13,10 @@ pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Plac
                 ("mlp_in", width, 4 * width),
                 ("mlp_out", 4 * width, width),
             ] {
-                let name = format!("{}_{part}_{layer}", model.name);
+                let name = format!("{part}_{layer}");
                 products(criterion, place, &name, LinearShape { rows, inputs, outputs });
             }
-            activations(criterion, place, &format!("{}_{part}_mlp", model.name), rows * 4 * width);
+            activations(criterion, place, &format!("{part}_mlp"), rows * 4 * width);
         }
     }
 }

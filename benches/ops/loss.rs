@@ -4,7 +4,7 @@ use vitmae::ops::{Backend, LossShape, Pixels};
 use crate::place::Place;
 
 pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>) {
-    for model in place.models {
+    for model in place.different() {
         let (image, batch) = (model.image(), place.batch);
         let predicted = model.patches() - model.visible();
         let shape = LossShape { image, batch, predicted, norm_pix_loss: true, scale: 1e-3 };

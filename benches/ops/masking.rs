@@ -4,7 +4,7 @@ use vitmae::ops::{Backend, MaskingShape, RandomMask};
 use crate::place::Place;
 
 pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>) {
-    for model in place.models {
+    for model in place.different() {
         let (batch, patches) = (place.batch, model.patches());
         let shape = MaskingShape { batch, patches, keep: model.visible() };
         let make = |place: &Place<B>| {

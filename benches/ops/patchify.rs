@@ -4,7 +4,7 @@ use vitmae::ops::{Backend, Pixels};
 use crate::place::Place;
 
 pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>) {
-    for model in place.models {
+    for model in place.different() {
         let (image, batch, visible) = (model.image(), place.batch, model.visible());
         let numbers = batch * visible * image.patch_length();
         let bytes = place.element_bytes();

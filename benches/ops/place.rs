@@ -17,14 +17,16 @@ pub struct Model {
     pub heads: usize,
     /// Height and width of a patch.
     pub patch: usize,
+    /// Whether its decoder and its patches are those of a smaller model, and so need no times of their own.
+    pub repeats: bool,
 }
 
 /// ViT-B/16.
-pub const BASE: Model = Model { name: "vit_b", width: 768, heads: 12, patch: 16 };
+pub const BASE: Model = Model { name: "vit_b", width: 768, heads: 12, patch: 16, repeats: false };
 /// ViT-L/16.
-pub const LARGE: Model = Model { name: "vit_l", width: 1024, heads: 16, patch: 16 };
+pub const LARGE: Model = Model { name: "vit_l", width: 1024, heads: 16, patch: 16, repeats: true };
 /// ViT-H/14.
-pub const HUGE: Model = Model { name: "vit_h", width: 1280, heads: 16, patch: 14 };
+pub const HUGE: Model = Model { name: "vit_h", width: 1280, heads: 16, patch: 14, repeats: false };
 
 impl Model {
     /// Features of the decoder, of every model.
@@ -35,6 +37,15 @@ impl Model {
     /// The pictures.
     pub fn image(&self) -> ImageShape {
         ImageShape { channels: 3, height: 224, width: 224, patch_height: self.patch, patch_width: self.patch }
+    }
+
+    /// Name, tokens of an image and features of the encoder and, if it is this model's own, the decoder.
+    pub fn parts(&self) -> Vec<(String, usize, usize)> {
+        let mut parts = vec![(format!("{}_encoder", self.name), 1 + self.visible(), self.width)];
+        if !self.repeats {
+            parts.push((format!("{}_decoder", self.name), 1 + self.patches(), Self::DECODER_WIDTH));
+        }
+        parts
     }
 
     /// Patches of an image.
@@ -59,7 +70,7 @@ pub struct Place<B: Backend<Master = f32>> {
     pub models: &'static [Model],
     /// Images of a batch.
     pub batch: usize,
-    /// Parameters that the optimiser updates.
+    /// Parameters that the optimiser updates: as many as ViT-B/16 has with its decoder.
     pub parameters: usize,
     label: String,
     /// Bytes that calls in a row should touch before memory is used again.
@@ -73,6 +84,11 @@ pub fn measuring() -> bool {
 }
 
 impl<B: Backend<Master = f32>> Place<B> {
+    /// Models whose patches and decoder are their own.
+    pub fn different(&self) -> impl Iterator<Item = &'static Model> {
+        self.models.iter().filter(|model| !model.repeats)
+    }
+
     /// Bytes of an element of activations.
     pub fn element_bytes(&self) -> usize {
         size_of::<B::Element>()

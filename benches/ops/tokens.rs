@@ -6,6 +6,8 @@ use crate::place::{Model, Place};
 pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>) {
     for model in place.models {
         encoder(criterion, place, model);
+    }
+    for model in place.different() {
         decoder(criterion, place, model);
     }
 }

@@ -23,6 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Encoder width and heads, patch size.
 MODELS = {"vit_b": (768, 12, 16), "vit_l": (1024, 16, 16), "vit_h": (1280, 16, 14)}
+# Its decoder and its patches are ViT-B's.
+REPEATS = "vit_l"
 DECODER_WIDTH, DECODER_HEADS = 512, 16
 PARAMETERS = 111_907_840
 ROTATE_BYTES = 400_000_000
@@ -91,6 +93,12 @@ def models(timer):
         yield name, width, heads, patch, patches, patches // 4
 
 
+def parts(model, width, patches, visible):
+    """Name, tokens of an image and features of the encoder and, where it is the model's own, the decoder."""
+    both = [("encoder", 1 + visible, width), ("decoder", 1 + patches, DECODER_WIDTH)]
+    return both[:1] if model == REPEATS else both
+
+
 def ceilings(timer):
     if timer.dry:
         return {}
@@ -107,6 +115,8 @@ def attention(timer):
         decoder = DECODER_WIDTH // DECODER_HEADS
         for part, tokens, h, d in [("encoder", 1 + visible, heads, width // heads), ("decoder", 1 + patches, DECODER_HEADS, decoder),
                                    ("unmasked", 1 + patches, heads, width // heads)]:
+            if model == REPEATS and part == "decoder":
+                continue
             name = f"{model}_{part}"
             numbers = timer.batch * tokens * h * d * 2
 
@@ -133,7 +143,7 @@ def layernorm(timer):
         return F.layer_norm(x, (x.shape[-1],), gamma, beta, 1e-6)
 
     for model, width, _, _, patches, visible in models(timer):
-        for part, tokens, d in [("encoder", 1 + visible, width), ("decoder", 1 + patches, DECODER_WIDTH)]:
+        for part, tokens, d in parts(model, width, patches, visible):
             rows = timer.batch * tokens
             make = lambda: (timer.random(rows, d, grad=True), timer.random(d, grad=True), timer.random(d, grad=True))
             for peer, function in [("eager", norm), ("compiled", timer.compiled(norm))]:
@@ -156,7 +166,7 @@ def linear(timer):
     linear_gelu = lambda x, weight, bias: F.gelu(F.linear(x, weight, bias))
     compiled_gelu, compiled_linear_gelu = timer.compiled(gelu), timer.compiled(linear_gelu)
     for model, width, _, _, patches, visible in models(timer):
-        for part, tokens, d in [("encoder", 1 + visible, width), ("decoder", 1 + patches, DECODER_WIDTH)]:
+        for part, tokens, d in parts(model, width, patches, visible):
             rows = timer.batch * tokens
             for layer, inputs, outputs in [("qkv", d, 3 * d), ("projection", d, d), ("mlp_in", d, 4 * d), ("mlp_out", 4 * d, d)]:
                 name = f"{model}_{part}_{layer}"
@@ -208,6 +218,9 @@ def loss(timer):
         return torch.autograd.grad(compiled(prediction, pictures, mask, patch), prediction)
 
     for model, _, _, patch, patches, visible in models(timer):
+        if model == REPEATS:
+            continue
+
         def make():
             pictures = torch.randint(0, 256, (timer.batch, 224, 224, 3), device=timer.device, dtype=torch.uint8)
             mask = (torch.arange(patches, device=timer.device) >= visible).float().expand(timer.batch, -1).contiguous()
@@ -240,6 +253,8 @@ def masking(timer):
         return order[:, :keep], order[:, keep:], restore, (restore >= keep).float()
 
     for model, _, _, _, patches, visible in models(timer):
+        if model == REPEATS:
+            continue
         timer.measure(f"masking/from_noise/{model}", "eager", 16 * timer.batch * patches,
                       lambda: (timer.random(timer.batch, patches, dtype=torch.float32), visible), mask)
 
