@@ -22,7 +22,8 @@ pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Plac
         |place| {
             let working = place.elements(length)?;
             let moments = (place.masters(length)?, place.positive(length)?);
-            let numbers = (place.constant(1, AdamWState::default())?, place.constant(1, 1.0f32)?, place.constant(1, 1.5e-4)?);
+            let numbers =
+                (place.constant(1, AdamWState::default())?, place.constant(1, 1.0f32)?, place.constant(1, 1.5e-4)?);
             Ok((place.masters(length)?, working, moments, place.masters(length)?, numbers))
         },
         |backend, (master, working, (first, second), gradient, (state, norm, rate))| {

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use vitmae::cuda::gemm::{GemmAddresses, GemmDescription};
 use vitmae::cuda::launch::{Argument, Driver, Grid, Limits};
 use vitmae::cuda::modules::Kernel;
 use vitmae::cuda::{DeviceId, Gpu, Mark, Result, Stream};
@@ -130,6 +131,12 @@ impl Driver for Guarded {
         // SAFETY: the caller's promise.
         unsafe { self.inner.launch(kernel, grid, arguments)? };
         // So that a fault is this launch's, and stops the test here.
+        self.inner.synchronize()
+    }
+
+    unsafe fn gemm(&self, description: &GemmDescription, addresses: &GemmAddresses) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.gemm(description, addresses)? };
         self.inner.synchronize()
     }
 
