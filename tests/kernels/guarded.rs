@@ -2,12 +2,13 @@
 //! back, and each stream is a device of its own, so that memory of another is refused as it is between emulators.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use vitmae::cuda::gemm::{GemmAddresses, GemmDescription};
 use vitmae::cuda::launch::{Argument, Driver, Grid, Limits};
 use vitmae::cuda::modules::Kernel;
+use vitmae::cuda::recording::RecordedWork;
 use vitmae::cuda::{DeviceId, Gpu, Mark, Result, Stream};
 
 /// Bytes before and after an allocation; keeps its alignment.
@@ -36,7 +37,7 @@ fn guarded(stream: &Stream, guard: usize) -> Stream {
     static STREAMS: AtomicUsize = AtomicUsize::new(0);
     let number = STREAMS.fetch_add(1, Ordering::Relaxed);
     let inner = Arc::clone(stream.driver());
-    Stream::new(Arc::new(Guarded { inner, number, guard, sizes: Mutex::default() }))
+    Stream::new(Arc::new(Guarded { inner, number, guard, recording: AtomicBool::new(false), sizes: Mutex::default() }))
 }
 
 /// Says once which GPU the tests run on.
@@ -50,6 +51,7 @@ struct Guarded {
     inner: Arc<dyn Driver>,
     number: usize,
     guard: usize,
+    recording: AtomicBool,
     /// Bytes of each allocation.
     sizes: Mutex<HashMap<u64, usize>>,
 }
@@ -57,6 +59,11 @@ struct Guarded {
 impl Guarded {
     fn guards(&self, address: u64, bytes: usize) -> [u64; 2] {
         [address - self.guard as u64, address + bytes as u64]
+    }
+
+    /// Waits, so that a fault is the last launch's and stops the test there.
+    fn wait(&self) -> Result<()> {
+        if self.recording.load(Ordering::Relaxed) { Ok(()) } else { self.inner.synchronize() }
     }
 }
 
@@ -130,14 +137,27 @@ impl Driver for Guarded {
     unsafe fn launch(&self, kernel: Kernel, grid: Grid, arguments: &[Argument<'_>]) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.inner.launch(kernel, grid, arguments)? };
-        // So that a fault is this launch's, and stops the test here.
-        self.inner.synchronize()
+        self.wait()
+    }
+
+    fn allocations(&self) -> u64 {
+        self.inner.allocations()
+    }
+
+    fn begin_recording(&self) -> Result<()> {
+        self.recording.store(true, Ordering::Relaxed);
+        self.inner.begin_recording()
+    }
+
+    fn end_recording(&self) -> Result<Box<dyn RecordedWork>> {
+        self.recording.store(false, Ordering::Relaxed);
+        self.inner.end_recording()
     }
 
     unsafe fn gemm(&self, description: &GemmDescription, addresses: &GemmAddresses) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.inner.gemm(description, addresses)? };
-        self.inner.synchronize()
+        self.wait()
     }
 
     fn mark(&self) -> Result<Mark> {
