@@ -45,6 +45,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
             pool.install(|| work.measure(Cpu::<f32>::new()))?
         }
+        #[cfg(feature = "cuda")]
+        (cuda, "f32" | "bf16") if cuda == "cuda" || cuda.starts_with("cuda:") => {
+            let ordinal = cuda.strip_prefix("cuda:").map_or(Ok(0), str::parse)?;
+            let stream = vitmae::cuda::Gpu::open(ordinal)?.new_stream()?;
+            match precision.as_str() {
+                "f32" => work.measure(vitmae::cuda::Cuda::<f32>::new(stream))?,
+                _ => work.measure(vitmae::cuda::Cuda::<half::bf16>::new(stream))?,
+            }
+        }
         _ => return Err(format!("there is no {device} with {precision}").into()),
     };
     seconds.sort_by(f64::total_cmp);
@@ -87,9 +96,14 @@ impl Work {
             );
         }
         let mut trainer = Trainer::new(model, OptimizerSettings::default(), micro_batch)?;
+        // Kernels of a recorded step are launched as a whole: without ranges for a profiler.
+        trainer.set_recording(std::env::var("VITMAE_MEASURE_GRAPHS").as_deref() != Ok("0"));
         self.time(
             &mut trainer,
-            |trainer, step| trainer.step(&images, &Masking::random(0.75, step), 1.5e-4).map(|_| ()),
+            |trainer, step| {
+                trainer.accumulate(&images, &Masking::random(0.75, step), batch)?;
+                trainer.launch_update(1.5e-4)
+            },
             |trainer| trainer.model().backend().download(&mut [0], &flag),
         )
     }

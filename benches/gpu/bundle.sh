@@ -44,7 +44,7 @@ programs bench --bench ops --no-run | while read -r kind name path; do
     [ "$kind" != bench ] || take "bench-$name" "$path"
 done
 echo "programs" >&2
-programs build --release --bin vitmae --example measure | while read -r _ name path; do take "$name" "$path"; done
+programs build --release --bin vitmae --example measure --example own_stream | while read -r _ name path; do take "$name" "$path"; done
 
 cp --parents -r kernels tests/golden/cases benches/gpu benches/peers "$folder"
 find "$folder" -name __pycache__ -prune -exec rm -rf {} +

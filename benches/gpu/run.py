@@ -128,7 +128,8 @@ def correctness(options, clock):
     device = None if options.dry else "cuda"
     names = tests("test-kernels", options.only)
     results = in_parallel(names, lambda name, timeout: run_test(name, device, timeout), clock, 120)
-    return {"tests": results, "goldens": goldens(options, clock), "training": training(options, clock)}
+    return {"tests": results, "goldens": goldens(options, clock), "training": training(options, clock),
+            "own_stream": own_stream(options, clock)}
 
 
 def goldens(options, clock):
@@ -179,6 +180,14 @@ def training(options, clock):
     same = losses[0] == losses[1]
     return {"name": "pretrain", "status": "ok" if falls and same else "failed", "seconds": result["seconds"], "falls": falls,
             "same_twice": same, "first": losses[0][0], "last": losses[0][-1], "output": ""}
+
+
+def own_stream(options, clock):
+    """The example that calls kernels on its own cudarc stream and compares with the CPU."""
+    result = command([BIN / "own_stream"], clock.left(60))
+    if options.dry and "driver" in result["output"]:
+        result["status"] = "skipped"
+    return {"name": "own_stream", **result, "output": tail(result["output"])}
 
 
 def sanitizer(options, clock):

@@ -24,7 +24,8 @@ def counted(results):
 
 def checks(result):
     if result["part"] == "correctness":
-        return [("kernel tests", result["tests"]), ("goldens", result["goldens"]), ("training run", [result["training"]])]
+        return [("kernel tests", result["tests"]), ("goldens", result["goldens"]), ("training run", [result["training"]]),
+                ("kernels on a caller's stream", [result["own_stream"]])]
     tools = {}
     for test in result["tests"]:
         tools.setdefault(test["tool"], []).append(test)

@@ -48,7 +48,8 @@ class Tables(unittest.TestCase):
         test = lambda status: {"name": "a", "status": status, "seconds": 1.0, "output": "it broke"}
         training = {"name": "pretrain", "status": "ok", "output": ""}
         result = {"part": "correctness", "dry": False, "environment": ENVIRONMENT, "seconds": 1.0,
-                  "tests": [test("ok"), test("skipped")], "goldens": [], "training": training}
+                  "tests": [test("ok"), test("skipped")], "goldens": [], "training": training,
+                  "own_stream": training}
         # No goldens at all is a failure, not a success.
         self.assertFalse(tables.summary(result)[1])
         golden = {"name": "plain", "precision": "f32", "status": "ok", "worst_output": ["loss", 1e-6], "worst_gradient": ["", 0.0]}

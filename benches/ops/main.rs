@@ -17,8 +17,12 @@ mod place;
 mod tokens;
 
 use criterion::{Criterion, criterion_group, criterion_main};
+#[cfg(feature = "cuda")]
+use half::bf16;
 use place::Place;
 use vitmae::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use vitmae::cuda::Cuda;
 use vitmae::ops::Backend;
 
 /// Every family on one device.
@@ -36,6 +40,21 @@ fn families<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B
 
 fn ops(criterion: &mut Criterion) {
     families(criterion, &Place::cpu(Cpu::<f32>::new()));
+    #[cfg(feature = "cuda")]
+    on_a_gpu(criterion);
+}
+
+#[cfg(feature = "cuda")]
+fn on_a_gpu(criterion: &mut Criterion) {
+    let gpu = match vitmae::cuda::Gpu::open(0) {
+        Ok(gpu) => gpu,
+        Err(error) => {
+            println!("skipped on a GPU: {error}");
+            return;
+        }
+    };
+    families(criterion, &Place::<Cuda<bf16>>::cuda(&gpu, "bf16").expect("a stream"));
+    families(criterion, &Place::<Cuda<f32>>::cuda(&gpu, "f32").expect("a stream"));
 }
 
 criterion_group!(benches, ops);

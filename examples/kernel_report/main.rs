@@ -5,6 +5,7 @@
 //!
 //! Needs NVRTC and NVIDIA's cuobjdump and nvdisasm, and no GPU.
 
+mod launches;
 mod report;
 mod tools;
 

@@ -5,9 +5,11 @@ use std::fmt::Write;
 use std::sync::{Arc, Mutex};
 
 use vitmae::cuda::embedded_kernels;
+use vitmae::cuda::launch::Limits;
 use vitmae::cuda::modules::{KernelFile, Target};
 use vitmae::cuda::nvrtc::{Nvrtc, NvrtcError, Source};
 
+use super::launches::of_training_steps;
 use super::tools::{Tools, Usage};
 
 /// What a multiprocessor of an architecture has, from the CUDA programming guide's table of compute capabilities.
@@ -23,22 +25,31 @@ pub struct Architecture {
     pub shared: u32,
     /// The most of it that a block may have.
     pub shared_per_block: u32,
+    /// Multiprocessors of the largest GPU.
+    pub multiprocessors: u32,
 }
 
 const KIB: u32 = 1 << 10;
 
 /// The architectures of the report, with 65536 registers each.
 pub const ARCHITECTURES: [Architecture; 6] = [
-    architecture("sm_80", 2048, 32, 164, 163),
-    architecture("sm_86", 1536, 16, 100, 99),
-    architecture("sm_89", 1536, 24, 100, 99),
-    architecture("sm_90a", 2048, 32, 228, 227),
-    architecture("sm_100", 2048, 32, 228, 227),
-    architecture("sm_120", 1536, 24, 100, 99),
+    architecture("sm_80", 2048, 32, 164, 163, 108),
+    architecture("sm_86", 1536, 16, 100, 99, 84),
+    architecture("sm_89", 1536, 24, 100, 99, 142),
+    architecture("sm_90a", 2048, 32, 228, 227, 132),
+    architecture("sm_100", 2048, 32, 228, 227, 148),
+    architecture("sm_120", 1536, 24, 100, 99, 188),
 ];
 
-const fn architecture(name: &'static str, threads: u32, blocks: u32, shared: u32, per_block: u32) -> Architecture {
-    Architecture { name, threads, blocks, shared: shared * KIB, shared_per_block: per_block * KIB }
+const fn architecture(
+    name: &'static str,
+    threads: u32,
+    blocks: u32,
+    shared: u32,
+    per_block: u32,
+    multiprocessors: u32,
+) -> Architecture {
+    Architecture { name, threads, blocks, shared: shared * KIB, shared_per_block: per_block * KIB, multiprocessors }
 }
 
 impl Architecture {
@@ -95,8 +106,8 @@ pub fn usage(
 }
 
 const HEADER: &str = "\
-| architecture | threads | registers | shared | stack | local accesses | blocks, occupancy | shared left | matrix | LDGSTS | LDSM \
-| LDG.128 | STG.128 | LDS.128 | STS.128 | instructions |
+| architecture | threads | registers | static | dynamic | stack | local accesses | blocks, occupancy | matrix | LDGSTS | LDSM | LDG.128 \
+| STG.128 | LDS.128 | STS.128 | instructions |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 ";
 
@@ -107,35 +118,42 @@ pub fn report(nvrtc: &Nvrtc, tools: &Tools) -> Result<String, String> {
         "# What the compiler made of the kernels\n\n\
          Written by `cargo run --example kernel_report` (after `eval \"$(.ci/nvrtc)\"; eval \"$(.ci/cuda-tools)\"`), held up to date by a\n\
          test. Compiled by NVRTC {major}.{minor}; read from the machine code with cuobjdump and nvdisasm. Nothing here was measured.\n\n\
-         *threads*: most per block. *shared*: static bytes per block. *local accesses*: spills and arrays that are not in registers.\n\
-         *blocks, occupancy*: blocks of so many threads that registers and threads let run at once on a multiprocessor, and their\n\
-         share of its threads; *shared left*: KiB of dynamic shared memory that each may have before there are fewer. The rest counts\n\
-         instructions in the code: matrix products (HMMA, HGMMA), asynchronous copies, fragment loads, 128-bit accesses.\n"
+         *threads*: of a block, and *dynamic*: KiB of dynamic shared memory, as training steps of ViT-B, L and H launch it on a GPU of\n\
+         this architecture (of several the launch with most); a kernel that these do not use has the most threads that it may have.\n\
+         *static*: bytes of other shared memory. *local accesses*: spills and arrays that are not in registers. *blocks, occupancy*:\n\
+         blocks that run at once on a multiprocessor, and their share of its threads. The rest counts instructions in the code:\n\
+         matrix products (HMMA, HGMMA), asynchronous copies, fragment loads, 128-bit accesses.\n"
     );
+    let launches: Vec<_> = ARCHITECTURES
+        .iter()
+        .map(|of| of_training_steps(Limits { shared_bytes: of.shared_per_block, multiprocessors: of.multiprocessors }))
+        .collect::<Result<_, _>>()
+        .map_err(|error| error.to_string())?;
     for file in embedded_kernels().files {
         let usages: Vec<_> = ARCHITECTURES.iter().map(|&of| usage(nvrtc, tools, file, of)).collect::<Result<_, _>>()?;
         let _ = write!(text, "\n## {}\n", file.name);
         for symbol in file.symbols {
             let _ = write!(text, "\n### `{symbol}`\n\n{HEADER}");
-            for (architecture, usage) in ARCHITECTURES.iter().zip(&usages) {
+            for ((architecture, usage), launches) in ARCHITECTURES.iter().zip(&usages).zip(&launches) {
                 let usage = usage.get(*symbol).ok_or_else(|| format!("{symbol} is not in the code"))?;
-                line(&mut text, *architecture, usage);
+                line(&mut text, *architecture, usage, launches.get(symbol).copied());
             }
         }
     }
     Ok(text)
 }
 
-fn line(text: &mut String, architecture: Architecture, usage: &Usage) {
-    let blocks = architecture.blocks_at_once(usage, 0);
-    let share = 100 * blocks * usage.threads / architecture.threads;
-    let taken = usage.shared + Architecture::RESERVED;
-    let left = (architecture.shared / blocks.max(1)).saturating_sub(taken).min(architecture.shared_per_block) / KIB;
-    let Usage { threads, registers, shared, stack, spills, matrix, async_copies, matrix_loads, .. } = *usage;
+fn line(text: &mut String, architecture: Architecture, usage: &Usage, launch: Option<(u32, u32)>) {
+    let (threads, dynamic) = launch.unwrap_or((usage.threads, 0));
+    let blocks = architecture.blocks_at_once(&Usage { threads, ..*usage }, dynamic);
+    let share = 100 * blocks * threads / architecture.threads;
+    let dynamic =
+        launch.map_or_else(|| "not used".to_string(), |_| format!("{:.1}", f64::from(dynamic) / f64::from(KIB)));
+    let Usage { registers, shared, stack, spills, matrix, async_copies, matrix_loads, .. } = *usage;
     let Usage { wide_loads, wide_stores, wide_shared_loads, wide_shared_stores, instructions, .. } = *usage;
     let _ = writeln!(
         text,
-        "| {} | {threads} | {registers} | {shared} | {stack} | {spills} | {blocks}, {share} % | {left} | {matrix} | {async_copies} | \
+        "| {} | {threads} | {registers} | {shared} | {dynamic} | {stack} | {spills} | {blocks}, {share} % | {matrix} | {async_copies} | \
          {matrix_loads} | {wide_loads} | {wide_stores} | {wide_shared_loads} | {wide_shared_stores} | {instructions} |",
         architecture.name
     );

@@ -1,5 +1,7 @@
 //! `kernels/REPORT.md` is what the compiler makes of the kernels, and the kernels keep what they promise.
 
+#[path = "../../examples/kernel_report/launches.rs"]
+mod launches;
 #[path = "../../examples/kernel_report/report.rs"]
 pub mod report;
 #[path = "../../examples/kernel_report/tools.rs"]
