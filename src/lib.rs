@@ -12,6 +12,7 @@ pub mod files;
 pub mod model;
 pub mod ops;
 pub mod picture;
+mod profile;
 pub mod train;
 pub mod weights;
 

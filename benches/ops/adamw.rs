@@ -1,14 +1,11 @@
 use criterion::Criterion;
-use vitmae::cpu::Cpu;
-use vitmae::ops::{AdamW, AdamWSettings, AdamWState, Cost, Memory};
+use vitmae::ops::{AdamWSettings, AdamWState, Backend, Cost};
 
-use crate::{measure, random};
+use crate::place::Place;
 
-pub fn benches(criterion: &mut Criterion) {
-    let cpu = Cpu::<f32>::new();
-    // As many as ViT-B/16 with its decoder has; in test mode, a few.
-    let testing = !std::env::args().any(|argument| argument == "--bench");
-    let length = if testing { 1 << 16 } else { 111_907_840 };
+pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>) {
+    // As many as ViT-B/16 with its decoder has.
+    let length = place.parameters;
     let settings = AdamWSettings {
         beta1: 0.9,
         beta2: 0.95,
@@ -18,27 +15,27 @@ pub fn benches(criterion: &mut Criterion) {
         length,
         decayed: length,
     };
-    let (mut master, mut first, gradient) = (random(length), random(length), random(length));
-    let (mut working, mut second) = (random(1), random(length));
-    second.iter_mut().for_each(|moment| *moment = moment.abs());
-    let mut state = cpu.buffer::<AdamWState>(1).expect("there is enough memory");
-    let mut learning_rate = cpu.buffer(1).expect("there is enough memory");
-    learning_rate.fill(1.5e-4);
-    let mut norm = random(1);
-    measure(criterion, "adamw", "step", "vit_b", settings.cost(4), || {
-        cpu.adamw_step(
-            settings,
-            &mut state,
-            &mut master,
-            &mut working,
-            &mut first,
-            &mut second,
-            &gradient,
-            &norm,
-            None,
-            &learning_rate,
-        )
-    });
+    place.measure(
+        criterion,
+        ["adamw", "step", "vit_b"],
+        settings.cost(4),
+        |place| {
+            let working = place.elements(length)?;
+            let moments = (place.masters(length)?, place.positive(length)?);
+            let numbers =
+                (place.constant(1, AdamWState::default())?, place.constant(1, 1.0f32)?, place.constant(1, 1.5e-4)?);
+            Ok((place.masters(length)?, working, moments, place.masters(length)?, numbers))
+        },
+        |backend, (master, working, (first, second), gradient, (state, norm, rate))| {
+            backend.adamw_step(settings, state, master, working, first, second, gradient, norm, None, rate)
+        },
+    );
     let cost = Cost { bytes: 4 * length as u64, flops: 2 * length as u64 };
-    measure(criterion, "adamw", "gradient_norm", "vit_b", cost, || cpu.gradient_norm(length, &mut norm, &gradient));
+    place.measure(
+        criterion,
+        ["adamw", "gradient_norm", "vit_b"],
+        cost,
+        |place| Ok((place.masters(1)?, place.masters(length)?)),
+        |backend, (norm, gradient)| backend.gradient_norm(length, norm, gradient),
+    );
 }

@@ -1,25 +1,42 @@
 use criterion::Criterion;
-use vitmae::cpu::Cpu;
-use vitmae::ops::{Attention, AttentionShape};
+use vitmae::ops::{AttentionShape, Backend};
 
-use crate::{BATCH, PATCHES, VISIBLE, measure, random};
+use crate::place::{Model, Place};
 
-pub fn benches(criterion: &mut Criterion) {
-    let cpu = Cpu::<f32>::new();
-    for (name, tokens, heads, head_dim) in [
-        ("vit_b_encoder", 1 + VISIBLE, 12, 64),
-        ("vit_b_decoder", 1 + PATCHES, 16, 32),
-        ("vit_b_unmasked", 1 + PATCHES, 12, 64),
-    ] {
-        let shape = AttentionShape { batch: BATCH, tokens, heads, head_dim };
-        let numbers = BATCH * tokens * shape.width();
-        let (mut out, mut log_sum_exp) = (random(numbers), random(BATCH * heads * tokens));
-        let (qkv, mut dqkv) = (random(3 * numbers), random(3 * numbers));
-        measure(criterion, "attention", "forward", name, shape.forward_cost(4), || {
-            cpu.attention_forward(shape, &mut out, &mut log_sum_exp, &qkv)
-        });
-        measure(criterion, "attention", "backward", name, shape.backward_cost(4), || {
-            cpu.attention_backward(shape, &mut dqkv, &out, &qkv, &log_sum_exp)
-        });
+pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>) {
+    let mut shapes = Vec::new();
+    for model in place.models {
+        let (name, decoder) = (model.name, Model::DECODER_WIDTH / Model::DECODER_HEADS);
+        let head_dim = model.width / model.heads;
+        shapes.push((format!("{name}_encoder"), 1 + model.visible(), model.heads, head_dim));
+        if !model.repeats {
+            shapes.push((format!("{name}_decoder"), 1 + model.patches(), Model::DECODER_HEADS, decoder));
+        }
+        shapes.push((format!("{name}_unmasked"), 1 + model.patches(), model.heads, head_dim));
+    }
+    for (name, tokens, heads, head_dim) in shapes {
+        let shape = AttentionShape { batch: place.batch, tokens, heads, head_dim };
+        let numbers = place.batch * tokens * shape.width();
+        let statistics = place.batch * heads * tokens;
+        let bytes = place.element_bytes();
+        place.measure(
+            criterion,
+            ["attention", "forward", &name],
+            shape.forward_cost(bytes),
+            |place| Ok((place.elements(numbers)?, place.masters(statistics)?, place.elements(3 * numbers)?)),
+            |backend, (out, log_sum_exp, qkv)| backend.attention_forward(shape, out, log_sum_exp, qkv),
+        );
+        place.measure(
+            criterion,
+            ["attention", "backward", &name],
+            shape.backward_cost(bytes),
+            |place| {
+                let qkv = place.elements(3 * numbers)?;
+                let (mut out, mut log_sum_exp) = (place.elements(numbers)?, place.masters(statistics)?);
+                place.backend.attention_forward(shape, &mut out, &mut log_sum_exp, &qkv)?;
+                Ok((place.elements(3 * numbers)?, place.elements(numbers)?, qkv, log_sum_exp))
+            },
+            |backend, (dqkv, dout, qkv, log_sum_exp)| backend.attention_backward(shape, dqkv, dout, qkv, log_sum_exp),
+        );
     }
 }

@@ -1,19 +1,23 @@
 use criterion::Criterion;
-use vitmae::cpu::Cpu;
-use vitmae::ops::{CrossEntropy, CrossEntropyShape, Memory};
+use vitmae::ops::{Backend, CrossEntropyShape};
 
-use crate::{measure, random};
+use crate::place::Place;
 
-pub fn benches(criterion: &mut Criterion) {
-    let cpu = Cpu::<f32>::new();
+pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>) {
     // A step of fine-tuning on ImageNet.
     let shape = CrossEntropyShape { rows: 1024, classes: 1000, smoothing: 0.1, scale: 1.0 / 1024.0 };
-    let (mut loss, mut row_loss) = (random(1), random(shape.rows));
-    let (mut gradient, logits) = (random(shape.rows * shape.classes), random(shape.rows * shape.classes));
-    let mut labels = cpu.buffer(shape.rows).expect("there is enough memory");
-    labels.iter_mut().enumerate().for_each(|(row, label)| *label = (row * 37 % shape.classes) as u32);
-    measure(criterion, "cross_entropy", "forward_backward", "imagenet", shape.cost(4), || {
-        loss.fill(0.0);
-        cpu.cross_entropy_forward_backward(shape, &mut loss, &mut row_loss, &mut gradient, &logits, &labels)
-    });
+    let numbers = shape.rows * shape.classes;
+    place.measure(
+        criterion,
+        ["cross_entropy", "forward_backward", "imagenet"],
+        shape.cost(place.element_bytes()),
+        |place| {
+            let labels = place.filled(shape.rows, |bits| bits % shape.classes as u32)?;
+            let losses = (place.masters(1)?, place.masters(shape.rows)?);
+            Ok((losses, place.elements(numbers)?, place.elements(numbers)?, labels))
+        },
+        |backend, ((loss, row_loss), gradient, logits, labels)| {
+            backend.cross_entropy_forward_backward(shape, loss, row_loss, gradient, logits, labels)
+        },
+    );
 }

@@ -1,64 +1,99 @@
 use criterion::Criterion;
-use vitmae::cpu::Cpu;
-use vitmae::ops::{Activation, Linear, LinearShape, Write};
+use vitmae::ops::{Activation, Backend, Cost, LinearShape, Write};
 
-use crate::{BATCH, PATCHES, VISIBLE, measure, random};
+use crate::place::Place;
 
-pub fn benches(criterion: &mut Criterion) {
-    let (encoder, decoder) = (BATCH * (1 + VISIBLE), BATCH * (1 + PATCHES));
-    for (name, rows, inputs, outputs) in [
-        ("vit_b_encoder_qkv", encoder, 768, 2304),
-        ("vit_b_encoder_projection", encoder, 768, 768),
-        ("vit_b_encoder_mlp_in", encoder, 768, 3072),
-        ("vit_b_encoder_mlp_out", encoder, 3072, 768),
-        ("vit_b_decoder_qkv", decoder, 512, 1536),
-        ("vit_b_decoder_projection", decoder, 512, 512),
-        ("vit_b_decoder_mlp_in", decoder, 512, 2048),
-        ("vit_b_decoder_mlp_out", decoder, 2048, 512),
-    ] {
-        products(criterion, name, LinearShape { rows, inputs, outputs });
+pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>) {
+    for model in place.models {
+        for (part, tokens, width) in model.parts() {
+            let rows = place.batch * tokens;
+            for (layer, inputs, outputs) in [
+                ("qkv", width, 3 * width),
+                ("projection", width, width),
+                ("mlp_in", width, 4 * width),
+                ("mlp_out", 4 * width, width),
+            ] {
+                let name = format!("{part}_{layer}");
+                products(criterion, place, &name, LinearShape { rows, inputs, outputs });
+            }
+            activations(criterion, place, &format!("{part}_mlp"), rows * 4 * width);
+        }
     }
-    activations(criterion, encoder * 3072);
 }
 
 /// The three products of a layer, and what goes with them in an MLP.
-fn products(criterion: &mut Criterion, name: &str, shape: LinearShape) {
-    let cpu = Cpu::<f32>::new();
+fn products<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>, name: &str, shape: LinearShape) {
     let LinearShape { rows, inputs, outputs } = shape;
-    let cost = shape.cost(4);
-    let (x, weight, bias) = (random(rows * inputs), random(outputs * inputs), random(outputs));
-    let (mut y, mut pre) = (random(rows * outputs), random(rows * outputs));
-    measure(criterion, "linear", "forward", name, cost, || cpu.linear_forward(shape, &mut y, &x, &weight, Some(&bias)));
+    let cost = shape.cost(place.element_bytes());
+    let forward = |place: &Place<B>| {
+        let numbers = (place.elements(rows * inputs)?, place.elements(rows * outputs)?);
+        Ok((numbers, place.elements(outputs * inputs)?, place.masters(outputs)?))
+    };
+    place.measure(criterion, ["linear", "forward", name], cost, forward, |backend, ((x, y), weight, bias)| {
+        backend.linear_forward(shape, y, x, weight, Some(bias))
+    });
     if name.ends_with("mlp_in") {
-        measure(criterion, "linear", "activation_forward", name, cost, || {
-            let activation = Activation::Gelu;
-            cpu.linear_activation_forward(shape, activation, &mut y, &mut pre, &x, &weight, Some(&bias))
-        });
+        place.measure(
+            criterion,
+            ["linear", "activation_forward", name],
+            cost,
+            |place| Ok((forward(place)?, place.elements(rows * outputs)?)),
+            |backend, (((x, y), weight, bias), pre)| {
+                backend.linear_activation_forward(shape, Activation::Gelu, y, pre, x, weight, Some(bias))
+            },
+        );
     }
-    let (mut dx, mut dweight, mut dbias) = (random(rows * inputs), random(outputs * inputs), random(outputs));
-    measure(criterion, "linear", "backward_input", name, cost, || {
-        cpu.linear_backward_input(shape, Write::Assign, &mut dx, &y, &weight)
+    let projects = name.ends_with("mlp_out") || name.ends_with("projection");
+    if projects {
+        place.measure(
+            criterion,
+            ["linear", "residual_forward", name],
+            cost,
+            |place| Ok((forward(place)?, place.elements(rows * outputs)?)),
+            |backend, (((x, y), weight, bias), residual)| {
+                backend.linear_residual_forward(shape, y, residual, x, weight, Some(bias))
+            },
+        );
+    }
+    place.measure(criterion, ["linear", "backward_input", name], cost, forward, |backend, ((dx, dy), weight, _)| {
+        backend.linear_backward_input(shape, Write::Assign, dx, dy, weight)
     });
     if name.ends_with("mlp_out") {
-        measure(criterion, "linear", "activation_backward_input", name, cost, || {
-            cpu.linear_activation_backward_input(shape, Activation::Gelu, &mut dx, &y, &weight, &x)
-        });
+        place.measure(
+            criterion,
+            ["linear", "activation_backward_input", name],
+            cost,
+            |place| Ok((forward(place)?, place.elements(rows * inputs)?)),
+            |backend, (((dpre, dy), weight, _), pre)| {
+                backend.linear_activation_backward_input(shape, Activation::Gelu, dpre, dy, weight, pre)
+            },
+        );
     }
-    measure(criterion, "linear", "backward_weight", name, cost, || {
-        dweight.fill(0.0);
-        cpu.linear_backward_weight(shape, &mut dweight, Some(&mut dbias), &y, &x)
-    });
+    place.measure(
+        criterion,
+        ["linear", "backward_weight", name],
+        cost,
+        |place| {
+            let numbers = (place.elements(rows * inputs)?, place.elements(rows * outputs)?);
+            Ok((numbers, place.masters(outputs * inputs)?, place.masters(outputs)?))
+        },
+        |backend, ((x, dy), dweight, dbias)| backend.linear_backward_weight(shape, dweight, Some(dbias), dy, x),
+    );
 }
 
-fn activations(criterion: &mut Criterion, length: usize) {
-    let cpu = Cpu::<f32>::new();
-    let (mut y, x) = (random(length), random(length));
-    let cost = vitmae::ops::Cost { bytes: 8 * length as u64, flops: length as u64 };
-    for (name, activation) in
-        [("gelu", Activation::Gelu), ("gelu_tanh", Activation::GeluTanh), ("silu", Activation::Silu)]
-    {
-        measure(criterion, "linear", &format!("{name}_forward"), "vit_b_encoder_mlp", cost, || {
-            cpu.activation_forward(length, activation, &mut y, &x)
-        });
+fn activations<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>, name: &str, length: usize) {
+    let cost = Cost { bytes: (2 * place.element_bytes() * length) as u64, flops: length as u64 };
+    for (op, activation) in [
+        ("gelu_forward", Activation::Gelu),
+        ("gelu_tanh_forward", Activation::GeluTanh),
+        ("silu_forward", Activation::Silu),
+    ] {
+        place.measure(
+            criterion,
+            ["linear", op, name],
+            cost,
+            |place| Ok((place.elements(length)?, place.elements(length)?)),
+            |backend, (y, x)| backend.activation_forward(length, activation, y, x),
+        );
     }
 }

@@ -1,23 +1,30 @@
 use criterion::Criterion;
-use vitmae::cpu::Cpu;
-use vitmae::ops::{Loss, LossShape, Memory, Pixels};
+use vitmae::ops::{Backend, LossShape, Pixels};
 
-use crate::patchify::bytes;
-use crate::{BATCH, IMAGE, PATCHES, VISIBLE, ids, measure, random};
+use crate::place::Place;
 
-pub fn benches(criterion: &mut Criterion) {
-    let cpu = Cpu::<f32>::new();
-    let predicted = PATCHES - VISIBLE;
-    let shape = LossShape { image: IMAGE, batch: BATCH, predicted, norm_pix_loss: true, scale: 1e-3 };
-    let rows = BATCH * predicted;
-    let (mut loss, mut patch_loss) = (random(1), random(rows));
-    let (mut gradient, prediction) = (random(rows * IMAGE.patch_length()), random(rows * IMAGE.patch_length()));
-    let (bytes, mean, deviation, ids) = (bytes(), random(3), random(3), ids(predicted));
-    let mut mask = cpu.buffer(BATCH * PATCHES).expect("there is enough memory");
-    mask.fill(1.0);
-    let pixels = Pixels::Bytes { values: &bytes, mean: &mean, deviation: &deviation };
-    measure(criterion, "loss", "forward_backward_u8", "vit_b", shape.cost(1, 4), || {
-        loss.fill(0.0);
-        cpu.loss_forward_backward(shape, &mut loss, &mut patch_loss, &mut gradient, &prediction, pixels, &ids, &mask)
-    });
+pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>) {
+    for model in place.different() {
+        let (image, batch) = (model.image(), place.batch);
+        let predicted = model.patches() - model.visible();
+        let shape = LossShape { image, batch, predicted, norm_pix_loss: true, scale: 1e-3 };
+        let rows = batch * predicted;
+        place.measure(
+            criterion,
+            ["loss", "forward_backward_u8", model.name],
+            shape.cost(1, place.element_bytes()),
+            |place| {
+                let losses = (place.masters(1)?, place.masters(rows)?);
+                let numbers =
+                    (place.elements(rows * image.patch_length())?, place.elements(rows * image.patch_length())?);
+                let pixels = (place.pictures(model)?, place.masters(3)?, place.positive(3)?);
+                let ids = place.ids(model.patches(), predicted)?;
+                Ok((losses, numbers, pixels, ids, place.constant(batch * model.patches(), 1.0)?))
+            },
+            |backend, ((loss, patch_loss), (gradient, prediction), (values, mean, deviation), ids, mask)| {
+                let pixels = Pixels::Bytes { values, mean, deviation };
+                backend.loss_forward_backward(shape, loss, patch_loss, gradient, prediction, pixels, ids, mask)
+            },
+        );
+    }
 }

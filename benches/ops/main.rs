@@ -1,7 +1,9 @@
-//! Every op family on the CPU, at the sizes of ViT-B/16 with 8 images of 224 pixels.
+//! Every op family: on the CPU at the sizes of ViT-B/16 with 8 images of 224 pixels, and on a GPU, where there is one, at those
+//! of training ViT-B, L and H.
 //!
-//! `cargo bench --bench ops -- linear/` runs one family. Throughput is given as the ops' own cost: bytes that must be moved, and
-//! floating-point operations as elements.
+//! `cargo bench --bench ops -- linear/` runs one family, `-- cuda/bf16` one device and element type. Throughput is given as the
+//! ops' own cost: bytes that must be moved, and floating-point operations as elements. Times on a GPU come from CUDA events
+//! around a row of calls, each on other memory than the call before, so that nothing is left in the cache.
 
 mod adamw;
 mod attention;
@@ -11,65 +13,49 @@ mod linear;
 mod loss;
 mod masking;
 mod patchify;
+mod place;
 mod tokens;
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use vitmae::cpu::{Cpu, CpuBuffer};
-use vitmae::ops::philox::RandomStream;
-use vitmae::ops::{Cost, ImageShape, Memory};
+use criterion::{Criterion, criterion_group, criterion_main};
+#[cfg(feature = "cuda")]
+use half::bf16;
+use place::Place;
+use vitmae::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use vitmae::cuda::Cuda;
+use vitmae::ops::Backend;
 
-/// Images of a batch.
-const BATCH: usize = 8;
-/// Patches of an image.
-const PATCHES: usize = 196;
-/// Visible patches of an image.
-const VISIBLE: usize = 49;
-/// The images.
-const IMAGE: ImageShape = ImageShape { channels: 3, height: 224, width: 224, patch_height: 16, patch_width: 16 };
-
-/// Measures `call` as `family/op/shape/cpu/f32`.
-fn measure(
-    criterion: &mut Criterion,
-    family: &str,
-    op: &str,
-    shape: &str,
-    cost: Cost,
-    mut call: impl FnMut() -> vitmae::Result<()>,
-) {
-    let mut group = criterion.benchmark_group(family);
-    group.throughput(Throughput::ElementsAndBytes { elements: cost.flops, bytes: cost.bytes });
-    group.bench_function(format!("{op}/{shape}/cpu/f32"), |bencher| {
-        bencher.iter(|| call().expect("the buffers have the shape's sizes"));
-    });
+/// Every family on one device.
+fn families<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B>) {
+    masking::benches(criterion, place);
+    patchify::benches(criterion, place);
+    linear::benches(criterion, place);
+    tokens::benches(criterion, place);
+    layernorm::benches(criterion, place);
+    attention::benches(criterion, place);
+    loss::benches(criterion, place);
+    cross_entropy::benches(criterion, place);
+    adamw::benches(criterion, place);
 }
 
-/// Numbers in [-1, 1).
-fn random(length: usize) -> CpuBuffer<f32> {
-    let mut buffer = Cpu::<f32>::new().buffer(length).expect("there is enough memory");
-    let mut stream = RandomStream::new(1, 0, length as u64, 200);
-    buffer.fill_with(|| 2.0 * stream.next_f32() - 1.0);
-    buffer
+fn ops(criterion: &mut Criterion) {
+    families(criterion, &Place::cpu(Cpu::<f32>::new()));
+    #[cfg(feature = "cuda")]
+    on_a_gpu(criterion);
 }
 
-/// For each image, `selected` patches, spread over it.
-fn ids(selected: usize) -> CpuBuffer<u32> {
-    let mut ids = Cpu::<f32>::new().buffer(BATCH * selected).expect("there is enough memory");
-    for (index, id) in ids.iter_mut().enumerate() {
-        *id = (index % selected * 37 % PATCHES) as u32;
-    }
-    ids
+#[cfg(feature = "cuda")]
+fn on_a_gpu(criterion: &mut Criterion) {
+    let gpu = match vitmae::cuda::Gpu::open(0) {
+        Ok(gpu) => gpu,
+        Err(error) => {
+            println!("skipped on a GPU: {error}");
+            return;
+        }
+    };
+    families(criterion, &Place::<Cuda<bf16>>::cuda(&gpu, "bf16").expect("a stream"));
+    families(criterion, &Place::<Cuda<f32>>::cuda(&gpu, "f32").expect("a stream"));
 }
 
-criterion_group!(
-    benches,
-    masking::benches,
-    patchify::benches,
-    linear::benches,
-    tokens::benches,
-    layernorm::benches,
-    attention::benches,
-    loss::benches,
-    cross_entropy::benches,
-    adamw::benches
-);
+criterion_group!(benches, ops);
 criterion_main!(benches);

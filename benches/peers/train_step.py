@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Times a PyTorch masked autoencoder on the CPU: the yardstick for `vitmae`'s own benchmarks.
+"""Times a PyTorch masked autoencoder: the yardstick for `vitmae`'s own benchmarks.
 
-Two figures, both at f32 on every core (or `--threads N`):
+Two figures, on the CPU at f32 on every core (or `--threads N`), or on a GPU (`--device cuda`), there also in bf16 by autocast
+with f32 weights (`--precision bf16`), and through `torch.compile` (`--compile`); attention is PyTorch's fused one:
 
 - `train`: one whole optimiser step at mask ratio 0.75: forward, backward, AdamW, zero_grad. Images per second from the
   median step; the fastest and the slowest step are printed too, so that noise shows.
@@ -44,6 +45,7 @@ MODELS = {
     "tiny": dict(width=192, depth=12, heads=3, patch=16, decoder_width=128, decoder_depth=4, decoder_heads=4),
     "base": dict(width=768, depth=12, heads=12, patch=16, decoder_width=512, decoder_depth=8, decoder_heads=16),
     "large": dict(width=1024, depth=24, heads=16, patch=16, decoder_width=512, decoder_depth=8, decoder_heads=16),
+    "huge": dict(width=1280, depth=32, heads=16, patch=14, decoder_width=512, decoder_depth=8, decoder_heads=16),
 }
 
 
@@ -95,7 +97,7 @@ class TimmMae(nn.Module):
         tokens = self.patch_embed(images) + self.pos_embed[:, 1:]
         batch, length, width = tokens.shape
         keep = int(length * (1 - mask_ratio))
-        order = torch.rand(batch, length).argsort(dim=1)
+        order = torch.rand(batch, length, device=images.device).argsort(dim=1)
         restore = order.argsort(dim=1)
         visible = tokens.gather(1, order[:, :keep, None].expand(-1, -1, width))
         first = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)
@@ -174,14 +176,33 @@ def peak_rss_mb():
     return None
 
 
-def measure(step, batch, steps, warm_up):
+def step_flops(shape):
+    """Operations of a step per image: the products of linear layers and attention of the reference implementation at mask ratio
+    0.75, a multiply-add counted as two, backward twice forward but for the patch embedding, which has no input gradient."""
+    patches = (IMAGE_SIZE // shape["patch"]) ** 2
+    visible, everything = 1 + patches // 4, 1 + patches
+    pixels = 3 * shape["patch"] ** 2
+    forward = 0
+    for width, depth, tokens in [(shape["width"], shape["depth"], visible),
+                                 (shape["decoder_width"], shape["decoder_depth"], everything)]:
+        forward += depth * (2 * 12 * tokens * width ** 2 + 4 * tokens ** 2 * width)
+    forward += 2 * visible * shape["width"] * shape["decoder_width"] + 2 * everything * shape["decoder_width"] * pixels
+    return 3 * forward + 2 * 2 * patches * pixels * shape["width"]
+
+
+def measure(step, batch, steps, warm_up, device, group=1):
+    """Times `steps` steps, waiting for a GPU after each `group` of them."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(warm_up):
         step()
+    wait()
     seconds, cpu_seconds = [], []
-    for _ in range(steps):
+    for _ in range(max(1, steps // group)):
         start, cpu_start = time.perf_counter(), time.process_time()
-        step()
-        seconds.append(time.perf_counter() - start)
+        for _ in range(group):
+            step()
+        wait()
+        seconds.append((time.perf_counter() - start) / group)
         cpu_seconds.append(time.process_time() - cpu_start)
     return {
         "images_per_second": round(batch / statistics.median(seconds), 3),
@@ -201,6 +222,9 @@ def main():
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warm-up", type=int, default=2, help="untimed steps before them")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("f32", "bf16"), default="f32")
+    parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--mode", choices=("train", "encode", "both"), default="both")
     parser.add_argument("--adamw", choices=("default", "fused"), default="default",
                         help="torch's default AdamW, or its fused one")
@@ -209,27 +233,36 @@ def main():
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     shape = MODELS[arguments.model]
+    device, low = arguments.device, arguments.precision == "bf16"
     imported_rss_mb = peak_rss_mb()
     model = original_model(arguments.mae, shape) if arguments.mae else TimmMae(**shape)
-    images = random_batch(arguments.batch, seed=0)
+    model.to(device)
+    images = random_batch(arguments.batch, seed=0).to(device)
     result = {
         "implementation": "original with timm's blocks" if arguments.mae else "clean-room with timm's blocks",
         "model": arguments.model,
         "image_size": IMAGE_SIZE,
         "batch": arguments.batch,
-        "precision": "f32",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "precision": arguments.precision,
+        "compiled": arguments.compile,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "timm": timm.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "imported_rss_mb": imported_rss_mb,
     }
+    # A GPU is waited for only now and then, so that launching runs ahead as it does in training.
+    group = min(5, arguments.steps) if device == "cuda" else 1
+    autocast = functools.partial(torch.autocast, device, dtype=torch.bfloat16, enabled=low)
 
     # Encoding comes first: its peak memory would be hidden by training's.
     if arguments.mode in ("encode", "both"):
         model.eval()
-        with torch.no_grad():
-            result["encode"] = measure(lambda: encode(model, images), arguments.batch, arguments.steps, arguments.warm_up)
+        encoder = torch.compile(encode) if arguments.compile else encode
+        with torch.no_grad(), autocast():
+            result["encode"] = measure(lambda: encoder(model, images), arguments.batch, arguments.steps, arguments.warm_up,
+                                       device, group)
 
     if arguments.mode in ("train", "both"):
         model.train()
@@ -239,18 +272,25 @@ def main():
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=1.5e-4, betas=(0.9, 0.95), fused=arguments.adamw == "fused" or None)
+        forward = torch.compile(model) if arguments.compile else model
 
         def step():
-            loss, _, _ = model(images, mask_ratio=0.75)
+            with autocast():
+                loss, _, _ = forward(images, mask_ratio=0.75)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            step.loss = loss.item()
+            step.loss = loss.detach()
+            if device == "cpu":
+                step.loss.item()
 
-        result["train"] = measure(step, arguments.batch, arguments.steps, arguments.warm_up)
+        result["train"] = measure(step, arguments.batch, arguments.steps, arguments.warm_up, device, group)
         result["train"]["mask_ratio"] = 0.75
         result["train"]["adamw"] = arguments.adamw
-        result["train"]["last_loss"] = round(step.loss, 4)
+        result["train"]["last_loss"] = round(step.loss.item(), 4)
+        result["train"]["tflops_per_second"] = round(result["train"]["images_per_second"] * step_flops(shape) / 1e12, 3)
+        if device == "cuda":
+            result["train"]["gpu_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
 
     print(json.dumps(result))
 

@@ -14,6 +14,7 @@ use super::modules::{KERNELS, Kernel, KernelFile, Target, embedded_kernels};
 use super::nvrtc::reason_of;
 use super::recording::{Graph, RecordedWork};
 use super::staging::Staging;
+use super::timing::Mark;
 
 /// Names of the driver library that cudarc tries too.
 const DRIVER_LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
@@ -63,6 +64,9 @@ const DRIVER_SYMBOLS: &[&str] = &[
     "cuGraphExecDestroy",
     "cuGraphDestroy",
 ];
+
+/// Whether the driver can tell the time between events; drivers before CUDA 12.8 lack the symbol that cudarc calls.
+static EVENT_TIMES: AtomicBool = AtomicBool::new(false);
 
 /// One GPU of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -139,6 +143,9 @@ fn probe_libraries(names: &[&str]) -> Result<()> {
                 return Err(CudaError::DriverUnusable { reason: format!("{name} has no {symbol}") });
             }
         }
+        // SAFETY: as above.
+        let event_times = unsafe { library.get::<*const ()>(b"cuEventElapsedTime_v2") }.is_ok();
+        EVENT_TIMES.store(event_times, Ordering::Relaxed);
         // It stays loaded, so that cudarc gets this one.
         std::mem::forget(library);
         return match result::init() {
@@ -499,6 +506,15 @@ impl Driver for GpuStream {
         };
         // SAFETY: the caller's promise; the stream belongs to the context, which is current.
         unsafe { products.multiply(self.stream.cu_stream(), description, addresses) }
+    }
+
+    fn mark(&self) -> Result<Mark> {
+        if !EVENT_TIMES.load(Ordering::Relaxed) {
+            self.synchronize()?;
+            return Ok(Mark::now());
+        }
+        let event = self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
+        Ok(Mark::event(event.map_err(|error| call("recording an event", error))?))
     }
 }
 

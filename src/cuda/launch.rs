@@ -15,6 +15,7 @@ use super::error::{CudaError, Result};
 use super::gemm::{GemmAddresses, GemmDescription};
 use super::modules::Kernel;
 use super::recording::RecordedWork;
+use super::timing::Mark;
 
 /// Most arguments that a kernel takes; beyond it, pass a structure.
 pub const MAX_ARGUMENTS: usize = 24;
@@ -141,6 +142,12 @@ pub trait Driver: fmt::Debug + Send + Sync {
     /// The description passed the checks of [`Stream::gemm`], and the matrices at the addresses, of this device, have the
     /// sizes and layouts that it says. The output overlaps nothing, or it is the addend.
     unsafe fn gemm(&self, description: &GemmDescription, addresses: &GemmAddresses) -> Result<()>;
+
+    /// Marks this moment in the work that was given so far. Where devices have no clock, waits and takes the host's.
+    fn mark(&self) -> Result<Mark> {
+        self.synchronize()?;
+        Ok(Mark::now())
+    }
 }
 
 /// A queue of work on one device, and the source of its memory. Cheap to clone.
@@ -161,11 +168,6 @@ impl Stream {
         self.driver.device()
     }
 
-    /// What runs the work.
-    pub(super) fn driver(&self) -> &dyn Driver {
-        &*self.driver
-    }
-
     /// What a launch may ask for.
     #[must_use]
     pub fn limits(&self) -> Limits {
@@ -176,6 +178,12 @@ impl Stream {
     #[must_use]
     pub fn allocations(&self) -> u64 {
         self.driver.allocations()
+    }
+
+    /// What runs the kernels, for another driver to wrap.
+    #[must_use]
+    pub fn driver(&self) -> &Arc<dyn Driver> {
+        &self.driver
     }
 
     /// Reserves memory for `len` elements with undefined content, for what a launch writes in full.

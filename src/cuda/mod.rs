@@ -26,6 +26,7 @@ pub mod nvrtc;
 pub mod patchify;
 pub mod recording;
 mod staging;
+pub mod timing;
 pub mod tokens;
 
 pub use backend::{Cuda, CudaBuffer, CudaElement};
@@ -33,3 +34,4 @@ pub use driver::{DeviceInfo, Gpu, devices};
 pub use error::{CudaError, Result};
 pub use launch::{Buffer, DeviceId, Slice, SliceMut, Stream};
 pub use modules::{Manifest, embedded_kernels};
+pub use timing::Mark;

@@ -13,6 +13,7 @@ use crate::model::transformer::{self, Observer};
 use crate::model::workspace::{DecoderWeights, EncoderWeights, Purpose, Vector, Workspace, WorkspaceShape};
 use crate::model::{Masking, initialize};
 use crate::ops::{Backend, LayerNormShape, LinearShape, LossShape, TokensShape, Write};
+use crate::profile::range;
 use crate::weights::{Checkpoint, DECODER_POSITIONS, ENCODER_POSITIONS, ParameterKind, Parts};
 use crate::{Error, Result};
 
@@ -352,7 +353,9 @@ impl<B: Backend> MaeForPreTraining<B> {
         loss: &mut Vector<B>,
         observer: Option<&mut dyn Observer<B>>,
     ) -> Result<()> {
+        let _range = range(format_args!("forward"));
         self.encoder().forward_prepared(workspace, batch, observer)?;
+        let _range = range(format_args!("decoder and loss forward"));
         let (config, backend, layers) = (&self.config, &self.backend, &self.decoder);
         let Workspace { shape, inputs, scratch, encoder, decoder: Some(decoder), positions, .. } = workspace else {
             return Err(no_decoder());
@@ -421,6 +424,8 @@ impl<B: Backend> MaeForPreTraining<B> {
         batch: usize,
         gradients: &mut Gradients<B>,
     ) -> Result<()> {
+        let _range = range(format_args!("backward"));
+        let decoder_range = range(format_args!("decoder backward"));
         let (config, backend) = (&self.config, &self.backend);
         let Workspace { shape, inputs, scratch, encoder, decoder: Some(decoder), flow: Some(flow), .. } = workspace
         else {
@@ -477,6 +482,8 @@ impl<B: Backend> MaeForPreTraining<B> {
             &flow.decoder,
             &inputs.ids_restore,
         )?;
+        drop(decoder_range);
+        let _range = range(format_args!("encoder backward"));
         let rows = batch * (1 + keep);
         let embed = LinearShape { rows, inputs: config.hidden_size, outputs: width };
         backend.linear_backward_weight(

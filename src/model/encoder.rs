@@ -11,6 +11,7 @@ use crate::model::positions::PositionInterpolation;
 use crate::model::transformer::{self, Observer};
 use crate::model::workspace::{EncoderWeights, Matrix, Purpose, Vector, Workspace, WorkspaceShape};
 use crate::ops::{AttentionShape, Backend, LayerNormShape, LinearShape, TokensShape};
+use crate::profile::range;
 use crate::weights::{Checkpoint, ENCODER_POSITIONS, Parts};
 use crate::{Error, Result};
 
@@ -198,6 +199,7 @@ impl<B: Backend> EncoderView<'_, B> {
         batch: usize,
         observer: Option<&mut dyn Observer<B>>,
     ) -> Result<()> {
+        let _range = range(format_args!("encoder forward"));
         let Self { config, backend, layers, positions } = *self;
         let Workspace { shape, inputs, scratch, encoder, positions: interpolated, .. } = workspace;
         let (image, keep, width) = (shape.image, shape.keep, config.hidden_size);

@@ -13,6 +13,7 @@
 use crate::Result;
 use crate::model::layers::BlockLayers;
 use crate::ops::{Activation, AttentionShape, Backend, LayerNormShape, LinearShape, Write};
+use crate::profile::range;
 
 /// Sizes of a stack for one batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -185,6 +186,7 @@ pub(crate) fn forward<B: Backend>(
     let Scratch { norm, expanded, .. } = scratch;
     let (stream_count, block_count) = (streams.len(), blocks.len());
     for (layer, weights) in layers.iter().enumerate() {
+        let _range = range(format_args!("layer {layer} forward, {} wide", shape.width));
         let (before, after) = two_mut(streams, layer % stream_count, (layer + 1) % stream_count);
         let kept = &mut blocks[layer % block_count];
         if let Some(observer) = observer.as_deref_mut() {
@@ -282,6 +284,7 @@ pub(crate) fn backward<B: Backend>(
         return Err(crate::Error::Config("this workspace was made for inference and cannot train".into()));
     };
     for (layer, (weights, gradients)) in layers.iter().zip(gradients).enumerate().rev() {
+        let _range = range(format_args!("layer {layer} backward, {} wide", shape.width));
         let block_count = activations.blocks.len();
         let kept = &mut activations.blocks[layer % block_count];
         let before = &activations.streams[layer];

@@ -10,6 +10,7 @@ use crate::model::{
     WorkspaceShape, download_part,
 };
 use crate::ops::{AdamWSettings, AdamWState, Backend, MaskingShape, RandomMask};
+use crate::profile::range;
 use crate::train::passes::{Pass, Passes};
 use crate::weights::{TensorFile, write_f32, write_stream};
 use crate::{Error, Result};
@@ -343,6 +344,7 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// Device errors.
     pub fn launch_update(&mut self, learning_rate: f64) -> Result<()> {
+        let _range = range(format_args!("update"));
         let OptimizerSettings { betas, epsilon, weight_decay, clip_norm } = self.settings;
         let (length, decayed) = {
             let layout = self.model.parameters().layout();

@@ -6,7 +6,7 @@ use vitmae::ops::{AdamW, AdamWSettings, AdamWState, Memory};
 
 use super::emulated::adamw::{ADAMW_FACTORS, AdamWArenas, AdamWInput, adamw_step, gradient_norm};
 use super::emulated::adamw::{gradient_norm_partials, masters_to_bf16};
-use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, emulator};
+use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, device};
 use super::reference::{Bench, close_masters, random};
 
 fn settings(length: usize, decayed: usize) -> AdamWSettings {
@@ -94,8 +94,8 @@ fn check<E: CudaElement>(device: &Cuda<E>, length: usize, decayed: usize, shift:
 #[test]
 fn adamw_agrees_with_the_cpu() {
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let (single, half) = (Cuda::<f32>::new(emulator.stream()), Cuda::<bf16>::new(emulator.stream()));
+        let Some(device) = device(seed) else { return };
+        let (single, half) = (Cuda::<f32>::new(device.stream()), Cuda::<bf16>::new(device.stream()));
         // Less than a vector, whole blocks, a block and a bit, boundaries inside a vector.
         for (length, decayed) in [(1, 0), (3, 3), (2048, 2048), (2048, 1022), (4100, 2049), (5003, 4095)] {
             for shift in [0, 1, 4] {
@@ -109,8 +109,8 @@ fn adamw_agrees_with_the_cpu() {
 #[test]
 fn bias_corrections_follow_the_count() {
     // A run that goes on at a high count, as after a resume: the first 40 bits are used.
-    let Some(emulator) = emulator(0) else { return };
-    let device = Cuda::<f32>::new(emulator.stream());
+    let Some(device) = device(0) else { return };
+    let device = Cuda::<f32>::new(device.stream());
     fn after<B: AdamW>(bench: &Bench<'_, B>, updates: u64) -> Vec<f64> {
         let mut state = bench.plain(&[AdamWState { updates, ..AdamWState::default() }]);
         let mut master = bench.masters(&random(1, 10));
@@ -148,8 +148,8 @@ fn a_step_that_is_not_finite_is_skipped_on_the_device() {
     let bad = [(f64::NAN, Some(1.0)), (f64::INFINITY, None), (2.0, Some(f64::NAN)), (2.0, Some(f64::NEG_INFINITY))];
     let bad: Vec<Step> = bad.map(|(norm, loss)| Step { norm, loss, ..good }).to_vec();
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let device = Cuda::<bf16>::new(emulator.stream());
+        let Some(device) = device(seed) else { return };
+        let device = Cuda::<bf16>::new(device.stream());
         let bench = Bench { backend: &device, shift: 0 };
         let settings = settings(3000, 1001);
         let undisturbed = run(&bench, settings, &[good]);
@@ -175,8 +175,8 @@ fn norm<B: AdamW>(bench: &Bench<'_, B>, gradient: &[f64]) -> f64 {
 #[test]
 fn gradient_norm_is_that_of_f64() {
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let device = Cuda::<bf16>::new(emulator.stream());
+        let Some(device) = device(seed) else { return };
+        let device = Cuda::<bf16>::new(device.stream());
         // Nothing, parts of a vector, part of the unrolled loop, several blocks and a bit.
         for length in [0, 1, 3, 1023, 4099, 8192, 30_001] {
             for shift in [0, 1, 4] {
@@ -203,8 +203,8 @@ fn gradient_norm_is_that_of_f64() {
 #[test]
 fn refresh_rounds_the_first_masters() {
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let device = Cuda::<bf16>::new(emulator.stream());
+        let Some(device) = device(seed) else { return };
+        let device = Cuda::<bf16>::new(device.stream());
         for length in [1, 2047, 2048, 2050, 5003] {
             for shift in [0, 1, 8] {
                 let bench = Bench { backend: &device, shift };
@@ -223,8 +223,8 @@ fn refresh_rounds_the_first_masters() {
 
 #[test]
 fn adamw_refuses_what_does_not_fit() {
-    let Some(emulator) = emulator(0) else { return };
-    let stream = emulator.stream();
+    let Some(device) = device(0) else { return };
+    let stream = device.stream();
     let floats = |len| stream.zeros::<f32>(len).expect("reserved");
     let [mut master, mut first, mut second, gradient] = [0; 4].map(|_| floats(100));
     let (mut factors, norm, mut working) = (floats(16), floats(1), stream.zeros::<bf16>(40).expect("reserved"));

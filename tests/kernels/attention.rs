@@ -1,13 +1,11 @@
 //! Attention on the emulator against the CPU in f64.
 
-use std::sync::Arc;
-
 use half::bf16;
 use vitmae::cpu::Cpu;
 use vitmae::ops::{Attention, AttentionShape, Memory};
 
 use super::emulated::attention::{attention_backward, attention_forward};
-use super::emulated::{Cuda, CudaElement, CudaError, Emulator, Options, SEEDS, Stream, emulator, emulator_with};
+use super::emulated::{Cuda, CudaElement, CudaError, Options, SEEDS, Stream, TestDevice, emulator, emulator_with};
 use super::reference::{Bench, random};
 
 fn shape(batch: usize, tokens: usize, heads: usize, head_dim: usize) -> AttentionShape {
@@ -177,7 +175,7 @@ fn check<E: CudaElement>(stream: &Stream, shape: AttentionShape, spread: f64, sl
 }
 
 /// An emulator whose blocks have as much shared memory as those of some GPU.
-fn with_shared_memory(seed: u64, kilobytes: u32) -> Option<Arc<Emulator>> {
+fn with_shared_memory(seed: u64, kilobytes: u32) -> Option<TestDevice> {
     emulator_with(Options { seed, shared_bytes: kilobytes << 10 })
 }
 

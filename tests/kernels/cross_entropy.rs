@@ -5,7 +5,7 @@ use vitmae::cpu::Cpu;
 use vitmae::ops::{CrossEntropy, CrossEntropyShape};
 
 use super::emulated::cross_entropy::{CrossEntropyOutput, cross_entropy_forward_backward};
-use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, emulator};
+use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, device};
 use super::reference::{Bench, close, close_masters, random};
 
 /// Loss (on top of 0.25), row losses and gradient.
@@ -43,8 +43,8 @@ fn check<E: CudaElement>(device: &Cuda<E>, shape: CrossEntropyShape, shift: usiz
 #[test]
 fn cross_entropy_agrees_with_the_cpu() {
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let (single, half) = (Cuda::<f32>::new(emulator.stream()), Cuda::<bf16>::new(emulator.stream()));
+        let Some(device) = device(seed) else { return };
+        let (single, half) = (Cuda::<f32>::new(device.stream()), Cuda::<bf16>::new(device.stream()));
         for (rows, classes) in [(1, 1), (5, 10), (3, 33), (9, 264), (2, 1000), (2, 1001)] {
             for smoothing in [0.0, 0.1] {
                 let shape = CrossEntropyShape { rows, classes, smoothing, scale: 0.3 };
@@ -71,8 +71,8 @@ fn cross_entropy_takes_extreme_logits_on_the_device() {
     logits[82..84].fill(3.0);
     let labels = [7, 4, 2];
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let device = Cuda::<f32>::new(emulator.stream());
+        let Some(device) = device(seed) else { return };
+        let device = Cuda::<f32>::new(device.stream());
         let [_, row_loss, dlogits] = run(&Bench { backend: &device, shift: 0 }, shape, &logits, &labels);
         let expected = run(&Bench { backend: &Cpu::<f64>::new(), shift: 0 }, shape, &logits, &labels);
         close_masters("row loss", &row_loss, &expected[1]);
@@ -82,8 +82,8 @@ fn cross_entropy_takes_extreme_logits_on_the_device() {
 
 #[test]
 fn a_label_that_is_no_class_gives_nan() {
-    let Some(emulator) = emulator(2) else { return };
-    let device = Cuda::<bf16>::new(emulator.stream());
+    let Some(device) = device(2) else { return };
+    let device = Cuda::<bf16>::new(device.stream());
     let shape = CrossEntropyShape { rows: 3, classes: 8, smoothing: 0.1, scale: 1.0 };
     let [loss, row_loss, dlogits] =
         run(&Bench { backend: &device, shift: 0 }, shape, &random(1, 24), &[0, 8, u32::MAX]);
@@ -94,8 +94,8 @@ fn a_label_that_is_no_class_gives_nan() {
 
 #[test]
 fn cross_entropy_refuses_other_lengths() {
-    let Some(emulator) = emulator(0) else { return };
-    let stream = emulator.stream();
+    let Some(device) = device(0) else { return };
+    let stream = device.stream();
     let floats = |len| stream.zeros::<f32>(len).expect("reserved");
     let (mut loss, mut row_loss, mut dlogits, logits) = (floats(1), floats(2), floats(6), floats(6));
     let labels = stream.zeros::<u32>(2).expect("reserved");

@@ -1,5 +1,8 @@
-//! An emulator for tests: the one in the crate with the feature `emulator`, else one that is built here with the system's C++
-//! compiler. Tests are skipped, and say so, where there is none.
+//! What tests run kernels on: an emulator, or a GPU.
+//!
+//! The emulator is the one in the crate with the feature `emulator`, else one that is built here with the system's C++ compiler.
+//! Tests are skipped, and say so, where there is none. `VITMAE_TEST_DEVICE=cuda` (or `cuda:1`, ...) takes a GPU instead, with
+//! poisoned and guarded memory; `cuda-plain` leaves memory as it is, for compute-sanitizer to look at.
 
 // A test binary uses some of this.
 #![allow(dead_code)]
@@ -8,6 +11,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use vitmae::cuda::*;
+
+#[path = "guarded.rs"]
+pub mod guarded;
 
 #[cfg(not(feature = "emulator"))]
 #[path = "../../src/cuda/emulator.rs"]
@@ -26,13 +32,55 @@ type Outcome<T> = std::result::Result<T, String>;
 /// Seeds for the order of blocks and threads: in order, backwards, and two that are drawn.
 pub const SEEDS: [u64; 4] = [0, 1, 2, 3];
 
-/// An emulator, or nothing after saying that the test is skipped.
-pub fn emulator(seed: u64) -> Option<Arc<Emulator>> {
-    emulator_with(Options { seed, ..Options::default() })
+/// What a test runs kernels on, with memory that no other has.
+pub struct TestDevice(Stream);
+
+impl TestDevice {
+    /// Its stream.
+    pub fn stream(&self) -> Stream {
+        self.0.clone()
+    }
 }
 
-/// The same with other options.
-pub fn emulator_with(options: Options) -> Option<Arc<Emulator>> {
+/// A device for a test of an op: an emulator with this seed, or the GPU that `VITMAE_TEST_DEVICE` names. Nothing, after saying
+/// that the test is skipped, where there is no emulator; a GPU that was asked for and is not there is a failure.
+pub fn device(seed: u64) -> Option<TestDevice> {
+    device_with(Options { seed, ..Options::default() })
+}
+
+/// The same, where it is an emulator with other options.
+pub fn device_with(options: Options) -> Option<TestDevice> {
+    match test_gpu() {
+        Some(name) => Some(TestDevice(guarded::stream(&name))),
+        None => start_or_skip(options).map(|emulator| TestDevice(emulator.stream())),
+    }
+}
+
+/// The former name of [`device`].
+pub fn emulator(seed: u64) -> Option<TestDevice> {
+    device(seed)
+}
+
+/// The former name of [`device_with`].
+pub fn emulator_with(options: Options) -> Option<TestDevice> {
+    device_with(options)
+}
+
+/// The GPU that tests should use.
+fn test_gpu() -> Option<String> {
+    std::env::var("VITMAE_TEST_DEVICE").ok().filter(|name| name.starts_with("cuda"))
+}
+
+/// An emulator for a test of the emulator, or nothing after saying that the test is skipped.
+pub fn emulator_itself(seed: u64) -> Option<Arc<Emulator>> {
+    if test_gpu().is_some() {
+        println!("skipped: the test is about the emulator, not a GPU");
+        return None;
+    }
+    start_or_skip(Options { seed, ..Options::default() })
+}
+
+fn start_or_skip(options: Options) -> Option<Arc<Emulator>> {
     match start(options) {
         Ok(emulator) => Some(emulator),
         Err(reason) => {

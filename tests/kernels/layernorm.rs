@@ -6,7 +6,7 @@ use vitmae::ops::{LayerNorm, LayerNormShape, Write};
 
 use super::emulated::layernorm::{LayerNormGradients, LayerNormSaved, layernorm_backward};
 use super::emulated::layernorm::{LayerNormOutput, layernorm_backward_partials, layernorm_forward};
-use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, Stream, emulator};
+use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, Stream, device};
 use super::reference::{Bench, close, close_masters, random};
 
 fn shape(rows: usize, width: usize) -> LayerNormShape {
@@ -103,8 +103,8 @@ fn check_backward<E: CudaElement>(stream: &Stream, shape: LayerNormShape, write:
 #[test]
 fn layernorm_forward_matches_the_cpu_at_every_width() {
     for (seed, rows) in SEEDS.into_iter().zip([1, 5, 17, 34]) {
-        let Some(emulator) = emulator(seed) else { return };
-        let stream = emulator.stream();
+        let Some(device) = device(seed) else { return };
+        let stream = device.stream();
         for width in WIDTHS {
             check_forward::<bf16>(&stream, shape(rows, width), 0);
             check_forward::<f32>(&stream, shape(rows, width), 0);
@@ -119,8 +119,8 @@ fn layernorm_forward_matches_the_cpu_at_every_width() {
 fn layernorm_backward_matches_the_cpu_at_every_width() {
     // 16 blocks at most on the emulator: from 65 rows on, or 257 on the narrowest path, warps take more than one turn.
     for (seed, rows) in SEEDS.into_iter().zip([1, 5, 70, 2]) {
-        let Some(emulator) = emulator(seed) else { return };
-        let stream = emulator.stream();
+        let Some(device) = device(seed) else { return };
+        let stream = device.stream();
         for width in WIDTHS {
             check_backward::<bf16>(&stream, shape(rows, width), Write::Accumulate, 0);
             check_backward::<f32>(&stream, shape(rows, width), Write::Assign, 0);
@@ -137,8 +137,8 @@ fn layernorm_backward_matches_the_cpu_at_every_width() {
 
 #[test]
 fn a_large_mean_costs_no_digits_of_the_variance() {
-    let Some(emulator) = emulator(0) else { return };
-    let backend = Cuda::<f32>::new(emulator.stream());
+    let Some(device) = device(0) else { return };
+    let backend = Cuda::<f32>::new(device.stream());
     for width in [384, 1283, 1536] {
         let shape = shape(3, width);
         // The mean of squares less the square of the mean would be off by several percent here.
@@ -152,8 +152,8 @@ fn a_large_mean_costs_no_digits_of_the_variance() {
 
 #[test]
 fn a_constant_row_is_beta() {
-    let Some(emulator) = emulator(0) else { return };
-    let backend = Cuda::<bf16>::new(emulator.stream());
+    let Some(device) = device(0) else { return };
+    let backend = Cuda::<bf16>::new(device.stream());
     let shape = LayerNormShape { rows: 2, width: 96, epsilon: 1e-12 };
     let mut inputs = Inputs::new(shape, 0.0);
     inputs.x.fill(0.5);
@@ -165,8 +165,8 @@ fn a_constant_row_is_beta() {
 
 #[test]
 fn layernorm_refuses_what_does_not_fit() {
-    let Some(emulator) = emulator(0) else { return };
-    let stream = emulator.stream();
+    let Some(device) = device(0) else { return };
+    let stream = device.stream();
     let good = shape(6, 32);
     let matrix = || stream.zeros::<f32>(6 * 32).expect("reserved");
     let vector = |len| stream.zeros::<f32>(len).expect("reserved");

@@ -8,7 +8,7 @@ use super::emulated::gemm::{Addend, Epilogue, Gemm, GemmElement, Layout};
 use super::emulated::linear::{
     activation_backward, bias_backward, bias_backward_scratch, linear_backward_weight_and_bias,
 };
-use super::emulated::{Cuda, CudaBuffer, CudaElement, CudaError, SEEDS, emulator};
+use super::emulated::{Cuda, CudaBuffer, CudaElement, CudaError, SEEDS, device};
 
 const ACTIVATIONS: [Activation; 5] =
     [Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Silu, Activation::QuickGelu];
@@ -253,8 +253,8 @@ fn linear_matches_cpu() {
     let shapes =
         [shape(1, 8, 8), shape(5, 24, 16), shape(50, 48, 40), shape(17, 20, 12), shape(3, 7, 5), shape(2, 1, 1)];
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let (half, full) = (Cuda::<bf16>::new(emulator.stream()), Cuda::<f32>::new(emulator.stream()));
+        let Some(device) = device(seed) else { return };
+        let (half, full) = (Cuda::<bf16>::new(device.stream()), Cuda::<f32>::new(device.stream()));
         for (index, shape) in shapes.into_iter().enumerate() {
             // Both forms of GELU everywhere, the others in turn.
             for activation in [Activation::Gelu, Activation::GeluTanh, ACTIVATIONS[2 + index % 3]] {
@@ -303,8 +303,8 @@ fn check_activation<E: CudaElement>(device: &Cuda<E>, activation: Activation, x:
 #[test]
 fn activations_match_cpu_from_end_to_end() {
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let (half, full) = (Cuda::<bf16>::new(emulator.stream()), Cuda::<f32>::new(emulator.stream()));
+        let Some(device) = device(seed) else { return };
+        let (half, full) = (Cuda::<bf16>::new(device.stream()), Cuda::<f32>::new(device.stream()));
         // Several blocks with a tail; every tail; unaligned; nothing.
         let many: Vec<f64> = random(9011, 20).into_iter().map(|x| 3.0 * x).collect();
         let lengths = [0, 1, 3, 4, 7, 8, 9, 31, 257, 4096];
@@ -333,8 +333,8 @@ fn activations_match_cpu_from_end_to_end() {
 
 #[test]
 fn activations_keep_nan_and_infinity() {
-    let Some(emulator) = emulator(0) else { return };
-    let device = Cuda::<f32>::new(emulator.stream());
+    let Some(device) = device(0) else { return };
+    let device = Cuda::<f32>::new(device.stream());
     for activation in ACTIVATIONS {
         let pre = Padded::<f32>::new(&device, &[f64::NAN, f64::INFINITY, 1e30, -1e30], 0);
         let mut y = Padded::<f32>::output(&device, 4, 0);
@@ -350,8 +350,8 @@ fn activations_keep_nan_and_infinity() {
 fn bias_gradients_match_cpu_and_repeat_bitwise() {
     let cases = [(1, 8), (31, 40), (33, 264), (300, 520), (8200, 8), (64, 7), (129, 130), (10, 1)];
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let (half, full) = (Cuda::<bf16>::new(emulator.stream()), Cuda::<f32>::new(emulator.stream()));
+        let Some(device) = device(seed) else { return };
+        let (half, full) = (Cuda::<bf16>::new(device.stream()), Cuda::<f32>::new(device.stream()));
         for (rows, columns) in cases {
             for shift in [0, 1] {
                 check_bias::<bf16>(&half, rows, columns, shift);
@@ -397,8 +397,8 @@ fn multiplied(gemm: Gemm, left: &[f64], right: &[f64]) -> Vec<f64> {
 
 #[test]
 fn products_follow_their_layouts() {
-    let Some(emulator) = emulator(0) else { return };
-    let device = Cuda::<f32>::new(emulator.stream());
+    let Some(device) = device(0) else { return };
+    let device = Cuda::<f32>::new(device.stream());
     let (rows, columns, depth) = (6, 5, 9);
     for (left_transposed, right_transposed) in [(false, false), (false, true), (true, false), (true, true)] {
         let layout =
@@ -440,8 +440,8 @@ fn products_follow_their_layouts() {
 
 #[test]
 fn products_refuse_what_does_not_fit() {
-    let Some(emulator) = emulator(0) else { return };
-    let stream = emulator.stream();
+    let Some(device) = device(0) else { return };
+    let stream = device.stream();
     let good = Gemm { rows: 4, columns: 6, depth: 5, left: Layout::rows(5), right: Layout::rows(6), output_stride: 6 };
     fn refused<O: GemmElement>(stream: &super::emulated::Stream, gemm: Gemm, epilogue: Option<usize>) -> String {
         let (left, right) = (stream.zeros::<f32>(20).expect("reserved"), stream.zeros::<f32>(30).expect("reserved"));
@@ -468,8 +468,8 @@ fn products_refuse_what_does_not_fit() {
 
 #[test]
 fn the_emulators_products_check_their_memory() {
-    let Some(emulator) = emulator(0) else { return };
-    let stream = emulator.stream();
+    let Some(device) = device(0) else { return };
+    let stream = device.stream();
     let gemm = Gemm { rows: 2, columns: 2, depth: 2, left: Layout::rows(2), right: Layout::rows(2), output_stride: 2 };
     let unwritten = stream.uninitialised::<f32>(4).expect("reserved");
     let right = stream.zeros::<f32>(4).expect("reserved");
@@ -482,8 +482,8 @@ fn the_emulators_products_check_their_memory() {
 
 #[test]
 fn linear_refuses_short_buffers() {
-    let Some(emulator) = emulator(0) else { return };
-    let device = Cuda::<bf16>::new(emulator.stream());
+    let Some(device) = device(0) else { return };
+    let device = Cuda::<bf16>::new(device.stream());
     let buffer = |length| device.buffer::<bf16>(length).expect("reserved");
     let (x, weight, bias) = (buffer(12), buffer(20), device.buffer::<f32>(5).expect("reserved"));
     let mut y = buffer(15);

@@ -5,7 +5,7 @@ use vitmae::cpu::Cpu;
 use vitmae::ops::{ImageShape, Loss, LossShape, Pixels};
 
 use super::emulated::loss::{LossInput, LossOutput, loss_forward_backward_f32};
-use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, emulator};
+use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, device};
 use super::reference::{Bench, close, close_masters, random, shuffles};
 
 const MEAN: [f64; 3] = [0.485, 0.456, 0.406];
@@ -102,8 +102,8 @@ fn loss_agrees_with_the_cpu() {
         shape(1, 3, [8, 8], [4, 4], 1),
     ];
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let (single, half) = (Cuda::<f32>::new(emulator.stream()), Cuda::<bf16>::new(emulator.stream()));
+        let Some(device) = device(seed) else { return };
+        let (single, half) = (Cuda::<f32>::new(device.stream()), Cuda::<bf16>::new(device.stream()));
         for shape in shapes {
             check(&single, shape, seed, 0);
             check(&half, shape, seed, 0);
@@ -123,8 +123,8 @@ fn two_losses_are_the_same_bits() {
     let inputs = Inputs::new(shape, 5);
     let mut all = Vec::new();
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let device = Cuda::<bf16>::new(emulator.stream());
+        let Some(device) = device(seed) else { return };
+        let device = Cuda::<bf16>::new(device.stream());
         all.push(run(&Bench { backend: &device, shift: 0 }, shape, &inputs, true));
     }
     assert!(all.iter().all(|losses| *losses == all[0]));
@@ -137,8 +137,8 @@ fn a_flat_patch_has_a_target_of_almost_zero() {
     inputs.bytes.fill(200);
     inputs.floats.fill(0.7);
     inputs.mask.fill(1.0);
-    let Some(emulator) = emulator(0) else { return };
-    let device = Cuda::<f32>::new(emulator.stream());
+    let Some(device) = device(0) else { return };
+    let device = Cuda::<f32>::new(device.stream());
     // Bytes have another value in each channel, so only floats are flat.
     let [_, patch_loss, _] = run(&Bench { backend: &device, shift: 0 }, shape, &inputs, false);
     let (patches, _) = inputs.prediction.as_chunks::<768>();
@@ -155,8 +155,8 @@ fn an_id_that_is_no_patch_gives_nan() {
     let mut inputs = Inputs::new(shape, 1);
     inputs.ids[1] = 4;
     inputs.mask.fill(1.0);
-    let Some(emulator) = emulator(2) else { return };
-    let device = Cuda::<bf16>::new(emulator.stream());
+    let Some(device) = device(2) else { return };
+    let device = Cuda::<bf16>::new(device.stream());
     let [loss, patch_loss, dprediction] = run(&Bench { backend: &device, shift: 0 }, shape, &inputs, true);
     assert!(loss[0].is_nan() && patch_loss[1].is_nan());
     assert!(patch_loss[0].is_finite() && patch_loss[2].is_finite());
@@ -167,8 +167,8 @@ fn an_id_that_is_no_patch_gives_nan() {
 
 #[test]
 fn loss_refuses_what_does_not_fit() {
-    let Some(emulator) = emulator(0) else { return };
-    let stream = emulator.stream();
+    let Some(device) = device(0) else { return };
+    let stream = device.stream();
     let good = shape(2, 3, [32, 32], [16, 16], 3);
     let floats = |len| stream.zeros::<f32>(len).expect("reserved");
     let (mut loss, mut patch_loss, mut dprediction) = (floats(1), floats(6), floats(6 * 768));

@@ -13,13 +13,14 @@ mod masking;
 mod patchify;
 mod recording;
 mod reference;
+mod report;
 mod scratch;
 mod tokens;
 
 use emulated::launch::{Argument, Grid};
 use emulated::modules::{KERNELS, Target};
 use emulated::nvrtc::{Nvrtc, NvrtcError, Source};
-use emulated::{SEEDS, Slice, embedded_kernels, emulator, kernel_files, units};
+use emulated::{SEEDS, Slice, embedded_kernels, emulator_itself, kernel_files, units};
 
 /// NVRTC, or nothing after saying that the test is skipped. CI sets VITMAE_REQUIRE_NVRTC=1: there its absence is a failure.
 fn nvrtc() -> Option<Nvrtc> {
@@ -95,9 +96,8 @@ fn every_kernel_compiles_for_every_architecture() {
     for target in ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_80"] {
         let target = Target::parse(target).expect("a good name");
         for file in embedded_kernels().files {
-            let source = Source { name: file.name, text: file.text };
-            let compiled = nvrtc.compile(source, &headers(), target).unwrap_or_else(|error| panic!("{error}"));
-            assert_eq!(compiled.log, "", "{} for {target}", file.name);
+            let compiled = report::report::compile(&nvrtc, file, target).unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(compiled.1, "", "{} for {target}", file.name);
         }
     }
 }
@@ -135,7 +135,7 @@ type Planted = Result<(Vec<u32>, Vec<u32>), String>;
 
 /// Launches a planted kernel with `out` and `in` of one element per thread.
 fn run_planted(symbol: &str, seed: u64, words_per_thread: usize) -> Option<Planted> {
-    let emulator = emulator(seed)?;
+    let emulator = emulator_itself(seed)?;
     let stream = emulator.stream();
     let grid = Grid { blocks: 3, threads: 64, shared_bytes: 64 * 4 * words_per_thread as u32 };
     let input: Vec<u32> = (0..3 * 64 * words_per_thread as u32).map(|i| i * i + 7).collect();
@@ -252,7 +252,7 @@ fn the_emulator_spreads_matrices_over_lanes_as_a_gpu_does() {
 
 #[test]
 fn the_emulator_multiplies_matrices() {
-    let Some(emulator) = emulator(3) else { return };
+    let Some(emulator) = emulator_itself(3) else { return };
     let stream = emulator.stream();
     // Small whole numbers: exact in bf16 and in every order of the sum.
     let (a, b) =
@@ -288,7 +288,7 @@ fn the_emulator_multiplies_matrices() {
 
 #[test]
 fn the_emulator_refuses_wrong_launches() {
-    let Some(emulator) = emulator(0) else { return };
+    let Some(emulator) = emulator_itself(0) else { return };
     let stream = emulator.stream();
     let buffer = stream.zeros::<u32>(64).expect("reserved");
     let slice: Slice<'_, u32> = buffer.as_slice();
@@ -322,7 +322,7 @@ fn philox_gives_the_known_answers() {
     for (counter, key, expected) in known {
         assert_eq!(rand_philox::philox4x32_10(counter, key), expected, "the CPU's Philox");
     }
-    let Some(emulator) = emulator(0) else { return };
+    let Some(emulator) = emulator_itself(0) else { return };
     let stream = emulator.stream();
     let counters = stream.upload(&known.map(|(counter, _, _)| counter)).expect("uploaded");
     let keys = stream.upload(&known.map(|(_, key, _)| key)).expect("uploaded");

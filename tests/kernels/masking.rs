@@ -5,7 +5,7 @@ use vitmae::ops::{self, Masking, Memory};
 
 use super::emulated::masking::{MAX_PATCHES, MaskingOutput, MaskingShape, RandomMask};
 use super::emulated::masking::{masking_forward_noise, masking_forward_random};
-use super::emulated::{Buffer, Cuda, CudaError, SEEDS, Stream, emulator};
+use super::emulated::{Buffer, Cuda, CudaError, SEEDS, Stream, device};
 
 /// Host copies of what a masking writes.
 #[derive(Debug, PartialEq)]
@@ -90,8 +90,8 @@ fn noise(shape: MaskingShape, levels: u32) -> Vec<f32> {
 #[test]
 fn masking_by_noise_is_the_stable_argsort() {
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let stream = emulator.stream();
+        let Some(device) = device(seed) else { return };
+        let stream = device.stream();
         for patches in [1, 2, 3, 4, 5, 31, 32, 33, 49, 64, 196, 255, 256, 257, 300, 785] {
             for keep in [0, 1, patches / 4, patches] {
                 let shape = MaskingShape { batch: 3, patches, keep };
@@ -106,17 +106,17 @@ fn masking_by_noise_is_the_stable_argsort() {
 
 #[test]
 fn masking_takes_thousands_of_patches() {
-    let Some(emulator) = emulator(2) else { return };
+    let Some(device) = device(2) else { return };
     for patches in [4096, MAX_PATCHES] {
         let shape = MaskingShape { batch: 1, patches, keep: patches / 4 };
         let noise = noise(shape, 1000);
-        assert_eq!(by_noise(&emulator.stream(), &noise, shape), expected(&noise, shape), "{patches}");
+        assert_eq!(by_noise(&device.stream(), &noise, shape), expected(&noise, shape), "{patches}");
     }
 }
 
 #[test]
 fn masking_orders_signs_zeros_infinities_and_nans() {
-    let Some(emulator) = emulator(0) else { return };
+    let Some(device) = device(0) else { return };
     let tiny = f32::from_bits(1);
     let noise = [
         0.0,
@@ -139,7 +139,7 @@ fn masking_orders_signs_zeros_infinities_and_nans() {
         f32::NAN,
     ];
     let shape = MaskingShape { batch: 1, patches: noise.len(), keep: 5 };
-    let masks = by_noise(&emulator.stream(), &noise, shape);
+    let masks = by_noise(&device.stream(), &noise, shape);
     assert_eq!(masks, expected(&noise, shape));
     assert_eq!(masks.ids_keep, [7, 12, 3, 15, 10]);
 }
@@ -148,8 +148,8 @@ fn masking_orders_signs_zeros_infinities_and_nans() {
 fn random_masks_depend_on_seed_epoch_and_sample_alone() {
     let samples = [0u64, 1, 77, u64::from(u32::MAX), 1 << 40, (1 << 56) - 1];
     for order in SEEDS {
-        let Some(emulator) = emulator(order) else { return };
-        let stream = emulator.stream();
+        let Some(device) = device(order) else { return };
+        let stream = device.stream();
         for (patches, seed, epoch) in [(1, 0, 0), (49, 3, 1), (196, u64::MAX, 7), (197, 0x1234_5678_9abc_def0, 399)] {
             let shape = MaskingShape { batch: samples.len(), patches, keep: patches / 4 };
             // By the definition: word w of block j is patch 4 j + w; 24 high bits.
@@ -218,8 +218,8 @@ fn as_a_backend<M: Masking>(device: &M, shape: MaskingShape, noise: &[f32], samp
 
 #[test]
 fn masking_is_what_the_cpu_does() {
-    let Some(emulator) = emulator(2) else { return };
-    let cuda = Cuda::<f32>::new(emulator.stream());
+    let Some(device) = device(2) else { return };
+    let cuda = Cuda::<f32>::new(device.stream());
     for (patches, keep) in [(1, 0), (49, 12), (197, 49), (300, 300)] {
         let shape = MaskingShape { batch: 3, patches, keep };
         let (noise, samples) = (noise(shape, 40), [7, 1 << 33, 12_345]);
@@ -236,8 +236,8 @@ fn masking_is_what_the_cpu_does() {
 
 #[test]
 fn masking_refuses_what_does_not_fit() {
-    let Some(emulator) = emulator(0) else { return };
-    let stream = emulator.stream();
+    let Some(device) = device(0) else { return };
+    let stream = device.stream();
     let shape = MaskingShape { batch: 2, patches: 8, keep: 2 };
     let mut buffers = Buffers::new(&stream, shape);
     let noise = stream.upload(&[0.5f32; 16]).expect("uploaded");
@@ -263,7 +263,7 @@ fn masking_refuses_what_does_not_fit() {
     let nothing = stream.upload::<f32>(&[]).expect("reserved");
     let mut none = Buffers::new(&stream, empty);
     masking_forward_noise(&stream, &mut none.output(), &nothing.as_slice(), empty).expect("no work");
-    let Some(other) = super::emulated::emulator(0) else { return };
+    let Some(other) = super::emulated::device(0) else { return };
     let elsewhere = other.stream().upload(&[0.5f32; 16]).expect("uploaded");
     let error =
         masking_forward_noise(&stream, &mut buffers.output(), &elsewhere.as_slice(), shape).expect_err("refused");

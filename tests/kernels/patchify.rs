@@ -6,7 +6,7 @@ use vitmae::ops::{ImageShape, Patchify, Pixels};
 
 use super::emulated::patchify::{BytePixels, PatchifyShape, RowElement};
 use super::emulated::patchify::{patchify_visible_forward_bytes, patchify_visible_forward_f32};
-use super::emulated::{Cuda, CudaError, SEEDS, Stream, emulator};
+use super::emulated::{Cuda, CudaError, SEEDS, Stream, device};
 
 const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
 const DEVIATION: [f32; 3] = [0.229, 0.224, 0.225];
@@ -156,8 +156,8 @@ fn patchify_writes_the_visible_patches() {
         shape(1, 40, [48, 96], [48, 32], 2),
     ];
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let stream = emulator.stream();
+        let Some(device) = device(seed) else { return };
+        let stream = device.stream();
         for shape in shapes {
             let ids = ids(shape);
             check::<f32>(&stream, shape, &ids, 0);
@@ -175,18 +175,18 @@ fn patchify_writes_the_visible_patches() {
 
 #[test]
 fn an_id_that_is_no_patch_gives_a_row_of_nan() {
-    let Some(emulator) = emulator(2) else { return };
+    let Some(device) = device(2) else { return };
     for shape in [shape(2, 3, [32, 32], [16, 16], 3), shape(2, 3, [28, 28], [14, 14], 3)] {
         let ids = [3, 4, 0, u32::MAX, 1, 1 << 31];
-        check::<f32>(&emulator.stream(), shape, &ids, 0);
-        check::<bf16>(&emulator.stream(), shape, &ids, 0);
+        check::<f32>(&device.stream(), shape, &ids, 0);
+        check::<bf16>(&device.stream(), shape, &ids, 0);
     }
 }
 
 #[test]
 fn normalising_has_the_bits_of_two_divisions() {
-    let Some(emulator) = emulator(0) else { return };
-    let stream = emulator.stream();
+    let Some(device) = device(0) else { return };
+    let stream = device.stream();
     // All 256 values in each of three channels, under the constants that people use.
     let shape = shape(1, 3, [16, 16], [16, 16], 1);
     let bytes: Vec<u8> = (0..=255).flat_map(|value| [value; 3]).collect();
@@ -243,12 +243,12 @@ fn as_a_backend<M: Patchify>(device: &M, shape: PatchifyShape, ids: &[u32]) -> [
 
 #[test]
 fn patchify_is_what_the_cpu_does() {
-    let Some(emulator) = emulator(3) else { return };
+    let Some(device) = device(3) else { return };
     for shape in [shape(2, 3, [42, 56], [14, 14], 5), shape(2, 3, [32, 16], [16, 8], 4)] {
         let ids = ids(shape);
         let expected = as_a_backend(&Cpu::<f32>::new(), shape, &ids);
-        assert_eq!(as_a_backend(&Cuda::<f32>::new(emulator.stream()), shape, &ids), expected, "{shape:?}");
-        let found = as_a_backend(&Cuda::<bf16>::new(emulator.stream()), shape, &ids);
+        assert_eq!(as_a_backend(&Cuda::<f32>::new(device.stream()), shape, &ids), expected, "{shape:?}");
+        let found = as_a_backend(&Cuda::<bf16>::new(device.stream()), shape, &ids);
         let rounded: [Vec<f64>; 2] =
             expected.map(|rows| rows.into_iter().map(|value| bf16::from_f64(value).to_f64()).collect());
         assert_eq!(found, rounded, "{shape:?}");
@@ -257,8 +257,8 @@ fn patchify_is_what_the_cpu_does() {
 
 #[test]
 fn patchify_refuses_what_does_not_fit() {
-    let Some(emulator) = emulator(0) else { return };
-    let stream = emulator.stream();
+    let Some(device) = device(0) else { return };
+    let stream = device.stream();
     let good = shape(2, 3, [32, 32], [16, 16], 2);
     let pixels = stream.zeros::<f32>(2 * 3 * 32 * 32).expect("reserved");
     let ids = stream.zeros::<u32>(4).expect("reserved");

@@ -5,7 +5,7 @@ use vitmae::cuda::masking::{MaskingOutput, MaskingShape, masking_forward_noise};
 use vitmae::cuda::{Buffer, Cuda, CudaError};
 use vitmae::ops::Memory;
 
-use crate::emulated::{SEEDS, emulator};
+use crate::emulated::{SEEDS, device};
 
 const SHAPE: MaskingShape = MaskingShape { batch: 3, patches: 20, keep: 5 };
 
@@ -60,8 +60,8 @@ fn noise(seed: u32) -> Vec<f32> {
 #[test]
 fn recorded_work_runs_when_it_is_launched_and_sees_the_memory_of_that_time() {
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let stream = emulator.stream();
+        let Some(device) = device(seed) else { return };
+        let stream = device.stream();
         let mut input = stream.upload(&noise(0)).expect("memory");
         let mut recorded = Masks::new(&stream);
         recorded.make(&stream, &input).expect("it runs");
@@ -85,8 +85,8 @@ fn recorded_work_runs_when_it_is_launched_and_sees_the_memory_of_that_time() {
 
 #[test]
 fn what_cannot_be_recorded_is_an_error_and_ends_the_recording() {
-    let Some(emulator) = emulator(0) else { return };
-    let stream = emulator.stream();
+    let Some(device) = device(0) else { return };
+    let stream = device.stream();
     let mut memory = stream.zeros::<f32>(4).expect("memory");
     let errors = [
         stream.record(|| stream.zeros::<f32>(1).map(drop)).expect_err("reserving memory"),
@@ -104,8 +104,8 @@ fn what_cannot_be_recorded_is_an_error_and_ends_the_recording() {
 
 #[test]
 fn buffers_that_are_made_together_share_one_allocation() {
-    let Some(emulator) = emulator(0) else { return };
-    let cuda = Cuda::<f32>::new(emulator.stream());
+    let Some(device) = device(0) else { return };
+    let cuda = Cuda::<f32>::new(device.stream());
     let before = cuda.stream().allocations();
     let (mut small, mut large, filled) = cuda
         .together(|cuda| {

@@ -1,6 +1,6 @@
 //! Scratch memory of the CUDA backend.
 
-use super::emulated::{Cuda, SliceMut, emulator};
+use super::emulated::{Cuda, SliceMut, device};
 
 /// Where a slice starts, and how long it is.
 fn place(memory: &mut SliceMut<'_, f32>) -> vitmae::Result<(Vec<u8>, usize)> {
@@ -9,8 +9,8 @@ fn place(memory: &mut SliceMut<'_, f32>) -> vitmae::Result<(Vec<u8>, usize)> {
 
 #[test]
 fn scratch_memory_is_shared_and_grows_only_when_it_must() {
-    let Some(emulator) = emulator(0) else { return };
-    let backend = Cuda::<f32>::new(emulator.stream());
+    let Some(device) = device(0) else { return };
+    let backend = Cuda::<f32>::new(device.stream());
     let (small, length) = backend.with_scratch(100, place).expect("reserved");
     assert_eq!(length, 100);
     // Fewer numbers, no more than there are, none: the same memory, also from a clone.

@@ -5,7 +5,7 @@ use vitmae::cpu::Cpu;
 use vitmae::ops::{Tokens, TokensShape};
 
 use super::emulated::tokens::{tokens_gather_forward, tokens_unshuffle_backward, tokens_unshuffle_backward_partials};
-use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, Stream, emulator};
+use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, Stream, device};
 use super::reference::{Bench, close, close_masters, random, shuffles};
 
 /// What all six ops read, of a shape.
@@ -146,8 +146,8 @@ fn tokens_match_the_cpu() {
         shape(0, 4, 2, 16),
     ];
     for seed in SEEDS {
-        let Some(emulator) = emulator(seed) else { return };
-        let stream = emulator.stream();
+        let Some(device) = device(seed) else { return };
+        let stream = device.stream();
         for shape in shapes {
             check::<bf16>(&stream, shape, 0);
             check::<f32>(&stream, shape, 0);
@@ -160,12 +160,12 @@ fn tokens_match_the_cpu() {
 
 #[test]
 fn an_id_that_is_no_patch_reads_and_writes_nothing_else() {
-    let Some(emulator) = emulator(2) else { return };
+    let Some(device) = device(2) else { return };
     for width in [8, 5] {
         let shape = shape(2, 6, 2, width);
         let mut inputs = Inputs::new(shape);
         inputs.ids = vec![6, 2, 4, u32::MAX];
-        let backend = Cuda::<f32>::new(emulator.stream());
+        let backend = Cuda::<f32>::new(device.stream());
         let bench = Bench { backend: &backend, shift: 0 };
         let outputs = run(&bench, shape, &inputs);
         let nan_rows = |rows: &[f64]| -> Vec<bool> {
@@ -182,8 +182,8 @@ fn an_id_that_is_no_patch_reads_and_writes_nothing_else() {
 
 #[test]
 fn tokens_refuse_what_does_not_fit() {
-    let Some(emulator) = emulator(0) else { return };
-    let stream = emulator.stream();
+    let Some(device) = device(0) else { return };
+    let stream = device.stream();
     let good = shape(2, 6, 3, 8);
     let x = stream.zeros::<f32>(2 * 7 * 8).expect("reserved");
     let ids = stream.zeros::<u32>(6).expect("reserved");

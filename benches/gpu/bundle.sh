@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Makes a bundle that checks and measures vitmae on a GPU machine without Rust: test and bench programs, the release program,
+# goldens, and the scripts that run them and the PyTorch peers.
+#
+#     benches/gpu/bundle.sh [FOLDER]            default: target/gpu-bundle; beside it a .tar.gz, which must be under 60 MB
+#
+# On the GPU machine (Python with PyTorch, NVIDIA's driver; the CUDA toolkit for compute-sanitizer and ncu):
+#
+#     python3 FOLDER/benches/gpu/run.py correctness --out RESULTS
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+root=$PWD
+folder=${1:-target/gpu-bundle}
+limit=60000000
+
+eval "$(.ci/nvrtc)"
+rm -rf "$folder"
+mkdir -p "$folder/bin"
+folder=$(cd "$folder" && pwd)
+
+# The programs that cargo reports for a command, as "kind name path" lines.
+programs() {
+    cargo "$@" --message-format=json | python3 -c '
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("reason") == "compiler-artifact" and message.get("executable"):
+        print(message["target"]["kind"][0], message["target"]["name"], message["executable"])'
+}
+
+take() {
+    cp "$2" "$folder/bin/$1"
+    strip "$folder/bin/$1"
+}
+
+echo "tests" >&2
+programs test --test kernels --test parity --no-run | while read -r kind name path; do
+    [ "$kind" != test ] || take "test-$name" "$path"
+done
+# Optimised, without the link-time optimisation that costs minutes and gives our kernels nothing.
+export CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16
+echo "benches" >&2
+programs bench --bench ops --no-run | while read -r kind name path; do
+    [ "$kind" != bench ] || take "bench-$name" "$path"
+done
+echo "programs" >&2
+programs build --release --bin vitmae --example measure --example own_stream | while read -r _ name path; do take "$name" "$path"; done
+
+cp --parents -r kernels tests/golden/cases benches/gpu benches/peers "$folder"
+find "$folder" -name __pycache__ -prune -exec rm -rf {} +
+python3 - "$folder" "$root" <<'END'
+import json, platform, subprocess, sys
+folder, root = sys.argv[1:]
+run = lambda *command: subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.strip()
+changed = bool(run("git", "status", "--porcelain"))
+json.dump({"root": root, "commit": run("git", "rev-parse", "--short=12", "HEAD") + (" and changes" if changed else ""),
+           "rustc": run("rustc", "--version"), "machine": platform.machine()}, open(f"{folder}/bundle.json", "w"), indent=1)
+END
+
+tar -C "$(dirname "$folder")" -czf "$folder.tar.gz" "$(basename "$folder")"
+size=$(stat -c %s "$folder.tar.gz")
+unpacked=$(du -sb "$folder" | cut -f1)
+printf '%s.tar.gz: %d bytes (%d unpacked)\n' "$folder" "$size" "$unpacked"
+if [ "$size" -ge "$limit" ]; then
+    echo "the bundle has $size bytes, and at most $limit are wanted" >&2
+    exit 1
+fi

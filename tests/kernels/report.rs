@@ -1,0 +1,72 @@
+//! `kernels/REPORT.md` is what the compiler makes of the kernels, and the kernels keep what they promise.
+
+#[path = "../../examples/kernel_report/launches.rs"]
+mod launches;
+#[path = "../../examples/kernel_report/report.rs"]
+pub mod report;
+#[path = "../../examples/kernel_report/tools.rs"]
+mod tools;
+
+use vitmae::ops::OPS;
+
+use super::emulated::{embedded_kernels, kernels_folder};
+use super::nvrtc;
+use report::ARCHITECTURES;
+use tools::Tools;
+
+/// Kernels that may use local memory, with the reason.
+const MAY_SPILL: &[(&str, &str)] = &[];
+
+/// NVIDIA's tools, or nothing after saying that the test is skipped. CI sets VITMAE_REQUIRE_CUDA_TOOLS=1.
+fn tools() -> Option<Tools> {
+    match Tools::find() {
+        Ok(tools) => Some(tools),
+        Err(error) if std::env::var("VITMAE_REQUIRE_CUDA_TOOLS").is_ok_and(|value| value == "1") => panic!("{error}"),
+        Err(error) => {
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn the_report_on_the_kernels_is_up_to_date() {
+    let (Some(nvrtc), Some(tools)) = (nvrtc(), tools()) else { return };
+    let kept = std::fs::read_to_string(kernels_folder().join("REPORT.md")).expect("kernels/REPORT.md");
+    let version = format!("NVRTC {}.{};", nvrtc.version.0, nvrtc.version.1);
+    if !kept.contains(&version) {
+        println!("skipped: the report was not made with {version} which compiles differently");
+        return;
+    }
+    let fresh = report::report(&nvrtc, &tools).unwrap_or_else(|error| panic!("{error}"));
+    let mut heading = "";
+    let mut kept = kept.lines();
+    for line in fresh.lines() {
+        heading = if line.starts_with('#') { line } else { heading };
+        assert_eq!(
+            kept.next(),
+            Some(line),
+            "{heading}: run `cargo run --example kernel_report` and look at what changed"
+        );
+    }
+    assert_eq!(kept.next(), None, "run `cargo run --example kernel_report`");
+}
+
+#[test]
+fn kernels_do_not_spill() {
+    let (Some(nvrtc), Some(tools)) = (nvrtc(), tools()) else { return };
+    assert!(MAY_SPILL.iter().all(|(symbol, _)| OPS.iter().any(|op| op.symbols.contains(symbol))));
+    let mut spilling = Vec::new();
+    for architecture in ARCHITECTURES.into_iter().filter(|of| ["sm_80", "sm_90a"].contains(&of.name)) {
+        for file in embedded_kernels().files {
+            let usages = report::usage(&nvrtc, &tools, file, architecture).unwrap_or_else(|error| panic!("{error}"));
+            for (symbol, usage) in usages {
+                let spills = usage.stack > 0 || usage.local > 0 || usage.spills > 0;
+                if spills && !MAY_SPILL.iter().any(|&(allowed, _)| allowed == symbol) {
+                    spilling.push(format!("{symbol} on {}: {usage:?}", architecture.name));
+                }
+            }
+        }
+    }
+    assert!(spilling.is_empty(), "{}", spilling.join("\n"));
+}
