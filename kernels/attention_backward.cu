@@ -1,5 +1,6 @@
-// Attention, backward, bf16: the gradients of q, k and v from that of the output (Dao et al., arXiv 2205.14135, without its
-// atomics). With s = q k^T / sqrt(D) and p = exp(s - log_sum_exp), rebuilt here:
+// Attention, backward, bf16, for sequences of which a head fits into shared memory: the gradients of q, k and v from that of the
+// output in one launch (Dao et al., arXiv 2205.14135, without its atomics). Longer ones: attention_backward_streamed.cu.
+// With s = q k^T / sqrt(D) and p = exp(s - log_sum_exp), rebuilt here:
 //
 //   dv = p^T dout     dp = dout v^T     delta = sum over keys of p * dp     ds = p * (dp - delta)
 //   dq = ds k / sqrt(D)                 dk = ds^T q / sqrt(D)
@@ -9,24 +10,15 @@
 //   attention_backward_whole_d64_n64_bf16     short sequences: a block per head, a warp per 16 keys, all queries at once
 //   attention_backward_whole_d64_n80_bf16
 //   attention_backward_whole_d80_n80_bf16
-//   attention_backward_resident_d32_bf16      everything of a head stays in shared memory; a warp owns 32 keys, and the block
-//   attention_backward_resident_d64_bf16      walks over 32 queries at a time
+//   attention_backward_resident_d32_bf16      a warp owns 32 keys, and the block walks over 32 queries at a time
+//   attention_backward_resident_d64_bf16
 //
-// and for any N in three launches: delta; dk and dv of a block of keys, queries streaming past; dq of a block of queries, keys
-// streaming past:
-//
-//   attention_backward_delta_d32_bf16    attention_backward_keys_d32_bf16    attention_backward_queries_d32_bf16
-//   attention_backward_delta_d64_bf16    attention_backward_keys_d64_bf16    attention_backward_queries_d64_bf16
-//   attention_backward_delta_d80_bf16    attention_backward_keys_d80_bf16    attention_backward_queries_d80_bf16
-//   attention_backward_delta_d128_bf16   attention_backward_keys_d128_bf16   attention_backward_queries_d128_bf16
-//
-// The kernels of one launch, and keys, work on s^T = k q^T, so that p^T and ds^T leave the matrix units in the layout in which
-// they enter them again for dv and dk; only ds^T goes through shared memory, for dq. The number after d is the most features
-// that a kernel takes.
+// Both work on s^T = k q^T, so that p^T and ds^T leave the matrix units in the layout in which they enter them again for dv and
+// dk; only ds^T goes through shared memory, for dq. The number after d is the most features that a kernel takes; fewer are
+// filled up with zeros in shared memory.
 //
 // Pointers, all distinct (no aliasing):
-//   dqkv         [B, N, 3, H, D], bf16, assigned. The three launches keep delta as f32 in the first four bytes of a head's row
-//                of dq, from the first launch to the third, which overwrites it
+//   dqkv         [B, N, 3, H, D], bf16, assigned
 //   dout         [B, N, H * D], bf16
 //   qkv          [B, N, 3, H, D], bf16
 //   log_sum_exp  [B, H, N], f32, of the forward pass
@@ -34,58 +26,15 @@
 // atomics, and partial sums of delta are added warp by warp.
 //
 // Preconditions, checked by src/cuda/attention.rs: D is a multiple of 8 and at most the kernel's; all buffers 16-byte aligned
-// and as long as their shapes; B * H * tiles below 2^31; N at most 64 or 80 (whole); shared memory fits the device.
+// and as long as their shapes; B * H below 2^31; N at most 64 or 80 (whole) or 32 per warp (resident); shared memory fits.
 //
 // Launch, with S = 2 * d + 16 bytes per row in shared memory:
 //   whole     B * H blocks of W = n / 16 warps; n (3 S + max(S, 2 n + 16) + 4 + 4 W) bytes
 //   resident  B * H blocks of W = ceil(N / 32) warps; 32 W (4 S + 84) + 128 W bytes
-//   delta, queries  B * H * ceil(N / Q) blocks of 4 warps; 2 (Q + 2 T) S bytes; Q = 128, T = 64 for d32 and d64; Q = 64 and
-//             T = 64 for d80, T = 32 for d128
-//   keys      B * H * ceil(N / K) blocks of 4 warps; 2 (K + 64) S + 512 bytes; K = 128 for d32 and d64, else 64
 //
-// Bytes: 14 B N H D + 4 B H N (three launches read more). FLOPs: 10 B H N^2 D in one pass, 18 in three, and B H N^2 (or 3 times
-// that) exponentials.
+// Bytes: 14 B N H D + 4 B H N. FLOPs: 10 B H N^2 D, and B H N^2 exponentials.
 // Bound by: memory for short sequences; shared memory and matrix instructions for long ones.
-#include "attention.cuh"
-
-// Two numbers that move in one 64-bit access.
-struct alignas(8) Pair {
-    float x, y;
-};
-
-// Log-sum-exp in units of log2; for tokens that do not exist a value that makes their probabilities 0.
-DEVICE float reference_of(const float* log_sum_exp, u32 token, const BlockPlace& place, const AttentionShape& shape) {
-    if (token >= shape.tokens) return -minus_infinity();
-    return log_sum_exp[place.statistic(token, shape)] * LOG2_E;
-}
-
-// s^T to p^T in place: rows are keys from `first` on, columns queries, whose references lie in shared memory.
-template <u32 M, u32 COUNT>
-DEVICE void probabilities(f32x4 (&s)[M][COUNT], const float* references, u32 first, const AttentionShape& shape) {
-    const float scale_log2 = shape.scale * LOG2_E;
-    const u32 column = 2 * (lane_index() % 4);
-    UNROLL
-    for (u32 i = 0; i < COUNT; ++i) {
-        const Pair reference = *reinterpret_cast<const Pair*>(references + 8 * i + column);
-        UNROLL
-        for (u32 m = 0; m < M; ++m) {
-            s[m][i].x = exp2_approximate(s[m][i].x * scale_log2 - reference.x);
-            s[m][i].y = exp2_approximate(s[m][i].y * scale_log2 - reference.y);
-            s[m][i].z = exp2_approximate(s[m][i].z * scale_log2 - reference.x);
-            s[m][i].w = exp2_approximate(s[m][i].w * scale_log2 - reference.y);
-        }
-    }
-    if (first + 16 * M <= shape.tokens) return;
-    UNROLL
-    for (u32 m = 0; m < M; ++m) {
-        const u32 key = first + 16 * m + lane_index() / 4;
-        UNROLL
-        for (u32 i = 0; i < COUNT; ++i) {
-            if (key >= shape.tokens) s[m][i].x = s[m][i].y = 0.0f;
-            if (key + 8 >= shape.tokens) s[m][i].z = s[m][i].w = 0.0f;
-        }
-    }
-}
+#include "attention_backward.cuh"
 
 // This warp's part of delta: sums of p * dp over its keys, for 16 * QUERY_TILES queries. Eight lanes hold rows of a column:
 // each exchange halves what a lane has left to add.
@@ -116,24 +65,6 @@ DEVICE void sum_delta(float* partial, const f32x4 (&p)[M][2 * QUERY_TILES], cons
     }
 }
 
-// ds = p * (dp - delta), in dp. `delta`: query 32 r + lane of lane and entry r.
-template <u32 M, u32 QUERY_TILES>
-DEVICE void score_gradients(f32x4 (&dp)[M][2 * QUERY_TILES], const f32x4 (&p)[M][2 * QUERY_TILES],
-                            const float (&delta)[(QUERY_TILES + 1) / 2]) {
-    UNROLL
-    for (u32 i = 0; i < 2 * QUERY_TILES; ++i) {
-        const u32 lane = 8 * (i % 4) + 2 * (lane_index() % 4);
-        const float first = shuffle(delta[i / 4], lane), second = shuffle(delta[i / 4], lane + 1);
-        UNROLL
-        for (u32 m = 0; m < M; ++m) {
-            dp[m][i].x = p[m][i].x * (dp[m][i].x - first);
-            dp[m][i].y = p[m][i].y * (dp[m][i].y - second);
-            dp[m][i].z = p[m][i].z * (dp[m][i].z - first);
-            dp[m][i].w = p[m][i].w * (dp[m][i].w - second);
-        }
-    }
-}
-
 // delta from the warps' parts, in their order.
 template <u32 QUERY_TILES>
 DEVICE void add_delta(float (&delta)[(QUERY_TILES + 1) / 2], const float* partial, u32 warps) {
@@ -142,16 +73,6 @@ DEVICE void add_delta(float (&delta)[(QUERY_TILES + 1) / 2], const float* partia
         const u32 query = minimum(32 * r + lane_index(), 16 * QUERY_TILES - 1);
         delta[r] = 0.0f;
         for (u32 warp = 0; warp < warps; ++warp) delta[r] += partial[warp * 16 * QUERY_TILES + query];
-    }
-}
-
-// Two neighbouring 16x8 tiles at a time: sums become fragments.
-template <u32 M, u32 GROUPS>
-DEVICE void as_left(u32x4 (&left)[M][GROUPS], const f32x4 (&sums)[M][2 * GROUPS]) {
-    UNROLL
-    for (u32 m = 0; m < M; ++m) {
-        UNROLL
-        for (u32 group = 0; group < GROUPS; ++group) left[m][group] = as_left(sums[m][2 * group], sums[m][2 * group + 1]);
     }
 }
 
@@ -329,193 +250,6 @@ DEVICE void backward_resident(bf16* dqkv, const bf16* dout, const bf16* qkv, con
     }
 }
 
-// Where delta of a token lies between the three launches.
-DEVICE u32* delta_of(bf16* dqkv, u32 token, const BlockPlace& place, const AttentionShape& shape) {
-    return reinterpret_cast<u32*>(packed_rows(dqkv, place.sample, place.head, 0, shape).row(token));
-}
-
-// What a warp knows of M times 16 queries: their references, and delta, known (dq) or being added up over a lane's columns.
-template <u32 M>
-struct QueryRows {
-    float reference[M][2];
-    float delta[M][2];
-};
-
-// One step over 16 * GROUPS keys, the first of which is `first`: adds to delta, or to dq with the delta that is known.
-template <u32 WIDTH, u32 M, u32 GROUPS, bool LAST, bool DELTA>
-DEVICE void step_over_keys(QueryRows<M>& rows, f32x4 (&dq)[M][WIDTH / 8], const u8* queries, const u8* dout, const u8* keys,
-                           const u8* values, u32 first, const AttentionShape& shape) {
-    const float scale_log2 = shape.scale * LOG2_E;
-    f32x4 p[M][2 * GROUPS], dp[M][2 * GROUPS];
-    multiply_by_rows<WIDTH, M, GROUPS>(p, queries, keys);
-    multiply_by_rows<WIDTH, M, GROUPS>(dp, dout, values);
-    UNROLL
-    for (u32 m = 0; m < M; ++m) {
-        if (LAST) hide_keys(p[m], first, shape.tokens);
-        UNROLL
-        for (u32 i = 0; i < 2 * GROUPS; ++i) {
-            p[m][i].x = exp2_approximate(p[m][i].x * scale_log2 - rows.reference[m][0]);
-            p[m][i].y = exp2_approximate(p[m][i].y * scale_log2 - rows.reference[m][0]);
-            p[m][i].z = exp2_approximate(p[m][i].z * scale_log2 - rows.reference[m][1]);
-            p[m][i].w = exp2_approximate(p[m][i].w * scale_log2 - rows.reference[m][1]);
-            if (DELTA) {
-                rows.delta[m][0] += p[m][i].x * dp[m][i].x + p[m][i].y * dp[m][i].y;
-                rows.delta[m][1] += p[m][i].z * dp[m][i].z + p[m][i].w * dp[m][i].w;
-            } else {
-                dp[m][i].x = p[m][i].x * (dp[m][i].x - rows.delta[m][0]);
-                dp[m][i].y = p[m][i].y * (dp[m][i].y - rows.delta[m][0]);
-                dp[m][i].z = p[m][i].z * (dp[m][i].z - rows.delta[m][1]);
-                dp[m][i].w = p[m][i].w * (dp[m][i].w - rows.delta[m][1]);
-            }
-        }
-    }
-    if (DELTA) return;
-    u32x4 left[M][GROUPS];
-    as_left<M, GROUPS>(left, dp);
-    multiply_over_rows<WIDTH, M, GROUPS>(dq, left, keys);
-}
-
-// The kernels attention_backward_delta_* (DELTA) and attention_backward_queries_*: KEYS keys at a time in two stages.
-template <u32 WIDTH, u32 M, u32 GROUPS, u32 KEYS, bool DELTA>
-DEVICE void backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* log_sum_exp,
-                             const AttentionShape& shape) {
-    constexpr u32 QUERIES = 64 * M, STRIDE = tile_stride(WIDTH), STEP = 16 * GROUPS;
-    const BlockPlace place((shape.tokens + QUERIES - 1) / QUERIES, shape);
-    const HeadRows<const bf16> keys = packed_rows(qkv, place.sample, place.head, 1, shape);
-    const HeadRows<const bf16> values = packed_rows(qkv, place.sample, place.head, 2, shape);
-    u8* query_tile = shared_memory<u8>();
-    u8* dout_tile = query_tile + QUERIES * STRIDE;
-    u8* stages = dout_tile + QUERIES * STRIDE;
-    const auto copy_stage = [&](u32 stage) {
-        u8* tile = stages + (stage & 1) * (2 * KEYS * STRIDE);
-        copy_tile<WIDTH>(tile, keys, stage * KEYS, KEYS, shape);
-        copy_tile<WIDTH>(tile + KEYS * STRIDE, values, stage * KEYS, KEYS, shape);
-    };
-    const u32 block_first = place.tile * QUERIES;
-    copy_tile<WIDTH>(query_tile, packed_rows(qkv, place.sample, place.head, 0, shape), block_first, QUERIES, shape);
-    copy_tile<WIDTH>(dout_tile, output_rows(dout, place.sample, place.head, shape), block_first, QUERIES, shape);
-    copy_stage(0);
-    copy_async_commit();
-
-    const u32 mine = 16 * M * warp_index();
-    QueryRows<M> rows;
-    f32x4 dq[M][WIDTH / 8];
-    UNROLL
-    for (u32 m = 0; m < M; ++m) {
-        clear(dq[m]);
-        UNROLL
-        for (u32 half = 0; half < 2; ++half) {
-            const u32 token = block_first + mine + 16 * m + lane_index() / 4 + 8 * half;
-            rows.reference[m][half] = reference_of(log_sum_exp, token, place, shape);
-            rows.delta[m][half] = 0.0f;
-            if (!DELTA && token < shape.tokens) rows.delta[m][half] = bits_float(*delta_of(dqkv, token, place, shape));
-        }
-    }
-    const u32 count = (shape.tokens + KEYS - 1) / KEYS;
-    for (u32 stage = 0; stage < count; ++stage) {
-        if (stage + 1 < count) copy_stage(stage + 1);
-        copy_async_commit();
-        copy_async_wait_groups<1>();
-        block_barrier();
-        const u8* tile = stages + (stage & 1) * (2 * KEYS * STRIDE);
-        const u32 end = minimum(stage * KEYS + KEYS, shape.tokens);
-        u32 key = stage * KEYS;
-        for (; key + STEP <= end; key += STEP, tile += STEP * STRIDE) {
-            step_over_keys<WIDTH, M, GROUPS, false, DELTA>(rows, dq, query_tile + mine * STRIDE, dout_tile + mine * STRIDE, tile,
-                                                           tile + KEYS * STRIDE, key, shape);
-        }
-        for (; key < end; key += 16, tile += 16 * STRIDE) {
-            step_over_keys<WIDTH, M, 1, true, DELTA>(rows, dq, query_tile + mine * STRIDE, dout_tile + mine * STRIDE, tile,
-                                                     tile + KEYS * STRIDE, key, shape);
-        }
-        block_barrier();
-    }
-    UNROLL
-    for (u32 m = 0; m < M; ++m) {
-        const u32 first = block_first + mine + 16 * m;
-        if (DELTA) {
-            const float delta[2] = {sum_of_row(rows.delta[m][0]), sum_of_row(rows.delta[m][1])};
-            const u32 half = lane_index() % 4, token = first + lane_index() / 4 + 8 * half;
-            if (half < 2 && token < shape.tokens) {
-                *delta_of(dqkv, token, place, shape) = float_bits(half == 0 ? delta[0] : delta[1]);
-            }
-        } else {
-            store_rows<WIDTH>(packed_rows(dqkv, place.sample, place.head, 0, shape), dq[m], first, shape.scale, shape.scale,
-                              shape);
-        }
-    }
-}
-
-// Queries that are in shared memory at a time, in each of two stages.
-constexpr u32 STREAMED_QUERIES = 32;
-
-template <u32 WIDTH, u32 M>
-DEVICE void backward_keys(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* log_sum_exp,
-                          const AttentionShape& shape) {
-    constexpr u32 KEYS = 64 * M, STRIDE = tile_stride(WIDTH), QUERY_TILES = STREAMED_QUERIES / 16;
-    const BlockPlace place((shape.tokens + KEYS - 1) / KEYS, shape);
-    const HeadRows<const bf16> queries = packed_rows(qkv, place.sample, place.head, 0, shape);
-    const HeadRows<const bf16> gradients = output_rows(dout, place.sample, place.head, shape);
-    u8* key_tile = shared_memory<u8>();
-    u8* value_tile = key_tile + KEYS * STRIDE;
-    u8* stages = value_tile + KEYS * STRIDE;
-    // References, then deltas, of each stage.
-    float* statistics = reinterpret_cast<float*>(stages + 4 * STREAMED_QUERIES * STRIDE);
-    const auto copy_stage = [&](u32 stage) {
-        const u32 first = stage * STREAMED_QUERIES;
-        u8* tile = stages + (stage & 1) * (2 * STREAMED_QUERIES * STRIDE);
-        copy_tile<WIDTH>(tile, queries, first, STREAMED_QUERIES, shape);
-        copy_tile<WIDTH>(tile + STREAMED_QUERIES * STRIDE, gradients, first, STREAMED_QUERIES, shape);
-        if (thread_index() < STREAMED_QUERIES) {
-            const u32 token = first + thread_index();
-            float* target = statistics + (stage & 1) * (2 * STREAMED_QUERIES) + thread_index();
-            target[0] = reference_of(log_sum_exp, token, place, shape);
-            target[STREAMED_QUERIES] = token < shape.tokens ? bits_float(*delta_of(dqkv, token, place, shape)) : 0.0f;
-        }
-    };
-    const u32 block_first = place.tile * KEYS;
-    copy_tile<WIDTH>(key_tile, packed_rows(qkv, place.sample, place.head, 1, shape), block_first, KEYS, shape);
-    copy_tile<WIDTH>(value_tile, packed_rows(qkv, place.sample, place.head, 2, shape), block_first, KEYS, shape);
-    copy_stage(0);
-    copy_async_commit();
-
-    const u32 mine = 16 * M * warp_index();
-    f32x4 dk[M][WIDTH / 8], dv[M][WIDTH / 8];
-    UNROLL
-    for (u32 m = 0; m < M; ++m) {
-        clear(dk[m]);
-        clear(dv[m]);
-    }
-    const u32 count = (shape.tokens + STREAMED_QUERIES - 1) / STREAMED_QUERIES;
-    for (u32 stage = 0; stage < count; ++stage) {
-        if (stage + 1 < count) copy_stage(stage + 1);
-        copy_async_commit();
-        copy_async_wait_groups<1>();
-        block_barrier();
-        const u8* tile = stages + (stage & 1) * (2 * STREAMED_QUERIES * STRIDE);
-        const u8* dout_tile = tile + STREAMED_QUERIES * STRIDE;
-        const float* references = statistics + (stage & 1) * (2 * STREAMED_QUERIES);
-        f32x4 p[M][2 * QUERY_TILES], dp[M][2 * QUERY_TILES];
-        u32x4 left[M][QUERY_TILES];
-        multiply_by_rows<WIDTH, M, QUERY_TILES>(p, key_tile + mine * STRIDE, tile);
-        probabilities(p, references, block_first + mine, shape);
-        as_left<M, QUERY_TILES>(left, p);
-        multiply_over_rows<WIDTH, M, QUERY_TILES>(dv, left, dout_tile);
-        multiply_by_rows<WIDTH, M, QUERY_TILES>(dp, value_tile + mine * STRIDE, dout_tile);
-        const float delta[1] = {references[STREAMED_QUERIES + lane_index()]};
-        score_gradients<M, QUERY_TILES>(dp, p, delta);
-        as_left<M, QUERY_TILES>(left, dp);
-        multiply_over_rows<WIDTH, M, QUERY_TILES>(dk, left, tile);
-        block_barrier();
-    }
-    UNROLL
-    for (u32 m = 0; m < M; ++m) {
-        const u32 key = block_first + mine + 16 * m;
-        store_rows<WIDTH>(packed_rows(dqkv, place.sample, place.head, 1, shape), dk[m], key, shape.scale, shape.scale, shape);
-        store_rows<WIDTH>(packed_rows(dqkv, place.sample, place.head, 2, shape), dv[m], key, 1.0f, 1.0f, shape);
-    }
-}
-
 KERNEL(128)
 attention_backward_whole_d64_n64_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
                                       const float* __restrict__ log_sum_exp, const AttentionShape shape) {
@@ -544,76 +278,4 @@ KERNEL(256)
 attention_backward_resident_d64_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
                                      const float* __restrict__ log_sum_exp, const AttentionShape shape) {
     backward_resident<64>(dqkv, dout, qkv, log_sum_exp, shape);
-}
-
-KERNEL(128)
-attention_backward_delta_d32_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
-                                  const float* __restrict__ log_sum_exp, const AttentionShape shape) {
-    backward_queries<32, 2, 4, 64, true>(dqkv, dout, qkv, log_sum_exp, shape);
-}
-
-KERNEL(128)
-attention_backward_delta_d64_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
-                                  const float* __restrict__ log_sum_exp, const AttentionShape shape) {
-    backward_queries<64, 2, 2, 64, true>(dqkv, dout, qkv, log_sum_exp, shape);
-}
-
-KERNEL(128)
-attention_backward_delta_d80_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
-                                  const float* __restrict__ log_sum_exp, const AttentionShape shape) {
-    backward_queries<80, 1, 2, 64, true>(dqkv, dout, qkv, log_sum_exp, shape);
-}
-
-KERNEL(128)
-attention_backward_delta_d128_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
-                                   const float* __restrict__ log_sum_exp, const AttentionShape shape) {
-    backward_queries<128, 1, 2, 32, true>(dqkv, dout, qkv, log_sum_exp, shape);
-}
-
-KERNEL(128)
-attention_backward_keys_d32_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
-                                 const float* __restrict__ log_sum_exp, const AttentionShape shape) {
-    backward_keys<32, 2>(dqkv, dout, qkv, log_sum_exp, shape);
-}
-
-KERNEL(128)
-attention_backward_keys_d64_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
-                                 const float* __restrict__ log_sum_exp, const AttentionShape shape) {
-    backward_keys<64, 2>(dqkv, dout, qkv, log_sum_exp, shape);
-}
-
-KERNEL(128)
-attention_backward_keys_d80_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
-                                 const float* __restrict__ log_sum_exp, const AttentionShape shape) {
-    backward_keys<80, 1>(dqkv, dout, qkv, log_sum_exp, shape);
-}
-
-KERNEL(128)
-attention_backward_keys_d128_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
-                                  const float* __restrict__ log_sum_exp, const AttentionShape shape) {
-    backward_keys<128, 1>(dqkv, dout, qkv, log_sum_exp, shape);
-}
-
-KERNEL(128)
-attention_backward_queries_d32_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
-                                    const float* __restrict__ log_sum_exp, const AttentionShape shape) {
-    backward_queries<32, 2, 2, 64, false>(dqkv, dout, qkv, log_sum_exp, shape);
-}
-
-KERNEL(128)
-attention_backward_queries_d64_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
-                                    const float* __restrict__ log_sum_exp, const AttentionShape shape) {
-    backward_queries<64, 2, 2, 64, false>(dqkv, dout, qkv, log_sum_exp, shape);
-}
-
-KERNEL(128)
-attention_backward_queries_d80_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
-                                    const float* __restrict__ log_sum_exp, const AttentionShape shape) {
-    backward_queries<80, 1, 2, 64, false>(dqkv, dout, qkv, log_sum_exp, shape);
-}
-
-KERNEL(128)
-attention_backward_queries_d128_bf16(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
-                                     const float* __restrict__ log_sum_exp, const AttentionShape shape) {
-    backward_queries<128, 1, 2, 32, false>(dqkv, dout, qkv, log_sum_exp, shape);
 }

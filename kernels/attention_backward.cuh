@@ -1,0 +1,74 @@
+// What the backward kernels of attention share: p and ds of a step, on s^T = k q^T.
+#ifndef VITMAE_ATTENTION_BACKWARD_CUH
+#define VITMAE_ATTENTION_BACKWARD_CUH
+
+#include "attention.cuh"
+
+// Two numbers that move in one 64-bit access.
+struct alignas(8) Pair {
+    float x, y;
+};
+
+// Log-sum-exp in units of log2; for tokens that do not exist a value that makes their probabilities 0.
+DEVICE float reference_of(const float* log_sum_exp, u32 token, const BlockPlace& place, const AttentionShape& shape) {
+    if (token >= shape.tokens) return -minus_infinity();
+    return log_sum_exp[place.statistic(token, shape)] * LOG2_E;
+}
+
+// s^T to p^T in place: rows are keys from `first` on, columns queries, whose references lie in shared memory.
+template <u32 M, u32 COUNT>
+DEVICE void probabilities(f32x4 (&s)[M][COUNT], const float* references, u32 first, const AttentionShape& shape) {
+    const float scale_log2 = shape.scale * LOG2_E;
+    const u32 column = 2 * (lane_index() % 4);
+    UNROLL
+    for (u32 i = 0; i < COUNT; ++i) {
+        const Pair reference = *reinterpret_cast<const Pair*>(references + 8 * i + column);
+        UNROLL
+        for (u32 m = 0; m < M; ++m) {
+            s[m][i].x = exp2_approximate(s[m][i].x * scale_log2 - reference.x);
+            s[m][i].y = exp2_approximate(s[m][i].y * scale_log2 - reference.y);
+            s[m][i].z = exp2_approximate(s[m][i].z * scale_log2 - reference.x);
+            s[m][i].w = exp2_approximate(s[m][i].w * scale_log2 - reference.y);
+        }
+    }
+    if (first + 16 * M <= shape.tokens) return;
+    UNROLL
+    for (u32 m = 0; m < M; ++m) {
+        const u32 key = first + 16 * m + lane_index() / 4;
+        UNROLL
+        for (u32 i = 0; i < COUNT; ++i) {
+            if (key >= shape.tokens) s[m][i].x = s[m][i].y = 0.0f;
+            if (key + 8 >= shape.tokens) s[m][i].z = s[m][i].w = 0.0f;
+        }
+    }
+}
+
+// ds = p * (dp - delta), in dp. `delta`: query 32 r + lane of lane and entry r.
+template <u32 M, u32 QUERY_TILES>
+DEVICE void score_gradients(f32x4 (&dp)[M][2 * QUERY_TILES], const f32x4 (&p)[M][2 * QUERY_TILES],
+                            const float (&delta)[(QUERY_TILES + 1) / 2]) {
+    UNROLL
+    for (u32 i = 0; i < 2 * QUERY_TILES; ++i) {
+        const u32 lane = 8 * (i % 4) + 2 * (lane_index() % 4);
+        const float first = shuffle(delta[i / 4], lane), second = shuffle(delta[i / 4], lane + 1);
+        UNROLL
+        for (u32 m = 0; m < M; ++m) {
+            dp[m][i].x = p[m][i].x * (dp[m][i].x - first);
+            dp[m][i].y = p[m][i].y * (dp[m][i].y - second);
+            dp[m][i].z = p[m][i].z * (dp[m][i].z - first);
+            dp[m][i].w = p[m][i].w * (dp[m][i].w - second);
+        }
+    }
+}
+
+// Two neighbouring 16x8 tiles at a time: sums become fragments.
+template <u32 M, u32 GROUPS>
+DEVICE void as_left(u32x4 (&left)[M][GROUPS], const f32x4 (&sums)[M][2 * GROUPS]) {
+    UNROLL
+    for (u32 m = 0; m < M; ++m) {
+        UNROLL
+        for (u32 group = 0; group < GROUPS; ++group) left[m][group] = as_left(sums[m][2 * group], sums[m][2 * group + 1]);
+    }
+}
+
+#endif
