@@ -173,6 +173,13 @@ where
     // The first step makes the buffers, the second records.
     assert_eq!(allocations[2], allocations[1], "{allocations:?}");
     assert_eq!(allocations[3], allocations[1], "{allocations:?}");
+    // Scratch memory that moves makes recordings useless: the passes are recorded again.
+    let mut step = 0;
+    let moved = train(cuda::<E>(1).unwrap(), true, |cuda| {
+        step += 1;
+        cuda.with_scratch((1 << 16) << step, |_| Ok(())).unwrap();
+    });
+    assert_eq!(moved, launched);
     let (reports, weights) = train(Cpu::<f64>::new(), true, |_| ());
     for (found, expected) in replayed.0.iter().zip(&reports) {
         let error = (found.loss - expected.loss).abs() / expected.loss;

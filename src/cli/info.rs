@@ -26,7 +26,7 @@ pub(crate) fn run(arguments: &Arguments, device: DeviceChoice, precision: Option
     let mut out = io::stdout().lock();
     match &arguments.checkpoint {
         None => devices(&mut out, device, precision),
-        Some(path) => model(&mut out, path, arguments.batch_size),
+        Some(path) => model(&mut out, path, arguments.batch_size, precision.unwrap_or(Precision::F32)),
     }
 }
 
@@ -121,7 +121,7 @@ fn kernels(out: &mut impl Write) -> anyhow::Result<()> {
     Ok(writeln!(out, "kernels: none, built without the feature `cuda`")?)
 }
 
-fn model(out: &mut impl Write, path: &Path, batch_size: Option<usize>) -> anyhow::Result<()> {
+fn model(out: &mut impl Write, path: &Path, batch_size: Option<usize>, precision: Precision) -> anyhow::Result<()> {
     let preset = path.to_str().and_then(|name| MaeConfig::by_name(name).ok());
     let (config, whole) = if let Some(config) = preset {
         (config, true)
@@ -192,15 +192,17 @@ fn model(out: &mut impl Write, path: &Path, batch_size: Option<usize>) -> anyhow
         flops.step as f64 / 1e9
     )?;
     writeln!(out)?;
-    writeln!(out, "memory in f32, MB      encode    forward   training")?;
+    writeln!(out, "memory in {:5} MB      encode    forward   training", format!("{precision},"))?;
+    let element_bytes = if precision == Precision::Bf16 { 2 } else { 4 };
     let batches = batch_size.map_or_else(|| vec![1, 16, 64], |batch| vec![batch]);
     for batch in batches {
         let shape = |purpose: Purpose| {
             let keep = if purpose == Purpose::Encode { image.patches() } else { keep };
             WorkspaceShape { batch, image, keep, purpose, interpolation: None, recompute: false }
         };
-        let megabytes =
-            |purpose: Purpose| MemoryUse::of(&config, &shape(purpose)).map(|memory| memory.total() as f64 / 1e6);
+        let megabytes = |purpose: Purpose| {
+            MemoryUse::with_elements(&config, &shape(purpose), element_bytes).map(|memory| memory.total() as f64 / 1e6)
+        };
         writeln!(
             out,
             "  {batch:>4} at a time {:>12.0} {:>10.0} {:>10.0}",
@@ -209,6 +211,9 @@ fn model(out: &mut impl Write, path: &Path, batch_size: Option<usize>) -> anyhow
             megabytes(Purpose::Train)?
         )?;
     }
-    writeln!(out, "(training puts a batch through the model in micro-batches: 16 at a time unless told otherwise)")?;
+    writeln!(
+        out,
+        "(training puts a batch through the model in micro-batches: on the CPU 16 at a time unless told otherwise)"
+    )?;
     Ok(())
 }

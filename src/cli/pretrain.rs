@@ -83,9 +83,10 @@ pub(crate) struct Arguments {
     /// Go on from the last checkpoint in --out
     #[arg(long)]
     resume: bool,
-    /// Images in the model at a time: more is faster up to a point and needs more memory; the result is the same
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one)]
-    micro_batch: usize,
+    /// Images in the model at a time: more is faster up to a point and needs more memory; the result is the same [default: 16
+    /// on the CPU, the batch on a GPU]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    micro_batch: Option<usize>,
     /// Compute activations again in backward instead of keeping them: less memory, a third more time, the same result
     #[arg(long)]
     recompute: bool,
@@ -120,6 +121,8 @@ impl Arguments {
 
 pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, quiet: bool) -> anyhow::Result<()> {
     let config = arguments.config()?;
+    // A CPU's caches are small; a GPU wants as much to do at once as there is.
+    let micro_batch = arguments.micro_batch.unwrap_or(if backend.records() { arguments.batch_size } else { 16 });
     let settings = PretrainSettings {
         length: match arguments.steps {
             Some(steps) => RunLength::Steps(steps),
@@ -143,7 +146,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
         picture_every: arguments.picture_every,
         seed: arguments.seed,
         resume: arguments.resume,
-        micro_batch: arguments.micro_batch,
+        micro_batch,
         recompute: arguments.recompute,
         workers: threads,
     };

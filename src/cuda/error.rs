@@ -48,7 +48,10 @@ pub enum CudaError {
         reason: String,
     },
     /// GPU memory ran out.
-    #[error("the GPU has no {bytes} bytes left; use a smaller batch, or free memory that other programs hold")]
+    #[error(
+        "the GPU has no {bytes} bytes left; use a smaller batch (in training --micro-batch, or --recompute), or free memory \
+         that other programs hold"
+    )]
     OutOfMemory {
         /// How much was asked for at once.
         bytes: usize,
