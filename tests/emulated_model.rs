@@ -6,7 +6,7 @@ mod emulated;
 mod goldens;
 mod rounding;
 
-use emulated::emulator;
+use emulated::device;
 use goldens::Case;
 use half::bf16;
 use rounding::Rounding;
@@ -19,7 +19,7 @@ use vitmae::train::{OptimizerSettings, StepReport, Trainer};
 
 /// The emulator with an order of blocks and threads, as a device of the model.
 fn cuda<E: CudaElement>(seed: u64) -> Option<Cuda<E>> {
-    Some(Cuda::new(emulator(seed)?.stream()))
+    Some(Cuda::new(device(seed)?.stream()))
 }
 
 #[test]

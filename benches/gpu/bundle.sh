@@ -34,7 +34,7 @@ take() {
 }
 
 echo "tests" >&2
-programs test --test kernels --test parity --no-run | while read -r kind name path; do
+programs test --test kernels --test emulated_model --no-run | while read -r kind name path; do
     [ "$kind" != test ] || take "test-$name" "$path"
 done
 # Optimised, without the link-time optimisation that costs minutes and gives our kernels nothing.

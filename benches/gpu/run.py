@@ -100,16 +100,17 @@ def environment():
 
 
 def tests(program, only):
+    """A test program's tests, as pairs of program and name."""
     listed = command([BIN / program, "--list"], 60)
     names = [line.removesuffix(": test") for line in listed["output"].splitlines() if line.endswith(": test")]
     wanted = [name for name in names if not name.startswith(NOT_ABOUT_A_GPU)]
-    return [name for name in wanted if re.search(only, name)]
+    return [(program, name) for name in wanted if re.search(only, name)]
 
 
-def run_test(name, device, timeout, wrapper=(), exact=True):
+def run_test(program, name, device, timeout, wrapper=(), exact=True):
     """A test, or all tests of a module, in a process of its own: after a fault on a GPU nothing else of a process counts."""
     env = {"VITMAE_TEST_DEVICE": device} if device else {}
-    arguments = [*wrapper, BIN / "test-kernels", name, *(["--exact"] if exact else []), "--nocapture", "--test-threads=1"]
+    arguments = [*wrapper, BIN / program, name, *(["--exact"] if exact else []), "--nocapture", "--test-threads=1"]
     result = command(arguments, timeout, env)
     if result["status"] == "ok" and exact and "skipped:" in result["output"]:
         result["status"] = "skipped"
@@ -126,8 +127,8 @@ def in_parallel(jobs, work, clock, at_most):
 
 def correctness(options, clock):
     device = None if options.dry else "cuda"
-    names = tests("test-kernels", options.only)
-    results = in_parallel(names, lambda name, timeout: run_test(name, device, timeout), clock, 120)
+    jobs = tests("test-kernels", options.only) + tests("test-emulated_model", options.only)
+    results = in_parallel(jobs, lambda job, timeout: run_test(*job, device, timeout), clock, 150)
     return {"tests": results, "goldens": goldens(options, clock), "training": training(options, clock),
             "own_stream": own_stream(options, clock)}
 
@@ -193,7 +194,7 @@ def own_stream(options, clock):
 def sanitizer(options, clock):
     """Each module of tests under each tool; starting a tool takes long, so not each test."""
     found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    modules = sorted({name.split("::")[0] + "::" for name in tests("test-kernels", options.only) if "::" in name})
+    modules = sorted({name.split("::")[0] + "::" for _, name in tests("test-kernels", options.only) if "::" in name})
     # Tool by tool, so that what there is no time for is the rarest kind of fault.
     jobs = [(tool, name) for tool in TOOLS for name in modules]
 
@@ -201,7 +202,7 @@ def sanitizer(options, clock):
         tool, name = job
         # Guard zones and poison would hide what the tools look for.
         wrapper = [] if options.dry else [found, "--tool", tool, "--error-exitcode", "97", "--print-limit", "5"]
-        return {"tool": tool, **run_test(name, None if options.dry else "cuda-plain", timeout, wrapper, exact=False)}
+        return {"tool": tool, **run_test("test-kernels", name, None if options.dry else "cuda-plain", timeout, wrapper, exact=False)}
 
     return {"tests": in_parallel(jobs, check, clock, 400)}
 
