@@ -73,7 +73,8 @@ pub struct StepReport {
 /// So many steps in a row without finite gradients end the run.
 const NON_FINITE_LIMIT: u64 = 10;
 
-/// Trains a model. It owns all memory that a step needs: after the first step nothing is allocated.
+/// Trains a model. It owns all memory that a step needs: after the first step nothing is allocated; on a
+/// device that records, after the second.
 #[derive(Debug)]
 pub struct Trainer<B: Backend> {
     model: MaeForPreTraining<B>,
