@@ -145,8 +145,8 @@ fn forward_resident(shape: AttentionShape) -> Option<Launch> {
     // Features, queries of a warp at a time, and most warps that leave room for another block's registers.
     let (kernel, width, queries, most) = match shape.head_dim {
         ..=32 => (Kernel::named("attention_forward_resident_d32_bf16"), 32, 32, 5),
-        ..=64 => (Kernel::named("attention_forward_resident_d64_bf16"), 64, 32, 5),
-        ..=80 => (Kernel::named("attention_forward_resident_d80_bf16"), 80, 16, 9),
+        33..=64 => (Kernel::named("attention_forward_resident_d64_bf16"), 64, 32, 5),
+        65..=80 => (Kernel::named("attention_forward_resident_d80_bf16"), 80, 16, 9),
         _ => return None,
     };
     if shape.tokens > MAX_RESIDENT {
@@ -163,7 +163,7 @@ fn backward_resident(shape: AttentionShape) -> Option<Launch> {
     // The most warps are those of the kernel's registers.
     let (kernel, width, most) = match shape.head_dim {
         ..=32 => (Kernel::named("attention_backward_resident_d32_bf16"), 32, 12),
-        ..=64 => (Kernel::named("attention_backward_resident_d64_bf16"), 64, 8),
+        33..=64 => (Kernel::named("attention_backward_resident_d64_bf16"), 64, 8),
         _ => return None,
     };
     let warps = shape.tokens.div_ceil(32).max(1);
@@ -177,8 +177,8 @@ fn backward_resident(shape: AttentionShape) -> Option<Launch> {
 fn forward_streamed(shape: AttentionShape) -> Launch {
     let (kernel, width, queries) = match shape.head_dim {
         ..=32 => (Kernel::named("attention_forward_streamed_d32_bf16"), 32, 128),
-        ..=64 => (Kernel::named("attention_forward_streamed_d64_bf16"), 64, 128),
-        ..=80 => (Kernel::named("attention_forward_streamed_d80_bf16"), 80, 64),
+        33..=64 => (Kernel::named("attention_forward_streamed_d64_bf16"), 64, 128),
+        65..=80 => (Kernel::named("attention_forward_streamed_d80_bf16"), 80, 64),
         _ => (Kernel::named("attention_forward_streamed_d128_bf16"), 128, 64),
     };
     let shared_bytes = ((queries + 256) * row_bytes(width)) as u64;
@@ -189,8 +189,8 @@ fn backward_streamed(shape: AttentionShape) -> [Launch; 3] {
     // Features, queries or keys of a block, and keys of a stage.
     let (kernels, width, rows, stage) = match shape.head_dim {
         ..=32 => (D32, 32, 128, 64),
-        ..=64 => (D64, 64, 128, 64),
-        ..=80 => (D80, 80, 64, 64),
+        33..=64 => (D64, 64, 128, 64),
+        65..=80 => (D80, 80, 64, 64),
         _ => (D128, 128, 64, 32),
     };
     let by_query = 2 * (rows + 2 * stage) * row_bytes(width);
