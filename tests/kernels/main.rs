@@ -96,7 +96,7 @@ fn every_kernel_compiles_for_every_architecture() {
     for target in ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_80"] {
         let target = Target::parse(target).expect("a good name");
         for file in embedded_kernels().files {
-            let compiled = report::report::compile(&nvrtc, file, target).unwrap_or_else(|error| panic!("{error}"));
+            let compiled = report::contents::compile(&nvrtc, file, target).unwrap_or_else(|error| panic!("{error}"));
             assert_eq!(compiled.1, "", "{} for {target}", file.name);
         }
     }

@@ -1,9 +1,9 @@
 //! `kernels/REPORT.md` is what the compiler makes of the kernels, and the kernels keep what they promise.
 
+#[path = "../../examples/kernel_report/report.rs"]
+pub mod contents;
 #[path = "../../examples/kernel_report/launches.rs"]
 mod launches;
-#[path = "../../examples/kernel_report/report.rs"]
-pub mod report;
 #[path = "../../examples/kernel_report/tools.rs"]
 mod tools;
 
@@ -11,7 +11,7 @@ use vitmae::ops::OPS;
 
 use super::emulated::{embedded_kernels, kernels_folder};
 use super::nvrtc;
-use report::ARCHITECTURES;
+use contents::ARCHITECTURES;
 use tools::Tools;
 
 /// Kernels that may use local memory, with the reason.
@@ -38,7 +38,7 @@ fn the_report_on_the_kernels_is_up_to_date() {
         println!("skipped: the report was not made with {version} which compiles differently");
         return;
     }
-    let fresh = report::report(&nvrtc, &tools).unwrap_or_else(|error| panic!("{error}"));
+    let fresh = contents::report(&nvrtc, &tools).unwrap_or_else(|error| panic!("{error}"));
     let mut heading = "";
     let mut kept = kept.lines();
     for line in fresh.lines() {
@@ -59,7 +59,7 @@ fn kernels_do_not_spill() {
     let mut spilling = Vec::new();
     for architecture in ARCHITECTURES.into_iter().filter(|of| ["sm_80", "sm_90a"].contains(&of.name)) {
         for file in embedded_kernels().files {
-            let usages = report::usage(&nvrtc, &tools, file, architecture).unwrap_or_else(|error| panic!("{error}"));
+            let usages = contents::usage(&nvrtc, &tools, file, architecture).unwrap_or_else(|error| panic!("{error}"));
             for (symbol, usage) in usages {
                 let spills = usage.stack > 0 || usage.local > 0 || usage.spills > 0;
                 if spills && !MAY_SPILL.iter().any(|&(allowed, _)| allowed == symbol) {
