@@ -1,4 +1,4 @@
-//! AdamW and the norm of gradients on the emulator against the CPU in f64.
+//! AdamW and the norm of gradients against the CPU in f64.
 
 use half::bf16;
 use vitmae::cpu::Cpu;

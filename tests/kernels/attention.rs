@@ -1,11 +1,11 @@
-//! Attention on the emulator against the CPU in f64.
+//! Attention against the CPU in f64.
 
 use half::bf16;
 use vitmae::cpu::Cpu;
 use vitmae::ops::{Attention, AttentionShape, Memory};
 
 use super::emulated::attention::{attention_backward, attention_forward};
-use super::emulated::{Cuda, CudaElement, CudaError, Options, SEEDS, Stream, TestDevice, emulator, emulator_with};
+use super::emulated::{Cuda, CudaElement, CudaError, Options, SEEDS, Stream, TestDevice, device, device_with};
 use super::reference::{Bench, random};
 
 fn shape(batch: usize, tokens: usize, heads: usize, head_dim: usize) -> AttentionShape {
@@ -176,7 +176,7 @@ fn check<E: CudaElement>(stream: &Stream, shape: AttentionShape, spread: f64, sl
 
 /// An emulator whose blocks have as much shared memory as those of some GPU.
 fn with_shared_memory(seed: u64, kilobytes: u32) -> Option<TestDevice> {
-    emulator_with(Options { seed, shared_bytes: kilobytes << 10 })
+    device_with(Options { seed, shared_bytes: kilobytes << 10 })
 }
 
 #[test]
@@ -184,10 +184,10 @@ fn attention_matches_the_cpu_at_every_shape() {
     for (index, shape) in shapes().into_iter().enumerate() {
         // The largest GPU's shared memory for long sequences, the smallest's for short ones, which fit into it.
         let kilobytes = if shape.tokens > 100 { 227 } else { 99 };
-        let Some(emulator) = with_shared_memory(SEEDS[index % SEEDS.len()], kilobytes) else { return };
-        check::<bf16>(&emulator.stream(), shape, 4.0, 1e-5);
+        let Some(device) = with_shared_memory(SEEDS[index % SEEDS.len()], kilobytes) else { return };
+        check::<bf16>(&device.stream(), shape, 4.0, 1e-5);
         if shape.tokens < 66 && (shape.head_dim < 64 || index % 2 == 0) || shape.head_dim < 17 {
-            check::<f32>(&emulator.stream(), shape, 4.0, 1e-5);
+            check::<f32>(&device.stream(), shape, 4.0, 1e-5);
         }
     }
 }
@@ -203,36 +203,36 @@ fn attention_fits_into_less_shared_memory() {
         (74, shape(1, 197, 1, 32)),
         (74, shape(1, 130, 1, 64)),
     ] {
-        let Some(emulator) = with_shared_memory(2, kilobytes) else { return };
-        check::<bf16>(&emulator.stream(), shape, 4.0, 1e-5);
+        let Some(device) = with_shared_memory(2, kilobytes) else { return };
+        check::<bf16>(&device.stream(), shape, 4.0, 1e-5);
     }
-    let Some(emulator) = with_shared_memory(2, 99) else { return };
-    check::<f32>(&emulator.stream(), shape(1, 33, 1, 128), 4.0, 1e-5);
+    let Some(device) = with_shared_memory(2, 99) else { return };
+    check::<f32>(&device.stream(), shape(1, 33, 1, 128), 4.0, 1e-5);
 }
 
 #[test]
 fn f32_attention_takes_heads_of_any_width() {
-    let Some(emulator) = emulator(3) else { return };
+    let Some(device) = device(3) else { return };
     for head_dim in [1, 7, 100, 127] {
-        check::<f32>(&emulator.stream(), shape(2, 33, 1, head_dim), 2.0, 1e-5);
+        check::<f32>(&device.stream(), shape(2, 33, 1, head_dim), 2.0, 1e-5);
     }
 }
 
 #[test]
 fn attention_survives_extreme_scores() {
-    let Some(emulator) = emulator(2) else { return };
+    let Some(device) = device(2) else { return };
     for shape in [shape(1, 50, 1, 64), shape(1, 65, 1, 80), shape(1, 97, 1, 32), shape(1, 70, 1, 128)] {
         // Up to about ten thousand. A score in f32 is then known to a thousandth, and so is a probability relative to itself.
         let spread = 128.0;
-        check::<bf16>(&emulator.stream(), shape, spread, 1e-2);
-        check::<f32>(&emulator.stream(), shape, spread, 1e-2);
+        check::<bf16>(&device.stream(), shape, spread, 1e-2);
+        check::<f32>(&device.stream(), shape, spread, 1e-2);
     }
 }
 
 #[test]
 fn long_sequences_are_attended_to_piece_by_piece() {
-    let Some(emulator) = emulator(3) else { return };
-    check::<bf16>(&emulator.stream(), shape(1, 577, 1, 16), 4.0, 1e-5);
+    let Some(device) = device(3) else { return };
+    check::<bf16>(&device.stream(), shape(1, 577, 1, 16), 4.0, 1e-5);
     for shape in [shape(1, 785, 1, 8), shape(1, 1025, 1, 8)] {
         let inputs = Inputs::new(shape, 4.0);
         let forward = |bench: &Bench<'_, Cuda<bf16>>| {
@@ -245,7 +245,7 @@ fn long_sequences_are_attended_to_piece_by_piece() {
         let reference = Bench { backend: &Cpu::<f64>::new(), shift: 0 };
         let exact = run(&reference, shape, &inputs);
         let naive = naive::<bf16>(shape, &inputs);
-        let (out, log_sum_exp) = forward(&Bench { backend: &Cuda::new(emulator.stream()), shift: 0 });
+        let (out, log_sum_exp) = forward(&Bench { backend: &Cuda::new(device.stream()), shift: 0 });
         close("out", [&out, &naive.out, &exact.out], 2.0, 1e-5, 0.0);
         close("log-sum-exp", [&log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp], 1.0, 1e-6, 0.0);
     }
@@ -257,8 +257,8 @@ fn attention_has_the_same_bits_in_every_order_of_threads() {
         let inputs = Inputs::new(shape, 4.0);
         let mut first = None;
         for seed in SEEDS.into_iter().chain(SEEDS) {
-            let Some(emulator) = emulator(seed) else { return };
-            let found = run(&Bench { backend: &Cuda::<bf16>::new(emulator.stream()), shift: 0 }, shape, &inputs);
+            let Some(device) = device(seed) else { return };
+            let found = run(&Bench { backend: &Cuda::<bf16>::new(device.stream()), shift: 0 }, shape, &inputs);
             assert_eq!(*first.get_or_insert(found.clone()), found, "{shape:?}, seed {seed}");
         }
     }
@@ -266,8 +266,8 @@ fn attention_has_the_same_bits_in_every_order_of_threads() {
 
 #[test]
 fn attention_refuses_what_does_not_fit() {
-    let Some(emulator) = emulator(0) else { return };
-    let stream = emulator.stream();
+    let Some(device) = device(0) else { return };
+    let stream = device.stream();
     let good = shape(2, 5, 2, 8);
     let mut qkv = stream.zeros::<bf16>(2 * 5 * 3 * 16 + 8).expect("reserved");
     let out = stream.zeros::<bf16>(2 * 5 * 16).expect("reserved");

@@ -1,4 +1,4 @@
-//! Softmax cross-entropy on the emulator against the CPU in f64.
+//! Softmax cross-entropy against the CPU in f64.
 
 use half::bf16;
 use vitmae::cpu::Cpu;

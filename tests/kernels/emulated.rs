@@ -56,16 +56,6 @@ pub fn device_with(options: Options) -> Option<TestDevice> {
     }
 }
 
-/// The former name of [`device`].
-pub fn emulator(seed: u64) -> Option<TestDevice> {
-    device(seed)
-}
-
-/// The former name of [`device_with`].
-pub fn emulator_with(options: Options) -> Option<TestDevice> {
-    device_with(options)
-}
-
 /// The GPU that tests should use.
 fn test_gpu() -> Option<String> {
     std::env::var("VITMAE_TEST_DEVICE").ok().filter(|name| name.starts_with("cuda"))

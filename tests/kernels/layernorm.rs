@@ -1,4 +1,4 @@
-//! LayerNorm on the emulator against the CPU in f64.
+//! LayerNorm against the CPU in f64.
 
 use half::bf16;
 use vitmae::cpu::Cpu;

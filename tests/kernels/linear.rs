@@ -1,4 +1,4 @@
-//! Linear layers on the emulator against the CPU backend in f64.
+//! Linear layers against the CPU backend in f64.
 
 use half::bf16;
 use vitmae::cpu::Cpu;

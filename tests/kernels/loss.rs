@@ -1,4 +1,4 @@
-//! The reconstruction loss on the emulator against the CPU in f64.
+//! The reconstruction loss against the CPU in f64.
 
 use half::bf16;
 use vitmae::cpu::Cpu;

@@ -1,4 +1,4 @@
-//! Masking on the emulator against a stable sort.
+//! Masking against a stable sort.
 
 use vitmae::cpu::Cpu;
 use vitmae::ops::{self, Masking, Memory};

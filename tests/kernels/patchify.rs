@@ -1,4 +1,4 @@
-//! Patchify on the emulator against its definition.
+//! Patchify against its definition.
 
 use half::bf16;
 use vitmae::cpu::Cpu;

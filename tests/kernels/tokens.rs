@@ -1,4 +1,4 @@
-//! Tokens on the emulator against the CPU in f64.
+//! Tokens against the CPU in f64.
 
 use half::bf16;
 use vitmae::cpu::Cpu;
