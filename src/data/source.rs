@@ -10,6 +10,9 @@ use crate::data::folder::Folder;
 use crate::data::synthetic::{SYNTHETIC_COUNT, Synthetic};
 use crate::{Error, Result};
 
+/// Most scenes of a set: their order is drawn in memory, and nobody trains on more.
+const MOST_SCENES: usize = 100_000_000;
+
 /// Names that are taken for pictures in a folder, in upper or lower case.
 pub const PICTURE_EXTENSIONS: [&str; 11] =
     ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "tif", "tiff", "mpo"];
@@ -107,11 +110,13 @@ impl Source {
             let count = count.map_or(Ok(SYNTHETIC_COUNT), str::parse);
             let seed = seed.map_or(Ok(options.synthetic_seed), str::parse);
             return match (count, seed, more) {
-                (Ok(count), Ok(seed), None) if count > 0 => Self::synthetic(count, seed, options)
-                    .map(|source| Self { description: text.into_owned(), ..source }),
-                _ => refuse(
-                    "expected synthetic, synthetic:COUNT or synthetic:COUNT:SEED with COUNT at least 1".to_owned(),
-                ),
+                (Ok(count), Ok(seed), None) if (1..=MOST_SCENES).contains(&count) => {
+                    Self::synthetic(count, seed, options)
+                        .map(|source| Self { description: text.into_owned(), ..source })
+                }
+                _ => refuse(format!(
+                    "expected synthetic, synthetic:COUNT or synthetic:COUNT:SEED with COUNT from 1 to {MOST_SCENES}"
+                )),
             };
         }
         let lower = text.to_ascii_lowercase();

@@ -177,6 +177,9 @@ struct Run<'s, B: Backend> {
     saved: Option<(u64, PathBuf)>,
 }
 
+/// More pictures in a step than this are a slip of the keyboard: no run would come to its first update.
+const MOST_IMAGES_PER_STEP: usize = 1 << 24;
+
 impl<'s, B: Backend> Run<'s, B> {
     fn start(backend: B, settings: &'s PretrainSettings, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<Self> {
         let PretrainSettings { out, config, seed, batch_size, accumulate, .. } = settings;
@@ -184,6 +187,11 @@ impl<'s, B: Backend> Run<'s, B> {
         config.check_trainable()?;
         if *batch_size == 0 || *accumulate == 0 {
             return Err(Error::Config("batch size and accumulation must be at least 1".into()));
+        }
+        if batch_size.checked_mul(*accumulate).is_none_or(|images| images > MOST_IMAGES_PER_STEP) {
+            return Err(Error::Config(format!(
+                "batch size {batch_size} times accumulation {accumulate} is more than {MOST_IMAGES_PER_STEP} pictures in a step"
+            )));
         }
         let image = config.image();
         MaskingShape::new(*batch_size, image.patches(), config.mask_ratio)?;

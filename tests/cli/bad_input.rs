@@ -151,6 +151,9 @@ fn wrong_numbers_are_wrong_usage() {
         pretrain(&place, &pictures, more).failed(2, &["error"]);
     }
     run("pretrain --data {} --out {} --batch-size 0", &[&pictures, &place.path("run")]).failed(2, &["--batch-size"]);
+    run("pretrain --data {} --out {} --accumulate 18446744073709551615", &[&pictures, &place.path("run")])
+        .failed(1, &["accumulation", "pictures in a step"]);
+    run("pretrain --data synthetic:99999999999 --out {}", &[&place.path("run")]).failed(1, &["COUNT from 1 to"]);
     run("pretrain --data {} --out {} --model enormous", &[&pictures, &place.path("run")])
         .failed(1, &["enormous", "tiny"]);
     run("--device gpu info", &[]).failed(2, &["--device"]);
