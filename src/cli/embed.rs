@@ -1,6 +1,7 @@
 //! `vitmae embed`.
 
 use std::ffi::OsString;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
@@ -98,7 +99,13 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
     if left_out > 0 {
         tracing::warn!("{left_out} pictures could not be decoded and were left out");
     }
-    println!("wrote {}: features [{}]; rows as in {}", arguments.out.display(), shape.join(", "), names_path.display());
+    writeln!(
+        io::stdout(),
+        "wrote {}: features [{}]; rows as in {}",
+        arguments.out.display(),
+        shape.join(", "),
+        names_path.display()
+    )?;
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! `vitmae forward`.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::bail;
@@ -83,7 +84,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Resu
         (model.forward_with(&images, &masking, interpolation, extras)?, None)
     };
     write(arguments, &model, &result, gradients.as_ref())?;
-    println!("loss {:.6}", result.loss);
+    writeln!(io::stdout(), "loss {:.6}", result.loss)?;
     Ok(())
 }
 

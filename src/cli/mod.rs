@@ -70,7 +70,7 @@ pub(crate) fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             progress::clear();
-            eprintln!("error: {error:#}");
+            progress::write_or_lose(format!("error: {error:#}\n").as_bytes());
             ExitCode::from(1)
         }
     }

@@ -1,6 +1,7 @@
 //! `vitmae pretrain`.
 
 use std::ffi::OsString;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -181,14 +182,14 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
         );
     }
     if let Some((first, last)) = report.loss {
-        println!("trained {} steps: loss {first:.4} at the start, {last:.4} at the end", report.steps);
+        writeln!(io::stdout(), "trained {} steps: loss {first:.4} at the start, {last:.4} at the end", report.steps)?;
     }
-    println!("checkpoint: {}", report.checkpoint.display());
-    println!("open these pictures:");
+    writeln!(io::stdout(), "checkpoint: {}", report.checkpoint.display())?;
+    writeln!(io::stdout(), "open these pictures:")?;
     if let Some(picture) = &report.picture {
-        println!("  {}  what the model sees and what it makes of it", picture.display());
+        writeln!(io::stdout(), "  {}  what the model sees and what it makes of it", picture.display())?;
     }
-    println!("  {}  the loss", report.curve.display());
+    writeln!(io::stdout(), "  {}  the loss", report.curve.display())?;
     Ok(())
 }
 

@@ -21,25 +21,34 @@ pub(crate) fn start_log(quiet: bool, verbose: bool) {
         .with_ansi(false)
         .without_time()
         .with_target(false)
+        .log_internal_errors(false)
         .with_writer(|| AboveBar)
         .init();
 }
 
-/// Writes to standard error above the bar.
+/// Writes to standard error above the bar. A line that nobody can be told (a full disk, a closed pipe) is lost and no failure:
+/// the work goes on.
 struct AboveBar;
 
 impl Write for AboveBar {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let bar = BAR.lock().ok().and_then(|bar| bar.clone());
         match bar {
-            Some(bar) => bar.suspend(|| io::stderr().write(bytes)),
-            None => io::stderr().write(bytes),
+            Some(bar) => bar.suspend(|| write_or_lose(bytes)),
+            None => write_or_lose(bytes),
         }
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        Ok(())
     }
+}
+
+/// Standard error has no buffer: what can be written is there at once.
+pub(crate) fn write_or_lose(bytes: &[u8]) {
+    // There is nobody left to tell.
+    let _ = io::stderr().write_all(bytes);
 }
 
 /// A bar over `length` items that started at `position`; invisible where standard error is not a terminal, or with `quiet`.

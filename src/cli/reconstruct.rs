@@ -1,5 +1,6 @@
 //! `vitmae reconstruct`.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use vitmae::data::{Source, SourceOptions};
@@ -62,6 +63,6 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Resu
     let mut grid = reconstruction_grid(config, shape, &images, &result, (&mean, &deviation), &labels)?;
     grid.footer(&format!("Mask ratio {ratio}, seed {}; loss {:.4}.", arguments.seed, result.loss));
     grid.save(&arguments.out)?;
-    println!("wrote {}: loss {:.6}", arguments.out.display(), result.loss);
+    writeln!(io::stdout(), "wrote {}: loss {:.6}", arguments.out.display(), result.loss)?;
     Ok(())
 }

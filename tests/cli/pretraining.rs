@@ -120,3 +120,26 @@ fn ctrl_c_saves_a_checkpoint() {
     assert!(steps > 3);
     assert!(out.join(format!("checkpoint-{steps}/model.safetensors")).exists(), "{:?}", place.list("run"));
 }
+
+/// Standard error and output that cannot be written, as a full log disk: the run goes on and leaves its checkpoint.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_log_does_not_end_a_run() {
+    let place = Place::new();
+    let (model, out) = (model(&place), place.path("run"));
+    let full = || fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vitmae"));
+    command.args(["pretrain", "--data", "synthetic:8", "--batch-size", "4", "--steps", "2", "--threads", "1"]);
+    command.arg("--model").arg(&model).arg("--out").arg(&out);
+    let logless = command.stderr(full()).output().unwrap();
+    assert_eq!(logless.status.code(), Some(0));
+    assert!(out.join("checkpoint-2").join("model.safetensors").is_file());
+
+    // A result that cannot be printed is a failure, and no panic.
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vitmae"));
+    command.arg("embed").arg("--from").arg(out.join("checkpoint-2"));
+    command.args(["--data", "synthetic:3", "--out"]).arg(place.path("features.npy"));
+    let silent: crate::Ran = command.stdout(full()).stderr(std::process::Stdio::piped()).output().unwrap().into();
+    silent.failed(1, &["No space left"]);
+    assert!(place.path("features.npy").is_file());
+}
