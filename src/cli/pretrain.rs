@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use vitmae::config::MaeConfig;
 use vitmae::ops::Backend;
-use vitmae::train::{Event, OptimizerSettings, PretrainSettings, RunLength, pretrain};
+use vitmae::train::{Event, OptimizerSettings, PretrainSettings, RunLength, config_of_run, pretrain};
 use vitmae::weights::Checkpoint;
 
 use crate::cli::arguments::{Size, at_least_one, at_least_one_u64, mask_ratio, not_negative};
@@ -72,7 +72,7 @@ pub(crate) struct Arguments {
     /// Colour channels of the pictures: 1, 3 or 4 [default: the model's, 3]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     channels: Option<usize>,
-    /// Steps between checkpoints [default: only the last]
+    /// Steps between checkpoints, all of which are kept [default: a tenth of the run, of which the last is kept]
     #[arg(long, value_name = "STEPS", value_parser = at_least_one_u64)]
     checkpoint_every: Option<u64>,
     /// Steps between reconstruction pictures [default: a tenth of the run]
@@ -94,13 +94,16 @@ pub(crate) struct Arguments {
 }
 
 impl Arguments {
-    /// The model's configuration: that of `--model` or of `--from`, changed by the flags.
+    /// The model's configuration: that of `--model`, of the run that goes on, or of `--from`, changed by the flags.
     fn config(&self) -> anyhow::Result<MaeConfig> {
-        let mut config = match (&self.model, &self.from) {
-            (Some(name), _) if name.ends_with(".json") => MaeConfig::from_file(name)?,
-            (Some(name), _) => MaeConfig::by_name(name)?,
-            (None, Some(from)) => Checkpoint::open(from)?.require_config()?.clone(),
-            (None, None) => MaeConfig::base(),
+        let resumed = if self.resume { config_of_run(&self.out)? } else { None };
+        let mut config = match (&self.model, resumed, &self.from) {
+            (Some(name), ..) if name.ends_with(".json") => MaeConfig::from_file(name)?,
+            (Some(name), ..) => MaeConfig::by_name(name)?,
+            // A run that goes on has the model that it had.
+            (None, Some(config), _) => config,
+            (None, None, Some(from)) => Checkpoint::open(from)?.require_config()?.clone(),
+            (None, None, None) => MaeConfig::base(),
         };
         if let Some(ratio) = self.mask_ratio {
             config.mask_ratio = ratio;
@@ -154,7 +157,13 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
 
     // The first Ctrl-C asks to stop behind the step; the second one stops at once.
     let stop = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+    let signals = [
+        signal_hook::consts::SIGINT,
+        signal_hook::consts::SIGTERM,
+        #[cfg(unix)]
+        signal_hook::consts::SIGHUP,
+    ];
+    for signal in signals {
         signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&stop))
             .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
             .context("listening to signals")?;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::MaeConfig;
 use crate::data::ImageProcessor;
 use crate::ops::Backend;
 use crate::train::Trainer;
@@ -24,36 +25,84 @@ pub(crate) struct TrainerState {
     pub batch_size: usize,
     pub accumulate: usize,
     pub data_fingerprint: String,
+    base_learning_rate: f64,
+    minimum_learning_rate: f64,
+    warmup_epochs: Option<f64>,
+    weight_decay: f64,
+    clip_norm: Option<f64>,
+    /// The checkpoint that the run started from.
+    pub from: Option<String>,
 }
 
 impl TrainerState {
     pub fn new(step: u64, settings: &PretrainSettings, data_fingerprint: String) -> Self {
-        let PretrainSettings { seed, batch_size, accumulate, .. } = *settings;
-        Self { step, updates: 0, seed, batch_size, accumulate, data_fingerprint }
+        let &PretrainSettings { seed, batch_size, accumulate, base_learning_rate, minimum_learning_rate, .. } =
+            settings;
+        let from = settings.from.as_ref().map(|path| path.to_string_lossy().into_owned());
+        Self {
+            step,
+            updates: 0,
+            seed,
+            batch_size,
+            accumulate,
+            data_fingerprint,
+            base_learning_rate,
+            minimum_learning_rate,
+            warmup_epochs: settings.warmup_epochs,
+            weight_decay: settings.optimizer.weight_decay,
+            clip_norm: settings.optimizer.clip_norm,
+            from,
+        }
     }
 
     /// Refuses to go on with settings under which the run would not be the same run.
     pub fn check(&self, fingerprint: &str, settings: &PretrainSettings) -> Result<()> {
         let now = Self::new(self.step, settings, fingerprint.to_owned());
-        let differs = |what: &str, then: &dyn std::fmt::Display, now: &dyn std::fmt::Display| {
-            Err(Error::Config(format!(
-                "cannot resume: the run's {what} was {then} and is {now} now; give the same, or start another run"
-            )))
-        };
-        if self.seed != now.seed {
-            return differs("seed", &self.seed, &now.seed);
-        }
-        if self.batch_size != now.batch_size {
-            return differs("batch size", &self.batch_size, &now.batch_size);
-        }
-        if self.accumulate != now.accumulate {
-            return differs("accumulation", &self.accumulate, &now.accumulate);
-        }
-        if self.data_fingerprint != now.data_fingerprint {
-            return differs("data", &self.data_fingerprint, &now.data_fingerprint);
-        }
-        Ok(())
+        let shown = |number: Option<f64>| number.map_or("not given".to_owned(), |number| number.to_string());
+        let text = |from: &Option<String>| from.clone().unwrap_or_else(|| "not given".to_owned());
+        let compared = [
+            ("seed", self.seed.to_string(), now.seed.to_string()),
+            ("batch size", self.batch_size.to_string(), now.batch_size.to_string()),
+            ("accumulation", self.accumulate.to_string(), now.accumulate.to_string()),
+            ("data", self.data_fingerprint.clone(), now.data_fingerprint.clone()),
+            ("blr", self.base_learning_rate.to_string(), now.base_learning_rate.to_string()),
+            ("min-lr", self.minimum_learning_rate.to_string(), now.minimum_learning_rate.to_string()),
+            ("warmup-epochs", shown(self.warmup_epochs), shown(now.warmup_epochs)),
+            ("weight-decay", self.weight_decay.to_string(), now.weight_decay.to_string()),
+            ("clip-grad", shown(self.clip_norm), shown(now.clip_norm)),
+            ("from", text(&self.from), text(&now.from)),
+        ];
+        same(compared)
     }
+}
+
+/// Refuses to go on with another model than the run's; the message names the first field of `config.json` that differs.
+pub(crate) fn check_config(then: &MaeConfig, now: &MaeConfig) -> Result<()> {
+    let fields = |config: &MaeConfig| -> serde_json::Map<String, serde_json::Value> {
+        serde_json::from_str(&config.to_json()).unwrap_or_default()
+    };
+    let (then, now) = (fields(then), fields(now));
+    let shown = |value: Option<&serde_json::Value>| value.map_or("not given".to_owned(), ToString::to_string);
+    let names = then.keys().chain(now.keys());
+    same(names.map(|name| (name.as_str(), shown(then.get(name)), shown(now.get(name)))))
+}
+
+/// Refuses the first setting `(name, then, now)` that is not as it was.
+fn same<'a>(settings: impl IntoIterator<Item = (&'a str, String, String)>) -> Result<()> {
+    match settings.into_iter().find(|(_, then, now)| then != now) {
+        None => Ok(()),
+        Some((what, then, now)) => Err(Error::Config(format!(
+            "cannot resume: the run's {what} was {then} and is {now} now; give the same, or start another run"
+        ))),
+    }
+}
+
+/// The model of the run in `out`, as its latest checkpoint has it; nothing where there is no checkpoint.
+///
+/// # Errors
+/// [`Error::Io`] and [`Error::Checkpoint`] for a folder that cannot be read.
+pub fn config_of_run(out: &Path) -> Result<Option<MaeConfig>> {
+    latest(out)?.map(|(_, folder)| MaeConfig::from_file(folder.join("config.json"))).transpose()
 }
 
 /// The name of the folder of a step.
@@ -98,6 +147,10 @@ pub(crate) fn save<B: Backend>(
     let temporary = out.join(format!(".{}.tmp", folder_name(state.step)));
     let written = write(&temporary, trainer, processor, state).and_then(|()| {
         if folder.exists() {
+            if !folder.join(STATE).exists() {
+                let cause = std::io::Error::other("there is a folder of that name that is no checkpoint of a run");
+                return Err(Error::io("replacing", &folder, cause));
+            }
             fs::remove_dir_all(&folder).map_err(|error| Error::io("replacing", &folder, error))?;
         }
         fs::rename(&temporary, &folder).map_err(|error| Error::io("renaming", &temporary, error))?;
@@ -134,6 +187,12 @@ pub(crate) fn load_trainer<B: Backend>(trainer: &mut Trainer<B>, folder: &Path) 
     let text = fs::read_to_string(&path).map_err(|error| Error::io("reading", &path, error))?;
     let state: TrainerState =
         serde_json::from_str(&text).map_err(|error| Error::checkpoint(&path, error.to_string()))?;
+    if folder.file_name() != Some(std::ffi::OsStr::new(&folder_name(state.step))) {
+        return Err(Error::checkpoint(
+            &path,
+            format!("it is of step {}, and its folder's name says otherwise", state.step),
+        ));
+    }
     trainer.load_moments(&folder.join(MOMENTS), state.updates)?;
     Ok(state)
 }

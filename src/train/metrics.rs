@@ -45,10 +45,12 @@ impl MetricsFile {
             let file = File::open(path).map_err(|error| Error::io("reading", path, error))?;
             for line in BufReader::new(file).lines() {
                 let line = line.map_err(|error| Error::io("reading", path, error))?;
-                // The last line may be cut where the run was killed.
                 match serde_json::from_str::<Metrics>(&line) {
                     Ok(metrics) if metrics.step <= resume_from => kept.push(metrics),
-                    _ => break,
+                    // Steps behind the checkpoint are done again.
+                    Ok(_) => (),
+                    // The last line may be cut where the run was killed.
+                    Err(_) => tracing::warn!("{}: left out a line that is no step: {line:?}", path.display()),
                 }
             }
         }

@@ -7,6 +7,7 @@ mod pretrain;
 mod schedule;
 mod trainer;
 
+pub use checkpoint::config_of_run;
 pub use metrics::Metrics;
 pub use pretrain::{Event, PretrainReport, PretrainSettings, RunLength, pretrain};
 pub use schedule::Schedule;

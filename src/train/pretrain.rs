@@ -61,7 +61,7 @@ pub struct PretrainSettings {
     pub warmup_epochs: Option<f64>,
     /// The optimiser's settings.
     pub optimizer: OptimizerSettings,
-    /// Steps between checkpoints; only the last where it is `None`.
+    /// Steps between checkpoints, all kept; where it is `None`, a tenth of the run, of which the last is kept.
     pub checkpoint_every: Option<u64>,
     /// Steps between reconstruction pictures; ten in a run where it is `None`.
     pub picture_every: Option<u64>,
@@ -175,6 +175,40 @@ struct Run<'s, B: Backend> {
     done: u64,
     picture: Option<PathBuf>,
     saved: Option<(u64, PathBuf)>,
+    /// A checkpoint that goes when the next one is whole.
+    replaceable: Option<PathBuf>,
+    /// Held as long as the run: no other writes to its folder.
+    _lock: fs::File,
+}
+
+/// Refuses a folder that holds a run, unless it is to be gone on with.
+fn refuse_to_overwrite(settings: &PretrainSettings) -> Result<()> {
+    let out = &settings.out;
+    let holds = out.join("metrics.jsonl").exists() || checkpoint::latest(out)?.is_some();
+    if settings.resume || !holds {
+        return Ok(());
+    }
+    let out = out.display();
+    Err(Error::Config(format!("{out} already holds a run: go on with --resume, or choose another folder")))
+}
+
+/// Makes the folder of a run and keeps other runs out of it until the result is dropped.
+fn lock(out: &Path) -> Result<fs::File> {
+    fs::create_dir_all(out).map_err(|error| Error::io("creating", out, error))?;
+    let path = out.join(".lock");
+    let file = fs::File::create(&path).map_err(|error| Error::io("creating", &path, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => Err(Error::Config(format!(
+            "another run is writing to {}: wait for its end, or choose another folder",
+            out.display()
+        ))),
+        // Some network file systems have no locks: go on without.
+        Err(fs::TryLockError::Error(error)) => {
+            tracing::warn!("{} cannot be locked ({error}): see to it that no other run writes there", path.display());
+            Ok(file)
+        }
+    }
 }
 
 /// More pictures in a step than this are a slip of the keyboard: no run would come to its first update.
@@ -195,16 +229,7 @@ impl<'s, B: Backend> Run<'s, B> {
         }
         let image = config.image();
         MaskingShape::new(*batch_size, image.patches(), config.mask_ratio)?;
-        let resumed = if settings.resume { checkpoint::latest(out)? } else { None };
-        if settings.resume && resumed.is_none() {
-            tracing::info!("no checkpoint in {} yet: starting from the beginning", out.display());
-        }
-        if !settings.resume && out.join("metrics.jsonl").exists() {
-            return Err(Error::Config(format!(
-                "{} already holds a run: go on with --resume, or choose another folder",
-                out.display()
-            )));
-        }
+        refuse_to_overwrite(settings)?;
 
         let processor = match &settings.from {
             Some(from) if from.is_dir() && from.join("preprocessor_config.json").exists() => {
@@ -236,11 +261,21 @@ impl<'s, B: Backend> Run<'s, B> {
             total_steps,
         };
 
+        let lock = lock(out)?;
+        // Once more: another run may have been here since.
+        refuse_to_overwrite(settings)?;
+        let resumed = if settings.resume { checkpoint::latest(out)? } else { None };
+        if settings.resume && resumed.is_none() {
+            tracing::warn!("no checkpoint in {} yet: starting from the beginning", out.display());
+        }
         let model = match (&resumed, &settings.from) {
             (Some((_, folder)), _) => MaeForPreTraining::from_pretrained(folder, backend)?,
             (None, Some(from)) => MaeForPreTraining::from_pretrained_as(from, config.clone(), backend)?,
             (None, None) => MaeForPreTraining::new(config.clone(), backend, *seed)?,
         };
+        if resumed.is_some() {
+            checkpoint::check_config(model.config(), config)?;
+        }
         let parameters = model.parameters().layout().trained();
         let mut trainer = Trainer::new(model, settings.optimizer, settings.micro_batch)?;
         trainer.set_recompute(settings.recompute);
@@ -249,9 +284,13 @@ impl<'s, B: Backend> Run<'s, B> {
             let state = checkpoint::load_trainer(&mut trainer, folder)?;
             state.check(&fingerprint, settings)?;
             done = *step;
+            if done > total_steps {
+                return Err(Error::Config(format!(
+                    "cannot resume: the run has done {done} steps, and {total_steps} are asked for; ask for more"
+                )));
+            }
         }
 
-        fs::create_dir_all(out).map_err(|error| Error::io("creating", out, error))?;
         let recipe = Recipe {
             vitmae_version: env!("CARGO_PKG_VERSION"),
             data: settings.data.to_string_lossy().into_owned(),
@@ -302,12 +341,16 @@ impl<'s, B: Backend> Run<'s, B> {
             done,
             picture: None,
             saved: resumed,
+            replaceable: None,
+            _lock: lock,
         })
     }
 
     fn train(mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<PretrainReport> {
         let total = self.schedule.total_steps;
-        let pictures = self.settings.picture_every.unwrap_or_else(|| total.div_ceil(10).max(1));
+        let tenth = total.div_ceil(10).max(1);
+        let pictures = self.settings.picture_every.unwrap_or(tenth);
+        let checkpoints = self.settings.checkpoint_every.unwrap_or(tenth);
         if self.done == 0 {
             self.draw(watch)?;
         }
@@ -315,16 +358,17 @@ impl<'s, B: Backend> Run<'s, B> {
         while self.done < total {
             let metrics = match self.step() {
                 Ok(metrics) => metrics,
-                Err(error) => return Err(self.explain(error)),
+                Err(error) => return Err(self.rescue(error, watch)),
             };
             let go_on = watch(Event::Step(&metrics));
+            let skipped = metrics.skipped;
             self.history.push(metrics);
             let last = self.done == total;
-            if last || self.done.is_multiple_of(pictures) {
-                self.draw(watch)?;
-            }
-            if last || !go_on || self.settings.checkpoint_every.is_some_and(|every| self.done.is_multiple_of(every)) {
+            if last || !go_on || (self.done.is_multiple_of(checkpoints) && !skipped) {
                 self.save(watch).map_err(|error| self.explain(error))?;
+            }
+            if last || self.done.is_multiple_of(pictures) {
+                self.draw(watch).map_err(|error| self.rescue(error, watch))?;
             }
             if !go_on && !last {
                 interrupted = true;
@@ -465,18 +509,40 @@ impl<'s, B: Backend> Run<'s, B> {
         let state = TrainerState::new(self.done, self.settings, self.loader.source().fingerprint());
         let folder = checkpoint::save(&self.settings.out, &self.trainer, &self.processor, &state)?;
         watch(Event::Wrote(&folder));
+        if self.settings.checkpoint_every.is_none()
+            && let Some(old) = self.replaceable.replace(folder.clone())
+            && old != folder
+        {
+            fs::remove_dir_all(&old).map_err(|error| Error::io("removing", &old, error))?;
+        }
         self.saved = Some((self.done, folder));
         Ok(())
     }
 
+    /// Saves what was trained since the last checkpoint, where the disk or the pictures failed and not the training.
+    fn rescue(&mut self, error: Error, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Error {
+        let fine = matches!(error, Error::Io { .. } | Error::Data { .. } | Error::Picture { .. });
+        let saved = self.saved.as_ref().is_some_and(|(step, _)| *step == self.done);
+        if fine
+            && !saved
+            && self.done > 0
+            && let Err(second) = self.save(watch)
+        {
+            tracing::warn!("step {} could not be saved either: {second}", self.done);
+        }
+        self.explain(error)
+    }
+
     /// Adds to an error where the last whole checkpoint is.
     fn explain(&self, error: Error) -> Error {
-        match &self.saved {
-            Some((step, folder)) => {
-                Error::Training(format!("{error}; the checkpoint of step {step} is whole: {}", folder.display()))
-            }
-            None => error,
-        }
+        let problem = match error {
+            Error::Training(problem) => problem,
+            other => other.to_string(),
+        };
+        Error::Training(match &self.saved {
+            Some((step, folder)) => format!("{problem}; the checkpoint of step {step} is whole: {}", folder.display()),
+            None => format!("{problem}; no checkpoint had been written yet"),
+        })
     }
 }
 

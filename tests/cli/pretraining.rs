@@ -143,3 +143,92 @@ fn a_full_log_does_not_end_a_run() {
     silent.failed(1, &["No space left"]);
     assert!(place.path("features.npy").is_file());
 }
+
+/// Settings that would make it another run are refused by name, and the recipe stays as it was.
+#[test]
+fn a_resumed_run_keeps_its_settings() {
+    let place = Place::new();
+    let (model, out) = (model(&place), place.path("run"));
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 4 --threads 1";
+    run(&format!("{line} --steps 4"), &[&out, &model]).succeeded();
+    let recipe = fs::read_to_string(out.join("recipe.json")).unwrap();
+    for (flag, name) in [
+        ("--mask-ratio 0.5", "mask_ratio"),
+        ("--norm-pix-loss", "norm_pix_loss"),
+        ("--patch-size 4", "patch_size"),
+        ("--blr 0.5", "blr"),
+        ("--weight-decay 0.5", "weight-decay"),
+        ("--clip-grad 0.5", "clip-grad"),
+        ("--seed 7", "seed"),
+    ] {
+        run(&format!("{line} --steps 8 --resume {flag}"), &[&out, &model]).failed(1, &["cannot resume", name]);
+    }
+    run(&format!("{line} --steps 2 --resume"), &[&out, &model]).failed(1, &["has done 4 steps", "ask for more"]);
+    assert_eq!(fs::read_to_string(out.join("recipe.json")).unwrap(), recipe);
+    // Without --model it goes on with the model that it has.
+    run("pretrain --data synthetic:20 --out {} --batch-size 4 --threads 1 --steps 6 --resume", &[&out]).succeeded();
+    assert_eq!(losses(&out).len(), 6);
+}
+
+/// Metrics that lost a line keep the others; without metrics, checkpoints still say that there is a run.
+#[test]
+fn what_a_run_left_is_not_lost() {
+    let place = Place::new();
+    let (model, out) = (model(&place), place.path("run"));
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 4 --threads 1";
+    run(&format!("{line} --steps 4"), &[&out, &model]).succeeded();
+    let metrics = out.join("metrics.jsonl");
+    let text = fs::read_to_string(&metrics).unwrap();
+    fs::write(&metrics, format!("junk\n{text}")).unwrap();
+    run(&format!("{line} --steps 5 --resume"), &[&out, &model]).succeeded();
+    assert_eq!(losses(&out).len(), 5);
+
+    fs::remove_file(&metrics).unwrap();
+    run(&format!("{line} --steps 4"), &[&out, &model]).failed(1, &["already holds a run"]);
+    assert!(out.join("checkpoint-5").join("model.safetensors").is_file());
+
+    // A folder of somebody else's is not taken for an old checkpoint.
+    let other = place.path("other");
+    fs::create_dir_all(other.join("checkpoint-2")).unwrap();
+    fs::write(other.join("checkpoint-2").join("notes.txt"), "mine").unwrap();
+    run(&format!("{line} --steps 2"), &[&other, &model]).failed(1, &["checkpoint-2", "no checkpoint of a run"]);
+    assert_eq!(fs::read_to_string(other.join("checkpoint-2").join("notes.txt")).unwrap(), "mine");
+}
+
+/// A second run on the same folder is refused while the first is at work.
+#[test]
+fn a_folder_has_one_run_at_a_time() {
+    let place = Place::new();
+    let (model, out) = (model(&place), place.path("run"));
+    fs::create_dir_all(&out).unwrap();
+    let lock = fs::File::create(out.join(".lock")).unwrap();
+    lock.lock().unwrap();
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 4 --threads 1 --steps 2";
+    run(line, &[&out, &model]).failed(1, &["another run is writing"]);
+    drop(lock);
+    run(line, &[&out, &model]).succeeded();
+}
+
+/// Without --checkpoint-every there is one on the way, and the last alone is left.
+#[test]
+fn one_checkpoint_is_left_by_default() {
+    let place = Place::new();
+    let (model, out) = (model(&place), place.path("run"));
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 4 --threads 1 --steps 20";
+    let ran = run(&format!("{line} -v"), &[&out, &model]).succeeded();
+    let left: Vec<_> = place.list("run").into_iter().filter(|name| name.starts_with("checkpoint-")).collect();
+    assert_eq!(left, ["checkpoint-20"], "{}", ran.err);
+    // Weights that ran away are not saved on the way.
+    let wild = place.path("wild");
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 4 --threads 1 --steps 40 --blr 1e30 --checkpoint-every 2";
+    run(line, &[&wild, &model]).failed(1, &["not finite"]);
+    let steps: Vec<u64> = fs::read_dir(&wild)
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.strip_prefix("checkpoint-")?.parse().ok())
+        .collect();
+    let text = fs::read_to_string(wild.join("metrics.jsonl")).unwrap();
+    for line in text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()) {
+        let skipped = line["skipped"] == true;
+        assert!(!(skipped && steps.contains(&line["step"].as_u64().unwrap())), "{line}");
+    }
+}
