@@ -77,6 +77,13 @@ fn replace<W: Write>(
     write: impl FnOnce(&mut AtomicWriter<'_, W>) -> Result<()>,
 ) -> Result<()> {
     let failed = |source: io::Error| Error::io("writing", path, source);
+    // A link stays one: what it points to is replaced. A device or a pipe would be gone for everybody else.
+    let target = fs::canonicalize(path);
+    let path = target.as_deref().unwrap_or(path);
+    if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
+        let cause = "there is something of that name that is not a regular file";
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, cause)));
+    }
     let name = path
         .file_name()
         .ok_or_else(|| failed(io::Error::new(io::ErrorKind::InvalidInput, "the path does not end in a file's name")))?;
@@ -119,6 +126,21 @@ impl Drop for Temporary {
         if let Some(path) = &self.0 {
             let _ = fs::remove_file(path);
         }
+    }
+}
+
+/// Refuses to write over a file that is being read; `inputs` are paths.
+///
+/// # Errors
+/// [`Error::Value`] that names both.
+pub fn check_output<'a>(output: &Path, inputs: impl IntoIterator<Item = &'a Path>) -> Result<()> {
+    let Ok(target) = fs::canonicalize(output) else { return Ok(()) };
+    match inputs.into_iter().find(|input| fs::canonicalize(input).is_ok_and(|input| input == target)) {
+        None => Ok(()),
+        Some(input) => Err(Error::value(
+            format!("output {}", output.display()),
+            format!("it is the input {} too, which would be lost; choose another name", input.display()),
+        )),
     }
 }
 

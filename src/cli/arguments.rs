@@ -39,13 +39,23 @@ pub(crate) struct Size {
     pub width: usize,
 }
 
+/// Pixels of a side, at most: attention over more patches would not end.
+const MOST_PIXELS: usize = 1 << 15;
+
 impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         let expected = || "expected a number of pixels, or HEIGHTxWIDTH".to_owned();
         let (height, width) = text.split_once(['x', 'X']).unwrap_or((text, text));
-        let parse = |text: &str| at_least_one(text).map_err(|_| expected());
+        let parse = |text: &str| {
+            let size = at_least_one(text).map_err(|_| expected())?;
+            if size > MOST_PIXELS {
+                Err(format!("expected at most {MOST_PIXELS} pixels, found {size}"))
+            } else {
+                Ok(size)
+            }
+        };
         Ok(Self { height: parse(height)?, width: parse(width)? })
     }
 }

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use vitmae::data::{Loader, LoaderOptions, Source, SourceOptions, Transform};
 use vitmae::files::write_atomically;
 use vitmae::model::{Extras, ImageValues, Images, MaeEncoder, Masking, PositionInterpolation};
@@ -49,6 +49,10 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
         Some("safetensors") => false,
         _ => bail!("{}: expected a name that ends in .safetensors or .npy", arguments.out.display()),
     };
+    let names_path = arguments.out.with_extension("names.txt");
+    for path in [&arguments.out, &names_path] {
+        check_place(path)?;
+    }
     let mut checkpoint = Checkpoint::open(&arguments.from)?;
     let encoder = MaeEncoder::from_checkpoint(&mut checkpoint, backend)?;
     let image = encoder.config().image();
@@ -85,15 +89,16 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
     progress::clear();
 
     let source = loader.source();
-    let names: Vec<String> =
-        features.samples.iter().map(|&sample| format!("{}\n", source.name(sample as usize).display())).collect();
+    let names: Vec<String> = features.samples.iter().map(|&sample| line_of(&source.name(sample as usize))).collect();
+    if !features.values.iter().all(|value| value.is_finite()) {
+        bail!("features are not finite: the weights of {} may have run away", arguments.from.display());
+    }
     let shape: Vec<String> = features.shape().iter().map(ToString::to_string).collect();
     if as_npy {
         features.write_npy(&arguments.out)?;
     } else {
         features.write_safetensors(&arguments.out)?;
     }
-    let names_path = arguments.out.with_extension("names.txt");
     write_atomically(&names_path, |file| names.iter().try_for_each(|name| file.bytes(name.as_bytes())))?;
     let left_out = loader.bad_pictures();
     if left_out > 0 {
@@ -107,6 +112,31 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
         names_path.display()
     )?;
     Ok(())
+}
+
+/// Fails where a file could not be written later, before there is any work to lose.
+fn check_place(path: &Path) -> anyhow::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    tempfile_in(folder).with_context(|| format!("writing {}", path.display()))?;
+    if path.exists() && !path.is_file() {
+        bail!("writing {}: there is something of that name that is not a regular file", path.display());
+    }
+    Ok(())
+}
+
+/// Makes a file in a folder and removes it again.
+fn tempfile_in(folder: &Path) -> io::Result<()> {
+    let path = folder.join(format!(".vitmae.{}.tmp", std::process::id()));
+    std::fs::OpenOptions::new().write(true).create_new(true).open(&path)?;
+    std::fs::remove_file(&path)
+}
+
+/// A name as one line: with Rust's quotes and escapes where it is no plain text.
+fn line_of(name: &Path) -> String {
+    match name.to_str() {
+        Some(text) if !text.contains(|c: char| c.is_control()) => format!("{text}\n"),
+        _ => format!("{name:?}\n"),
+    }
 }
 
 /// What was collected so far.

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::bail;
+use vitmae::files::check_output;
 use vitmae::model::{
     Extras, Gradients, ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation, Reconstruction,
 };
@@ -51,6 +52,7 @@ enum Interpolation {
 }
 
 pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Result<()> {
+    check_output(&arguments.output, [arguments.input.as_path()])?;
     let model = MaeForPreTraining::from_pretrained(&arguments.from, backend)?;
     let mut input = TensorFile::open(&arguments.input)?;
     let pixels = input.read_as_f32("pixel_values")?;
@@ -83,6 +85,9 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Resu
     } else {
         (model.forward_with(&images, &masking, interpolation, extras)?, None)
     };
+    if !result.loss.is_finite() {
+        tracing::warn!("the loss is not finite: pixels or weights are out of range");
+    }
     write(arguments, &model, &result, gradients.as_ref())?;
     writeln!(io::stdout(), "loss {:.6}", result.loss)?;
     Ok(())

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use vitmae::data::{Source, SourceOptions};
+use vitmae::files::check_output;
 use vitmae::model::{ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation};
 use vitmae::ops::{Backend, ImageShape};
 use vitmae::picture::reconstruction_grid;
@@ -33,6 +34,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Result<()> {
+    check_output(&arguments.out, arguments.images.iter().map(PathBuf::as_path))?;
     let model = MaeForPreTraining::from_pretrained(&arguments.from, backend)?;
     let config = model.config();
     let processor = processor_for(&arguments.from, config, arguments.image_size)?;
@@ -41,8 +43,8 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Resu
     let shape = ImageShape { height, width, ..config.image() };
     shape.check()?;
     let source = Source::files(&arguments.images, &SourceOptions::new(shape.channels, height, width)?)?;
-    let mut values = Vec::with_capacity(source.len() * shape.length());
-    let mut labels = Vec::with_capacity(source.len());
+    let mut values = Vec::new();
+    let mut labels = Vec::new();
     for index in 0..source.len() {
         let picture = processor.process(&source.read(index)?)?;
         values.extend_from_slice(&picture.pixels);
@@ -60,6 +62,9 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Resu
     let masking = Masking::random(ratio, arguments.seed);
     let result =
         model.forward_with(&images, &masking, Some(PositionInterpolation::Grid), vitmae::model::Extras::default())?;
+    if !result.loss.is_finite() {
+        tracing::warn!("the loss is not finite: the weights of {} may have run away", arguments.from.display());
+    }
     let mut grid = reconstruction_grid(config, shape, &images, &result, (&mean, &deviation), &labels)?;
     grid.footer(&format!("Mask ratio {ratio}, seed {}; loss {:.4}.", arguments.seed, result.loss));
     grid.save(&arguments.out)?;

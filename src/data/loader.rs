@@ -249,7 +249,8 @@ impl Loader {
         let channels = source.channels();
         let (height, width) = transform.size();
         let length = [options.batch_size, height, width, channels].iter().try_fold(1_usize, |n, m| n.checked_mul(*m));
-        if length.is_none_or(|length| length > isize::MAX as usize / 2) {
+        // Batches are made on threads that cannot fail: ask for the memory of one here.
+        if length.is_none_or(|length| Vec::<u8>::new().try_reserve_exact(length).is_err()) {
             return Err(Error::Config(format!(
                 "a batch of {} pictures of {height}x{width}x{channels} does not fit in memory",
                 options.batch_size

@@ -21,6 +21,18 @@ mod source;
 mod synthetic;
 mod transform;
 
+use crate::{Error, Result};
+
+/// Makes `pixels` as long as `length`, or says that there is not so much memory.
+pub(crate) fn zeros(pixels: &mut Vec<u8>, length: usize) -> Result<()> {
+    pixels.clear();
+    pixels.try_reserve_exact(length).map_err(|_| {
+        Error::Device(format!("there is no memory for {length} bytes of pixels; ask for fewer or smaller pictures"))
+    })?;
+    pixels.resize(length, 0);
+    Ok(())
+}
+
 pub use decode::{Decoder, Image, MAX_PIXELS};
 pub use loader::{Batch, Loader, LoaderOptions, Position, Shard};
 pub use processor::ImageProcessor;

@@ -257,7 +257,8 @@ impl ImageProcessor {
         };
         let length = height.checked_mul(width).and_then(|n| n.checked_mul(image.channels)).filter(|n| *n < 1 << 40);
         let length = length.ok_or_else(|| Error::Config(format!("a picture of {height}x{width} is too large")))?;
-        let mut pixels = vec![0; length];
+        let mut pixels = Vec::new();
+        crate::data::zeros(&mut pixels, length)?;
         self.apply(&mut pixels, image, &mut Resizer::new())?;
         Image::new(width, height, image.channels, pixels)
     }

@@ -26,7 +26,10 @@ impl ImageShape {
     pub fn check(&self) -> Result<()> {
         let Self { channels, height, width, patch_height, patch_width } = *self;
         if channels == 0 || patch_height == 0 || patch_width == 0 {
-            return Err(Error::Config(format!("channels and patch size must be at least 1, found {self:?}")));
+            return Err(Error::Config(format!(
+                "channels and patch size must be at least 1, found {channels} channels and patches of \
+                 {patch_height}x{patch_width}"
+            )));
         }
         if height < patch_height || width < patch_width {
             return Err(Error::Config(format!(
@@ -37,8 +40,8 @@ impl ImageShape {
             return Err(Error::Config(format!(
                 "patches of {patch_height}x{patch_width} do not divide an image of {height}x{width} pixels; \
                  choose a size that is a multiple, such as {}x{}",
-                height.div_ceil(patch_height) * patch_height,
-                width.div_ceil(patch_width) * patch_width
+                height.div_ceil(patch_height).saturating_mul(patch_height),
+                width.div_ceil(patch_width).saturating_mul(patch_width)
             )));
         }
         Ok(())

@@ -80,8 +80,8 @@ impl Checkpoint {
             folder,
             match pickle {
                 Some(name) => format!(
-                    "the folder has {name}, a PyTorch pickle, and no {WEIGHTS}; convert it with \
-                     `vitmae convert SRC DST --to hf`, or save the model from Python with safe_serialization=True"
+                    "the folder has {name}, a PyTorch pickle, and no {WEIGHTS}; save the model from Python with \
+                     safe_serialization=True"
                 ),
                 None => format!("the folder has neither {WEIGHTS} nor {INDEX}"),
             },
@@ -219,8 +219,8 @@ impl Checkpoint {
             problem += "; the position tables differ because image_size or patch_size are not those of the model";
         }
         if self.names().any(names::is_original) {
-            problem += "; these are the names of the original implementation or of timm: convert the file with \
-                        `vitmae convert SRC DST --to hf`";
+            problem += "; these are the names of the original implementation or of timm, which are not read yet: convert \
+                        the file with transformers";
         }
         Err(Error::checkpoint(&self.path, problem))
     }

@@ -105,8 +105,8 @@ fn other_format(start: &[u8]) -> Option<&'static str> {
         )
     } else if is(b"PK\x03\x04") || (is(b"\x80") && matches!(start.get(1), Some(2..=5))) {
         Some(
-            "this is a PyTorch pickle (.bin, .pth), not safetensors; convert it with `vitmae convert SRC DST --to hf`, or save \
-             the model from Python with safe_serialization=True",
+            "this is a PyTorch pickle (.bin, .pth), not safetensors; save the model from Python with \
+             safe_serialization=True",
         )
     } else if is(b"\x89HDF\r\n\x1a\n") {
         Some("this is an HDF5 file (Keras), not safetensors; save the model in PyTorch's format from Python")

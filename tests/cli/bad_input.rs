@@ -328,3 +328,33 @@ fn an_output_folder_with_a_run_in_it_is_not_overwritten() {
     assert_eq!(fs::read(place.path("run/metrics.jsonl")).unwrap(), metrics);
     pretrain(&place, &pictures, "--resume --seed 9").failed(1, &["seed"]);
 }
+
+/// What would be lost is refused before the work, and sizes that no machine has are no aborts.
+#[test]
+fn outputs_and_sizes_are_checked_first() {
+    let place = Place::new();
+    let (checkpoint, picture) = (place.checkpoint(), place.pictures(1).join("picture 00.png"));
+    let before = fs::read(&picture).unwrap();
+    run("reconstruct --from {} {} --out {}", &[&checkpoint, &picture, &picture]).failed(1, &["is the input"]);
+    assert_eq!(fs::read(&picture).unwrap(), before);
+    run("embed --from {} --data {} --out {}", &[&checkpoint, &picture, &place.path("none/f.npy")])
+        .failed(1, &["none", "writing"]);
+    run("embed --from {} --data {} --out {} --image-size 8000000", &[&checkpoint, &picture, &place.path("f.npy")])
+        .failed(2, &["at most 32768"]);
+    run("pretrain --data synthetic:20 --out {} --batch-size 16000000", &[&place.path("run")])
+        .failed(1, &["does not fit in memory"]);
+
+    #[cfg(unix)]
+    {
+        // A link stays a link, and what is no file is left alone.
+        let (link, target) = (place.path("link.png"), place.path("target.png"));
+        fs::write(&target, "old").unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        run("reconstruct --from {} {} --out {}", &[&checkpoint, &picture, &link]).succeeded();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_ne!(fs::read(&target).unwrap(), b"old");
+        let null = place.path("null.png");
+        std::os::unix::fs::symlink("/dev/null", &null).unwrap();
+        run("reconstruct --from {} {} --out {}", &[&checkpoint, &picture, &null]).failed(1, &["not a regular file"]);
+    }
+}

@@ -80,13 +80,13 @@ fn an_encoder_reads_as_part_of_its_autoencoder() {
 
 #[test]
 fn other_formats_and_names_say_what_to_do() {
-    refused(Checkpoint::open(case("pytorch_bin")), &["pytorch_model.bin", "pickle", "vitmae convert"]);
-    refused(Checkpoint::open(case("pytorch_bin").join("pytorch_model.bin")), &["pickle", "vitmae convert"]);
-    refused(Checkpoint::open(case("names_original").join("encoder.pth")), &["pickle", "vitmae convert"]);
+    refused(Checkpoint::open(case("pytorch_bin")), &["pytorch_model.bin", "pickle", "safe_serialization"]);
+    refused(Checkpoint::open(case("pytorch_bin").join("pytorch_model.bin")), &["pickle", "safe_serialization"]);
+    refused(Checkpoint::open(case("names_original").join("encoder.pth")), &["pickle", "safe_serialization"]);
     let mut checkpoint = Checkpoint::open(case("names_timm").join("model.safetensors")).unwrap();
     let config = MaeConfig::from_file(case("head_64").join("config.json")).unwrap();
     let specs = parameters(&config, Parts::EncoderOnly);
-    refused(checkpoint.read_into(&specs, |_, _| Ok(())), &["blocks.0.", "timm", "vitmae convert"]);
+    refused(checkpoint.read_into(&specs, |_, _| Ok(())), &["blocks.0.", "timm", "transformers"]);
     refused(checkpoint.require_config(), &["no config.json"]);
     refused(Checkpoint::open(case("classifier_cls")), &["config.json", "\"vit\""]);
 }

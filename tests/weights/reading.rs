@@ -369,7 +369,7 @@ fn files_in_place_of_weights_are_recognised() {
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 447725\n";
     for (bytes, parts) in [
         (pointer.as_bytes(), ["Git LFS pointer", "git lfs pull"]),
-        (b"PK\x03\x04\x00\x00\x08\x08archive/data.pkl", ["pickle", "vitmae convert"]),
+        (b"PK\x03\x04\x00\x00\x08\x08archive/data.pkl", ["pickle", "safe_serialization"]),
         (b"\x80\x02}q\x00(X\x05\x00\x00\x00model", ["pickle", "safe_serialization"]),
         (b"\x89HDF\r\n\x1a\n\0\0\0\0\0\x08\x08\0", ["HDF5", "save"]),
         (b"<!DOCTYPE html><html>", ["web page", "fetch"]),
