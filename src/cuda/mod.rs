@@ -20,6 +20,7 @@ pub mod layernorm;
 pub mod linear;
 pub mod loss;
 pub mod masking;
+pub mod memory;
 pub mod modules;
 #[path = "../../build/nvrtc.rs"]
 pub mod nvrtc;
