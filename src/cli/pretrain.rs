@@ -155,20 +155,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
         workers: threads,
     };
 
-    // The first Ctrl-C asks to stop behind the step; the second one stops at once.
-    let stop = Arc::new(AtomicBool::new(false));
-    let signals = [
-        signal_hook::consts::SIGINT,
-        signal_hook::consts::SIGTERM,
-        #[cfg(unix)]
-        signal_hook::consts::SIGHUP,
-    ];
-    for signal in signals {
-        signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&stop))
-            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
-            .context("listening to signals")?;
-    }
-
+    let stop = stop_on_signals().context("listening to signals")?;
     let mut watcher = Watcher { bar: None, quiet, seen: 0, mean_loss: None, last_line: Instant::now() };
     let report = pretrain(backend, &settings, &mut |event| {
         watcher.see(&event);
@@ -200,6 +187,32 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
     }
     writeln!(io::stdout(), "  {}  the loss", report.curve.display())?;
     Ok(())
+}
+
+/// A flag that the first Ctrl-C raises, which asks to stop behind the step; the second one stops at once.
+fn stop_on_signals() -> io::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let signals = [
+        signal_hook::consts::SIGINT,
+        signal_hook::consts::SIGTERM,
+        #[cfg(unix)]
+        signal_hook::consts::SIGHUP,
+    ];
+    for signal in signals {
+        signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&stop))?;
+        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+    }
+    #[cfg(unix)]
+    {
+        // A thread of its own, as a signal's handler may not print.
+        let mut arrived = signal_hook::iterator::Signals::new(signals)?;
+        std::thread::spawn(move || {
+            if arrived.forever().next().is_some() {
+                tracing::warn!("stopping behind this step, with a checkpoint; once more stops at once");
+            }
+        });
+    }
+    Ok(stop)
 }
 
 /// Shows events on standard error: a bar on a terminal, lines now and then elsewhere.
