@@ -11,14 +11,15 @@ use crate::cpu::parallel::{self, Shared};
 use crate::cpu::{Float, scratch};
 use crate::ops::Write;
 
-/// Bytes of a panel of columns between two uses of the output: what fits into the first-level cache.
-const PANEL_BYTES: usize = 32 << 10;
+/// Bytes of a panel of columns between two uses of the output. It comes from the second-level cache, which is fast enough for
+/// it; shorter panels mean more loads and stores of the output.
+const PANEL_BYTES: usize = 64 << 10;
 /// Steps along the depth that are in panels at the same time.
 const PACKED_DEPTH: usize = 1024;
 /// Rows of an output block, at most: they fit into the second-level cache.
-const BLOCK_ROWS: usize = 96;
+const BLOCK_ROWS: usize = 192;
 /// Columns of an output block, at most.
-const BLOCK_COLUMNS: usize = 128;
+const BLOCK_COLUMNS: usize = 96;
 /// Panels that one thread fills at a time.
 const PANELS: usize = 8;
 /// Steps of one panel that are filled before those of the next one.

@@ -5,6 +5,8 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use memmap2::MmapMut;
+
 use crate::cpu::{Cpu, Float};
 use crate::ops::{Element, Memory};
 use crate::{Error, Result};
@@ -12,11 +14,23 @@ use crate::{Error, Result};
 /// Wide enough for a cache line and for any vector register.
 const ALIGNMENT: usize = 64;
 
+/// From here on memory comes straight from the system, in huge pages where it has them: matrix products go through more
+/// small pages than a processor remembers the places of.
+const MAPPED_BYTES: usize = 2 << 20;
+
 /// One zeroed allocation. The pages of a large one are only touched when they are first written.
 #[derive(Debug)]
 pub(super) struct Allocation {
     pub(super) start: NonNull<u8>,
-    layout: Layout,
+    bytes: usize,
+    owner: Owner,
+}
+
+/// Who gives the memory back.
+#[derive(Debug)]
+enum Owner {
+    Allocator(Layout),
+    System { _map: MmapMut },
 }
 
 // SAFETY: an allocation is plain memory; who may read or write which part when is the business of the buffers.
@@ -27,22 +41,34 @@ unsafe impl Sync for Allocation {}
 impl Allocation {
     pub(super) fn zeroed(bytes: usize) -> Result<Self> {
         let failed = || Error::Device(format!("out of memory: {bytes} bytes could not be allocated"));
+        if bytes >= MAPPED_BYTES {
+            let mut map = MmapMut::map_anon(bytes).map_err(|_| failed())?;
+            // Where the system has no huge pages, small ones do.
+            #[cfg(target_os = "linux")]
+            let _ = map.advise(memmap2::Advice::HugePage);
+            let start = NonNull::new(map.as_mut_ptr()).ok_or_else(failed)?;
+            return Ok(Self { start, bytes, owner: Owner::System { _map: map } });
+        }
         let layout = Layout::from_size_align(bytes.max(ALIGNMENT), ALIGNMENT).map_err(|_| failed())?;
         // SAFETY: the layout's size is not zero.
         let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(failed)?;
-        Ok(Self { start, layout })
+        Ok(Self { start, bytes: layout.size(), owner: Owner::Allocator(layout) })
     }
 
     /// How large it is.
     pub(super) fn bytes(&self) -> usize {
-        self.layout.size()
+        self.bytes
     }
 }
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        // SAFETY: `start` came from `alloc_zeroed` with this layout.
-        unsafe { dealloc(self.start.as_ptr(), self.layout) }
+        match &self.owner {
+            // SAFETY: `start` came from `alloc_zeroed` with this layout.
+            Owner::Allocator(layout) => unsafe { dealloc(self.start.as_ptr(), *layout) },
+            // The mapping ends with its owner.
+            Owner::System { .. } => (),
+        }
     }
 }
 
