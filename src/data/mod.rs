@@ -17,6 +17,7 @@ mod loader;
 mod order;
 mod processor;
 mod random;
+mod shards;
 mod source;
 mod synthetic;
 mod transform;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::data::decode::{Decoder, Image};
 use crate::data::folder::Folder;
+use crate::data::shards::{self, Shards};
 use crate::data::synthetic::{SYNTHETIC_COUNT, Synthetic};
 use crate::{Error, Result};
 
@@ -94,6 +95,8 @@ impl Source {
     ///   [`SYNTHETIC_COUNT`] of the seed in `options`. (A folder of this name is `./synthetic`.)
     /// - a folder: its pictures and those of its sub-folders. If all of them lie in sub-folders, those of the first level
     ///   are the classes. Symbolic links are followed; names that start with a dot are not looked at;
+    /// - tar shards in WebDataset's layout: `train-{000..146}.tar`, one such file, or a folder with nothing but tar files. The
+    ///   class is the number in the `.cls` file beside a picture. Compressed shards are not read: they have no places to go to;
     /// - a file: that one picture.
     ///
     /// # Errors
@@ -121,17 +124,27 @@ impl Source {
         }
         let lower = text.to_ascii_lowercase();
         let ends = |ends: &[&str]| ends.iter().any(|end| lower.ends_with(end));
-        let supported = "give a folder of pictures, one picture, or synthetic[:COUNT]";
+        let supported = "give a folder of pictures, tar shards, one picture, or synthetic[:COUNT]";
         if !path.is_dir() {
-            if ends(&[".tar", ".tar.gz", ".tgz", ".tar.zst"]) {
-                return refuse(format!("tar shards are not read yet; unpack them, or {supported}"));
+            if ends(&[".tar"]) {
+                // A name with braces in it is that file, if there is one.
+                let names = if path.exists() { vec![path.to_path_buf()] } else { shards::expand(&text)? };
+                return Self::shards(names, text.into_owned(), options);
+            }
+            if ends(&[".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"]) {
+                return refuse("compressed shards are not read: uncompress them, pictures hardly shrink".to_owned());
             }
             if ends(&[".parquet"]) {
                 return refuse(format!("parquet files are not read yet; export them to a folder, or {supported}"));
             }
         }
         match std::fs::metadata(path) {
-            Ok(data) if data.is_dir() => Self::folder(path, options),
+            Ok(data) if data.is_dir() => match Self::folder(path, options) {
+                Err(Error::Data { .. }) if !shards::in_folder(path)?.is_empty() => {
+                    Self::shards(shards::in_folder(path)?, text.into_owned(), options)
+                }
+                folder => folder,
+            },
             Ok(_) => Self::file(path, options),
             Err(error) => refuse(format!("{error}; {supported}")),
         }
@@ -145,6 +158,16 @@ impl Source {
         let path = path.as_ref();
         let folder = Folder::open(path, options)?;
         Ok(Self { root: path.to_path_buf(), ..Self::from_pictures(folder, path.display().to_string()) })
+    }
+
+    /// The pictures of tar shards in WebDataset's layout, in this order.
+    ///
+    /// # Errors
+    /// [`Error::Data`] when one cannot be opened, or there is no picture in any of them.
+    pub fn shards(paths: Vec<PathBuf>, description: impl Into<String>, options: &SourceOptions) -> Result<Self> {
+        // Shards may move as folders may: only their own names count.
+        let root = paths.first().and_then(|path| path.parent()).unwrap_or(Path::new("")).to_path_buf();
+        Ok(Self { root, ..Self::from_pictures(Shards::open(paths, options)?, description) })
     }
 
     /// One picture file, whatever its name.

@@ -4,5 +4,6 @@ mod common;
 mod decode;
 mod loader;
 mod picture;
+mod shards;
 mod source;
 mod transform;
