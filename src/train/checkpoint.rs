@@ -10,6 +10,7 @@ use crate::data::ImageProcessor;
 use crate::ops::Backend;
 use crate::train::Trainer;
 use crate::train::pretrain::PretrainSettings;
+use crate::weights::{Checkpoint, TensorFile};
 use crate::{Error, Result};
 
 const STATE: &str = "trainer_state.json";
@@ -97,10 +98,10 @@ fn same<'a>(settings: impl IntoIterator<Item = (&'a str, String, String)>) -> Re
     }
 }
 
-/// The model of the run in `out`, as its latest checkpoint has it; nothing where there is no checkpoint.
+/// The model of the run in `out`, as its latest whole checkpoint has it; nothing where there is no checkpoint.
 ///
 /// # Errors
-/// [`Error::Io`] and [`Error::Checkpoint`] for a folder that cannot be read.
+/// [`Error::Io`] and [`Error::Checkpoint`] for a folder that cannot be read, or without a whole checkpoint.
 pub fn config_of_run(out: &Path) -> Result<Option<MaeConfig>> {
     latest(out)?.map(|(_, folder)| MaeConfig::from_file(folder.join("config.json"))).transpose()
 }
@@ -110,30 +111,83 @@ pub(crate) fn folder_name(step: u64) -> String {
     format!("{PREFIX}{step}")
 }
 
-/// The checkpoint of the latest step in `out`, if there is any.
+/// The latest checkpoint in `out` that is whole, if there is any checkpoint. Damaged ones are named in the log.
+///
+/// # Errors
+/// What is wrong with the latest one, if none is whole.
 pub(crate) fn latest(out: &Path) -> Result<Option<(u64, PathBuf)>> {
+    let mut first = None;
+    for (step, folder) in all(out)? {
+        match check_whole(&folder) {
+            Ok(()) => return Ok(Some((step, folder))),
+            Err(error) => {
+                tracing::warn!("{} is damaged, looking for an older checkpoint: {error}", folder.display());
+                first.get_or_insert(error);
+            }
+        }
+    }
+    first.map_or(Ok(None), Err)
+}
+
+/// Whether there is any checkpoint in `out`, whole or not.
+pub(crate) fn exists(out: &Path) -> Result<bool> {
+    Ok(!all(out)?.is_empty())
+}
+
+/// Every checkpoint in `out`, the latest first.
+fn all(out: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let entries = match fs::read_dir(out) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(Error::io("reading", out, error)),
     };
-    let mut latest: Option<(u64, PathBuf)> = None;
+    let mut found = Vec::new();
     for entry in entries {
         let path = entry.map_err(|error| Error::io("reading", out, error))?.path();
         let step = path
             .file_name()
             .and_then(|name| name.to_str())
             .and_then(|name| name.strip_prefix(PREFIX))
-            .and_then(|step| step.parse().ok());
+            .and_then(|step| step.parse::<u64>().ok());
         // A folder without a state is not one of ours: whole ones appear by a rename.
         if let Some(step) = step
             && path.join(STATE).exists()
-            && latest.as_ref().is_none_or(|(best, _)| step > *best)
         {
-            latest = Some((step, path));
+            found.push((step, path));
         }
     }
-    Ok(latest)
+    found.sort_by(|a, b| b.cmp(a));
+    Ok(found)
+}
+
+/// Removes what a killed run was writing: temporary names of a run's own files. The caller holds the run's lock.
+pub(crate) fn remove_leftovers(out: &Path) -> Result<()> {
+    let unreadable = |error| Error::io("reading", out, error);
+    for entry in fs::read_dir(out).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let Some(name) = name.strip_prefix('.').and_then(|name| name.strip_suffix(".tmp")) else { continue };
+        let ours = [PREFIX, "metrics.jsonl.", "recipe.json.", "loss.svg.", "reconstruction-"];
+        if !ours.iter().any(|start| name.starts_with(start)) {
+            continue;
+        }
+        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.map_err(|error| Error::io("removing", &path, error))?;
+    }
+    Ok(())
+}
+
+/// Whether the files of a checkpoint are there and as long as they say; the numbers in them are not read.
+fn check_whole(folder: &Path) -> Result<()> {
+    read_state(folder)?;
+    Checkpoint::open(folder)?.require_config()?;
+    TensorFile::open(folder.join(MOMENTS)).map(|_| ())
+}
+
+fn read_state(folder: &Path) -> Result<TrainerState> {
+    let path = folder.join(STATE);
+    let text = fs::read_to_string(&path).map_err(|error| Error::io("reading", &path, error))?;
+    serde_json::from_str(&text).map_err(|error| Error::checkpoint(&path, error.to_string()))
 }
 
 /// Writes the folder of a step under a temporary name and renames it when all of it is on the disk.
@@ -184,9 +238,7 @@ fn write<B: Backend>(
 /// Reads moments and state into a trainer whose model was loaded from the same folder.
 pub(crate) fn load_trainer<B: Backend>(trainer: &mut Trainer<B>, folder: &Path) -> Result<TrainerState> {
     let path = folder.join(STATE);
-    let text = fs::read_to_string(&path).map_err(|error| Error::io("reading", &path, error))?;
-    let state: TrainerState =
-        serde_json::from_str(&text).map_err(|error| Error::checkpoint(&path, error.to_string()))?;
+    let state = read_state(folder)?;
     if folder.file_name() != Some(std::ffi::OsStr::new(&folder_name(state.step))) {
         return Err(Error::checkpoint(
             &path,

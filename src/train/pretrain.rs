@@ -184,7 +184,7 @@ struct Run<'s, B: Backend> {
 /// Refuses a folder that holds a run, unless it is to be gone on with.
 fn refuse_to_overwrite(settings: &PretrainSettings) -> Result<()> {
     let out = &settings.out;
-    let holds = out.join("metrics.jsonl").exists() || checkpoint::latest(out)?.is_some();
+    let holds = out.join("metrics.jsonl").exists() || checkpoint::exists(out)?;
     if settings.resume || !holds {
         return Ok(());
     }
@@ -264,6 +264,7 @@ impl<'s, B: Backend> Run<'s, B> {
         let lock = lock(out)?;
         // Once more: another run may have been here since.
         refuse_to_overwrite(settings)?;
+        checkpoint::remove_leftovers(out)?;
         let resumed = if settings.resume { checkpoint::latest(out)? } else { None };
         if settings.resume && resumed.is_none() {
             tracing::warn!("no checkpoint in {} yet: starting from the beginning", out.display());

@@ -75,6 +75,85 @@ fn a_resumed_run_ends_where_an_undisturbed_one_does() {
 }
 
 #[test]
+fn a_damaged_checkpoint_is_passed_over_for_an_older_one() {
+    let place = Place::new();
+    let model = model(&place);
+    let (whole, damaged) = (place.path("whole"), place.path("damaged"));
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 8 --steps 6 --checkpoint-every 2";
+    run(line, &[&whole, &model]).succeeded();
+    run(line, &[&damaged, &model]).succeeded();
+    let cut = |path: &Path| {
+        let bytes = fs::read(path).unwrap();
+        fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+    };
+    cut(&damaged.join("checkpoint-6/model.safetensors"));
+    cut(&damaged.join("checkpoint-4/trainer_state.json"));
+    let resumed = run(&format!("{line} --resume"), &[&damaged, &model]).succeeded();
+    for name in ["checkpoint-6 is damaged", "checkpoint-4 is damaged"] {
+        assert!(resumed.err.contains(name), "{}", resumed.err);
+    }
+    let weights = |folder: &Path| fs::read(folder.join("checkpoint-6/model.safetensors")).unwrap();
+    assert_eq!(weights(&whole), weights(&damaged));
+    assert_eq!(losses(&whole), losses(&damaged));
+
+    // Nothing whole is left: what is wrong with the newest is said, and nothing starts over.
+    for step in [2, 4, 6] {
+        cut(&damaged.join(format!("checkpoint-{step}/optimizer.safetensors")));
+    }
+    run(&format!("{line} --resume"), &[&damaged, &model]).failed(1, &["checkpoint-6", "optimizer.safetensors"]);
+    assert_eq!(losses(&whole), losses(&damaged));
+}
+
+/// Killed without warning again and again, during the writing of checkpoints too.
+#[test]
+#[cfg(unix)]
+fn a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been() {
+    let place = Place::new();
+    let model = model(&place);
+    let (whole, killed) = (place.path("whole"), place.path("killed"));
+    let line = "pretrain --data synthetic:50 --out {} --model {} --batch-size 4 --steps 200 --checkpoint-every 1 \
+                --picture-every 1000";
+    run(line, &[&whole, &model]).succeeded();
+    let mut random = 0x9e37_79b9_u32;
+    for _ in 0..50 {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vitmae"))
+            .args([
+                "pretrain",
+                "--data",
+                "synthetic:50",
+                "--batch-size",
+                "4",
+                "--steps",
+                "200",
+                "--checkpoint-every",
+                "1",
+            ])
+            .args(["--picture-every", "1000", "--resume", "--out"])
+            .arg(&killed)
+            .arg("--model")
+            .arg(&model)
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        std::thread::sleep(Duration::from_millis(u64::from(random >> 16) % 120));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    // It had to go on from somewhere, and there was something left to do.
+    let before = losses(&killed).len();
+    assert!((1..200).contains(&before), "killed behind step {before}");
+    run(&format!("{line} --resume"), &[&killed, &model]).succeeded();
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        let bytes = |folder: &Path| fs::read(folder.join("checkpoint-200").join(file)).unwrap();
+        assert!(bytes(&whole) == bytes(&killed), "{file} differs");
+    }
+    assert_eq!(losses(&whole), losses(&killed));
+    assert!(!place.list("killed").iter().any(|name| name.ends_with(".tmp")), "{:?}", place.list("killed"));
+}
+
+#[test]
 fn neither_micro_batches_nor_accumulation_change_what_is_learned() {
     let place = Place::new();
     let model = model(&place);
