@@ -13,7 +13,7 @@ use vitmae::ops::Backend;
 use vitmae::train::{Event, OptimizerSettings, PretrainSettings, RunLength, config_of_run, pretrain};
 use vitmae::weights::Checkpoint;
 
-use crate::cli::arguments::{Size, at_least_one, at_least_one_u64, mask_ratio, not_negative};
+use crate::cli::arguments::{Size, at_least_one, at_least_one_u64, mask_ratio, not_negative, positive};
 use crate::cli::progress;
 
 #[derive(Debug, clap::Args)]
@@ -55,7 +55,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "F", default_value_t = 0.05, allow_negative_numbers = true, value_parser = not_negative)]
     weight_decay: f64,
     /// Scale gradients down to this norm where they are larger
-    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = not_negative)]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = positive)]
     clip_grad: Option<f64>,
     /// Share of patches that are hidden [default: the model's, 0.75]
     #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = mask_ratio)]
@@ -72,9 +72,12 @@ pub(crate) struct Arguments {
     /// Colour channels of the pictures: 1, 3 or 4 [default: the model's, 3]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     channels: Option<usize>,
-    /// Steps between checkpoints, all of which are kept [default: a tenth of the run, of which the last is kept]
+    /// Steps between checkpoints [default: a tenth of the run]
     #[arg(long, value_name = "STEPS", value_parser = at_least_one_u64)]
     checkpoint_every: Option<u64>,
+    /// The newest checkpoints that are kept [default: all with --checkpoint-every, else one]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    keep: Option<usize>,
     /// Steps between reconstruction pictures [default: a tenth of the run]
     #[arg(long, value_name = "STEPS", value_parser = at_least_one_u64)]
     picture_every: Option<u64>,
@@ -147,6 +150,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
             ..OptimizerSettings::default()
         },
         checkpoint_every: arguments.checkpoint_every,
+        keep_checkpoints: arguments.keep,
         picture_every: arguments.picture_every,
         seed: arguments.seed,
         resume: arguments.resume,

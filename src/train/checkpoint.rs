@@ -160,6 +160,18 @@ fn all(out: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
+/// Removes the checkpoints in `out` before `step`, but for as many of the newest that `keep` are left with that of `step`.
+pub(crate) fn remove_older(out: &Path, step: u64, keep: usize) -> Result<()> {
+    let older = all(out)?.into_iter().filter(|(other, _)| *other < step);
+    for (_, folder) in older.skip(keep - 1) {
+        // Its state goes first: what is left of a removal that fails is no checkpoint.
+        let state = folder.join(STATE);
+        fs::remove_file(&state).map_err(|error| Error::io("removing", &state, error))?;
+        fs::remove_dir_all(&folder).map_err(|error| Error::io("removing", &folder, error))?;
+    }
+    Ok(())
+}
+
 /// Removes what a killed run was writing: temporary names of a run's own files. The caller holds the run's lock.
 pub(crate) fn remove_leftovers(out: &Path) -> Result<()> {
     let unreadable = |error| Error::io("reading", out, error);

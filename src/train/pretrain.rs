@@ -61,8 +61,10 @@ pub struct PretrainSettings {
     pub warmup_epochs: Option<f64>,
     /// The optimiser's settings.
     pub optimizer: OptimizerSettings,
-    /// Steps between checkpoints, all kept; where it is `None`, a tenth of the run, of which the last is kept.
+    /// Steps between checkpoints; a tenth of the run where it is `None`.
     pub checkpoint_every: Option<u64>,
+    /// How many of the newest checkpoints are kept. Where it is `None`, all with a given `checkpoint_every`, else one.
+    pub keep_checkpoints: Option<usize>,
     /// Steps between reconstruction pictures; ten in a run where it is `None`.
     pub picture_every: Option<u64>,
     /// Decides weights, order, crops and masks.
@@ -175,8 +177,6 @@ struct Run<'s, B: Backend> {
     done: u64,
     picture: Option<PathBuf>,
     saved: Option<(u64, PathBuf)>,
-    /// A checkpoint that goes when the next one is whole.
-    replaceable: Option<PathBuf>,
     /// Held as long as the run: no other writes to its folder.
     _lock: fs::File,
 }
@@ -342,7 +342,6 @@ impl<'s, B: Backend> Run<'s, B> {
             done,
             picture: None,
             saved: resumed,
-            replaceable: None,
             _lock: lock,
         })
     }
@@ -510,14 +509,12 @@ impl<'s, B: Backend> Run<'s, B> {
         let state = TrainerState::new(self.done, self.settings, self.loader.source().fingerprint());
         let folder = checkpoint::save(&self.settings.out, &self.trainer, &self.processor, &state)?;
         watch(Event::Wrote(&folder));
-        if self.settings.checkpoint_every.is_none()
-            && let Some(old) = self.replaceable.replace(folder.clone())
-            && old != folder
-        {
-            fs::remove_dir_all(&old).map_err(|error| Error::io("removing", &old, error))?;
-        }
         self.saved = Some((self.done, folder));
-        Ok(())
+        let usual = if self.settings.checkpoint_every.is_none() { Some(1) } else { None };
+        match self.settings.keep_checkpoints.or(usual) {
+            Some(keep) => checkpoint::remove_older(&self.settings.out, self.done, keep.max(1)),
+            None => Ok(()),
+        }
     }
 
     /// Saves what was trained since the last checkpoint, where the disk or the pictures failed and not the training.

@@ -75,6 +75,23 @@ fn a_resumed_run_ends_where_an_undisturbed_one_does() {
 }
 
 #[test]
+fn the_newest_checkpoints_are_kept() {
+    let place = Place::new();
+    let model = model(&place);
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 8 --checkpoint-every 2 --keep 2 --steps";
+    let kept = |steps: &str, more: &str| {
+        run(&format!("{line} {steps}{more}"), &[&place.path("run"), &model]).succeeded();
+        let mut kept = place.list("run");
+        kept.retain(|name| name.starts_with("checkpoint-"));
+        kept.sort();
+        kept
+    };
+    assert_eq!(kept("7", ""), ["checkpoint-6", "checkpoint-7"]);
+    // What was kept before goes too.
+    assert_eq!(kept("8", " --resume"), ["checkpoint-7", "checkpoint-8"]);
+}
+
+#[test]
 fn a_damaged_checkpoint_is_passed_over_for_an_older_one() {
     let place = Place::new();
     let model = model(&place);
