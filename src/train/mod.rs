@@ -5,6 +5,7 @@ mod metrics;
 mod passes;
 mod pretrain;
 mod schedule;
+mod tensorboard;
 mod trainer;
 
 pub use checkpoint::config_of_run;

@@ -23,6 +23,7 @@ use crate::ops::{Backend, MaskingShape, RandomMask};
 use crate::picture::{Curve, reconstruction_grid};
 use crate::train::checkpoint::{self, TrainerState};
 use crate::train::metrics::{Metrics, MetricsFile};
+use crate::train::tensorboard::EventFile;
 use crate::train::{OptimizerSettings, Schedule, Trainer};
 use crate::{Error, Result};
 
@@ -173,6 +174,7 @@ struct Run<'s, B: Backend> {
     schedule: Schedule,
     steps_per_epoch: f64,
     metrics: MetricsFile,
+    events: EventFile,
     history: Vec<Metrics>,
     done: u64,
     picture: Option<PathBuf>,
@@ -314,6 +316,7 @@ impl<'s, B: Backend> Run<'s, B> {
         };
         write_json(&out.join("recipe.json"), &recipe)?;
         let (metrics, history) = MetricsFile::open(&out.join("metrics.jsonl"), done)?;
+        let events = EventFile::create(out, done)?;
 
         let (batches, seen) = (batches_per_epoch as u64, done * *accumulate as u64);
         let position = Position { epoch: (seen / batches) as u32, batch: (seen % batches) as usize };
@@ -338,6 +341,7 @@ impl<'s, B: Backend> Run<'s, B> {
             schedule,
             steps_per_epoch,
             metrics,
+            events,
             history,
             done,
             picture: None,
@@ -435,6 +439,17 @@ impl<'s, B: Backend> Run<'s, B> {
             skipped: !report.updated,
         };
         self.metrics.append(&metrics)?;
+        self.events.scalars(
+            self.done,
+            &[
+                ("loss", report.loss),
+                ("learning_rate", learning_rate),
+                ("gradient_norm", report.gradient_norm),
+                ("images_per_second", metrics.images_per_second),
+                ("data_wait", metrics.data_wait),
+                ("epoch", metrics.epoch),
+            ],
+        )?;
         upcoming?;
         Ok(metrics)
     }
@@ -487,6 +502,8 @@ impl<'s, B: Backend> Run<'s, B> {
         grid.footer(&format!("Step {}, loss {:.4} on these pictures.", self.done, result.loss));
         let path = self.settings.out.join(format!("reconstruction-{}.png", self.done));
         grid.save(&path)?;
+        let png = fs::read(&path).map_err(|error| Error::io("reading", &path, error))?;
+        self.events.picture(self.done, "reconstruction", &png)?;
         watch(Event::Wrote(&path));
         self.picture = Some(path);
         self.draw_curve(watch)

@@ -74,6 +74,57 @@ fn a_resumed_run_ends_where_an_undisturbed_one_does() {
     assert_eq!(losses(&whole), losses(&halves));
 }
 
+/// The records of an event file, checked as TensorFlow's record reader checks them.
+fn records(path: &Path) -> Vec<Vec<u8>> {
+    // CRC-32C bit by bit, from its polynomial.
+    let checksum = |bytes: &[u8]| {
+        let crc = bytes.iter().fold(u32::MAX, |crc, &byte| {
+            (0..8).fold(crc ^ u32::from(byte), |crc, _| crc >> 1 ^ if crc & 1 == 1 { 0x82f6_3b78 } else { 0 })
+        });
+        ((!crc >> 15) | (!crc << 17)).wrapping_add(0xa282_ead8).to_le_bytes()
+    };
+    let bytes = fs::read(path).unwrap();
+    let (mut rest, mut records) = (&bytes[..], Vec::new());
+    while !rest.is_empty() {
+        let length = u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize;
+        assert_eq!(rest[8..12], checksum(&rest[..8]));
+        let (record, after) = rest[12..].split_at(length);
+        assert_eq!(after[..4], checksum(record));
+        records.push(record.to_vec());
+        rest = &after[4..];
+    }
+    records
+}
+
+#[test]
+fn a_run_can_be_watched_in_tensorboard() {
+    let place = Place::new();
+    let (out, model) = (place.path("run"), model(&place));
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 8 --steps";
+    run(&format!("{line} 3 --picture-every 10"), &[&out, &model]).succeeded();
+    run(&format!("{line} 4 --picture-every 10 --resume"), &[&out, &model]).succeeded();
+    let mut names = place.list("run");
+    names.retain(|name| name.starts_with("events.out.tfevents."));
+    names.sort();
+    let [first, second] = &names[..] else { panic!("{names:?}") };
+    // Version, pictures of steps 0 and 3, three steps; version, start, one step and its picture.
+    for (name, count) in [(first, 6), (second, 4)] {
+        let records = records(&out.join(name));
+        assert_eq!(records.len(), count, "{name}");
+        // Time as a double, step as a number; then field 3 with the version.
+        assert_eq!((records[0][0], records[0][9], records[0][10]), (0o11, 0o20, 0));
+        assert!(records[0].ends_with(b"\x1a\x0dbrain.Event:2"));
+    }
+    let steps: Vec<u8> = records(&out.join(second)).iter().map(|record| record[10]).collect();
+    assert_eq!(steps, [0, 4, 4, 4]);
+    // The loss of the last step as `tag: "loss", simple_value`.
+    let record = &records(&out.join(second))[2];
+    let at = record.windows(6).position(|window| window == b"\x0a\x04loss").unwrap();
+    assert_eq!(record[at + 6], 2 << 3 | 5);
+    let loss = f32::from_le_bytes(record[at + 7..at + 11].try_into().unwrap());
+    assert_eq!(loss, losses(&out)[3] as f32);
+}
+
 #[test]
 fn the_newest_checkpoints_are_kept() {
     let place = Place::new();
