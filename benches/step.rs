@@ -1,14 +1,35 @@
 //! A whole training step and encoding, on the CPU.
 //!
-//! `cargo bench --bench step` runs ViT-B/16 at 224 pixels; in test mode a small model stands in for it.
+//! `cargo bench --bench step` runs ViT-B/16 at 224 pixels; in test mode a small model stands in for it. Throughput is given as
+//! the bytes of weights, optimiser and activations, once each, and as the reference implementation's floating-point operations
+//! as elements.
 
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use vitmae::config::MaeConfig;
 use vitmae::cpu::Cpu;
-use vitmae::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking};
+use vitmae::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking, MemoryUse, Purpose, WorkspaceShape};
+use vitmae::ops::MaskingShape;
 use vitmae::train::{OptimizerSettings, Trainer};
+
+/// Of the patches that are hidden in a step.
+const RATIO: f64 = 0.75;
+
+/// Operations for the features of one image, nothing hidden; counted as [`MaeConfig::flops`] does.
+fn encode_flops(config: &MaeConfig) -> u64 {
+    let (patches, width) = (config.patches(), config.hidden_size);
+    let tokens = 1 + patches;
+    let block = tokens * width * (4 * width + 2 * config.intermediate_size + 2 * tokens);
+    2 * (config.num_hidden_layers * block + patches * width * config.image().patch_length()) as u64
+}
+
+fn throughput(config: &MaeConfig, batch: usize, keep: usize, purpose: Purpose, elements: u64) -> Throughput {
+    let image = config.image();
+    let shape = WorkspaceShape { batch, image, keep, purpose, interpolation: None, recompute: false };
+    let bytes = MemoryUse::of(config, &shape).expect("the preset works").total();
+    Throughput::ElementsAndBytes { elements, bytes }
+}
 
 /// The model, how it is called in bench ids, and a batch of random bytes for it.
 fn subject() -> (MaeConfig, &'static str, usize, Vec<u8>) {
@@ -43,8 +64,13 @@ fn step(criterion: &mut Criterion) {
     let model = MaeForPreTraining::new(config.clone(), Cpu::<f32>::new(), 0).expect("the preset works");
     let images = images(&config, batch, &pixels);
 
+    let flops = config.flops(RATIO).expect("the preset works").step * batch as u64;
+    let keep = MaskingShape::new(batch, config.patches(), RATIO).expect("a ratio").keep;
+    let whole = throughput(&config, batch, config.patches(), Purpose::Encode, encode_flops(&config) * batch as u64);
+    let hidden = throughput(&config, batch, keep, Purpose::Train, flops);
+
     let mut group = criterion.benchmark_group("encode");
-    group.sample_size(10).throughput(Throughput::Elements(batch as u64));
+    group.sample_size(10).throughput(whole);
     let view = model.encoder();
     let mut workspace = view.workspace(&images, None).expect("there is enough memory");
     group.bench_function(format!("{name}/batch_{batch}/cpu/f32"), |bencher| {
@@ -56,13 +82,13 @@ fn step(criterion: &mut Criterion) {
     drop(workspace);
 
     let mut group = criterion.benchmark_group("step");
-    group.sample_size(10).throughput(Throughput::Elements(batch as u64));
+    group.sample_size(10).throughput(hidden);
     let mut trainer = Trainer::new(model, OptimizerSettings::default(), 16).expect("there is enough memory");
     let mut seed = 0;
     group.bench_function(format!("{name}/batch_{batch}/cpu/f32"), |bencher| {
         bencher.iter(|| {
             seed += 1;
-            black_box(trainer.step(&images, &Masking::random(0.75, seed), 1e-5).expect("it fits"))
+            black_box(trainer.step(&images, &Masking::random(RATIO, seed), 1e-5).expect("it fits"))
         });
     });
     group.finish();

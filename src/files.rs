@@ -77,35 +77,49 @@ fn replace<W: Write>(
     write: impl FnOnce(&mut AtomicWriter<'_, W>) -> Result<()>,
 ) -> Result<()> {
     let failed = |source: io::Error| Error::io("writing", path, source);
-    // A link stays one: what it points to is replaced. A device or a pipe would be gone for everybody else.
-    let target = fs::canonicalize(path);
-    let path = target.as_deref().unwrap_or(path);
-    if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
-        let cause = "there is something of that name that is not a regular file";
-        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, cause)));
-    }
-    let name = path
-        .file_name()
-        .ok_or_else(|| failed(io::Error::new(io::ErrorKind::InvalidInput, "the path does not end in a file's name")))?;
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    static COUNTER: AtomicU64 = AtomicU64::new(0);
-    let mut temporary_name = std::ffi::OsString::from(".");
-    temporary_name.push(name);
-    temporary_name.push(format!(".{}.{}.tmp", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
-    let temporary = folder.join(temporary_name);
+    let Target { path, folder, temporary } = Target::of(path).map_err(failed)?;
+    let failed = |source: io::Error| Error::io("writing", &path, source);
 
     let file = create(&temporary).map_err(failed)?;
     let mut guard = Temporary(Some(temporary));
-    let mut writer = AtomicWriter { writer: BufWriter::with_capacity(1 << 20, file), path };
+    let mut writer = AtomicWriter { writer: BufWriter::with_capacity(1 << 20, file), path: &path };
     write(&mut writer)?;
     writer.writer.flush().map_err(failed)?;
     sync(writer.writer.get_ref()).map_err(failed)?;
     drop(writer);
-    guard.rename(path).map_err(failed)?;
-    sync_folder(folder).map_err(failed)
+    guard.rename(&path).map_err(failed)?;
+    sync_folder(&folder).map_err(failed)
+}
+
+/// Where a file is to be written.
+struct Target {
+    /// Behind links.
+    path: PathBuf,
+    folder: PathBuf,
+    /// A name for a file beside it that nobody else uses.
+    temporary: PathBuf,
+}
+
+impl Target {
+    fn of(path: &Path) -> io::Result<Self> {
+        let invalid = |cause| io::Error::new(io::ErrorKind::InvalidInput, cause);
+        // A link stays one: what it points to is replaced. A device or a pipe would be gone for everybody else.
+        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        if fs::metadata(&path).is_ok_and(|metadata| !metadata.is_file()) {
+            return Err(invalid("there is something of that name that is not a regular file"));
+        }
+        let name = path.file_name().ok_or_else(|| invalid("the path does not end in a file's name"))?;
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        let mut temporary_name = std::ffi::OsString::from(".");
+        temporary_name.push(name);
+        temporary_name.push(format!(".{}.{}.tmp", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
+        let temporary = folder.join(temporary_name);
+        Ok(Self { path, folder, temporary })
+    }
 }
 
 /// A temporary file that is removed unless it was renamed.
@@ -129,19 +143,28 @@ impl Drop for Temporary {
     }
 }
 
-/// Refuses to write over a file that is being read; `inputs` are paths.
+/// Fails where a file could not be written later, before there is any work to lose, and refuses to write over a file that is
+/// being read; `inputs` are paths.
 ///
 /// # Errors
-/// [`Error::Value`] that names both.
+/// [`Error::Value`] that names both; [`Error::Io`] where there is no such folder, where nothing can be written there, and where
+/// there is something of that name that is no file.
 pub fn check_output<'a>(output: &Path, inputs: impl IntoIterator<Item = &'a Path>) -> Result<()> {
-    let Ok(target) = fs::canonicalize(output) else { return Ok(()) };
-    match inputs.into_iter().find(|input| fs::canonicalize(input).is_ok_and(|input| input == target)) {
-        None => Ok(()),
-        Some(input) => Err(Error::value(
+    if let Ok(target) = fs::canonicalize(output)
+        && let Some(input) = inputs.into_iter().find(|input| fs::canonicalize(input).is_ok_and(|input| input == target))
+    {
+        return Err(Error::value(
             format!("output {}", output.display()),
             format!("it is the input {} too, which would be lost; choose another name", input.display()),
-        )),
+        ));
     }
+    // Only making a file tells whether one can be made: permissions do not say it for every file system.
+    Target::of(output)
+        .and_then(|Target { temporary, .. }| {
+            File::create_new(&temporary)?;
+            fs::remove_file(&temporary)
+        })
+        .map_err(|source| Error::io("writing", output, source))
 }
 
 /// Writes a value as indented JSON, as [`write_atomically`].

@@ -1,14 +1,17 @@
-//! A warmed-up call of an op on the CPU allocates nothing, on any thread.
+//! A warmed-up call of an op, or step of a trainer, on the CPU allocates nothing, on any thread.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use vitmae::config::MaeConfig;
 use vitmae::cpu::{Cpu, CpuBuffer};
+use vitmae::model::{ImageValues, Images, MaeForPreTraining, Masking as HiddenPatches};
 use vitmae::ops::{
     Activation, AdamW, AdamWSettings, AdamWState, Attention, AttentionShape, CrossEntropy, CrossEntropyShape,
     ImageShape, LayerNorm, LayerNormShape, Linear, LinearShape, Loss, LossShape, Masking, MaskingShape, Memory,
     Patchify, Pixels, RandomMask, Tokens, TokensShape, Write,
 };
+use vitmae::train::{OptimizerSettings, Trainer};
 
 /// How often memory was asked for.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
@@ -85,6 +88,7 @@ impl Step {
             cpu.linear_activation_forward(linear, Activation::Gelu, c, d, e, f, Some(g))?;
             cpu.linear_backward_input(linear, Write::Assign, c, d, e)?;
             cpu.linear_activation_backward_input(linear, Activation::Gelu, c, d, e, f)?;
+            cpu.linear_activation_backward(linear, Activation::Gelu, c, d, Some(e), f, g, h)?;
             cpu.linear_backward_weight(linear, c, Some(d), e, f)?;
         }
         cpu.activation_forward(LENGTH, Activation::Gelu, c, d)?;
@@ -106,8 +110,7 @@ impl Step {
     }
 }
 
-#[test]
-fn a_warmed_up_step_allocates_nothing() {
+fn every_op_allocates_nothing() {
     for threads in [1, 2, 3] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let mut step = Step::new();
@@ -122,4 +125,45 @@ fn a_warmed_up_step_allocates_nothing() {
             assert_eq!(count, 0, "allocations on {threads} threads");
         });
     }
+}
+
+/// Two micro-batches of bytes.
+fn a_trainer_allocates_nothing() {
+    let mut config = MaeConfig::tiny();
+    config.image_size = (32, 32).into();
+    config.patch_size = (8, 8).into();
+    let image = config.image();
+    let pixels: Vec<u8> = (0..4 * image.length()).map(|i| (i * 73 % 251) as u8).collect();
+    let images = Images {
+        batch: 4,
+        channels: image.channels,
+        height: image.height,
+        width: image.width,
+        values: ImageValues::Bytes { values: &pixels, mean: &[0.5; 3], deviation: &[0.25; 3] },
+    };
+    for threads in [1, 2, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        for recompute in [false, true] {
+            let model = MaeForPreTraining::new(config.clone(), Cpu::<f32>::new(), 3).unwrap();
+            let mut trainer = Trainer::new(model, OptimizerSettings::default(), 2).unwrap();
+            trainer.set_recompute(recompute);
+            pool.install(|| {
+                let mut step = |seed| trainer.step(&images, &HiddenPatches::random(0.75, seed), 1e-3).unwrap();
+                let first = step(0);
+                step(1);
+                let before = COUNT.load(Ordering::SeqCst);
+                let last = (2..5).map(&mut step).last();
+                let count = COUNT.load(Ordering::SeqCst) - before;
+                assert_eq!(count, 0, "allocations on {threads} threads, recompute {recompute}");
+                assert!(last.is_some_and(|last| last.updated && last.loss != first.loss));
+            });
+        }
+    }
+}
+
+/// One test, because another one's allocations would be counted too.
+#[test]
+fn a_warmed_up_step_allocates_nothing() {
+    every_op_allocates_nothing();
+    a_trainer_allocates_nothing();
 }

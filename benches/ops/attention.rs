@@ -1,5 +1,5 @@
 use criterion::Criterion;
-use vitmae::ops::{AttentionShape, Backend};
+use vitmae::ops::{AttentionShape, Backend, Cost};
 
 use crate::place::{Model, Place};
 
@@ -37,6 +37,17 @@ pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Plac
                 Ok((place.elements(3 * numbers)?, place.elements(numbers)?, qkv, log_sum_exp))
             },
             |backend, (dqkv, dout, qkv, log_sum_exp)| backend.attention_backward(shape, dqkv, dout, qkv, log_sum_exp),
+        );
+        // Queries and keys in, a map per head out, and one of forward's two products.
+        let map = place.batch * heads * tokens * tokens;
+        let cost =
+            Cost { bytes: ((2 * numbers + map) * bytes + 4 * statistics) as u64, flops: (2 * map * head_dim) as u64 };
+        place.measure(
+            criterion,
+            ["attention", "probabilities", &name],
+            cost,
+            |place| Ok((place.elements(map)?, place.elements(3 * numbers)?, place.masters(statistics)?)),
+            |backend, (map, qkv, log_sum_exp)| backend.attention_probabilities(shape, map, qkv, log_sum_exp),
         );
     }
 }

@@ -68,6 +68,23 @@ fn products<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Place<B
                 backend.linear_activation_backward_input(shape, Activation::Gelu, dpre, dy, weight, pre)
             },
         );
+        // Besides the product, `pre` in, the activation out again, and the sums of a bias.
+        let more = Cost {
+            bytes: (2 * rows * inputs * place.element_bytes() + 4 * inputs) as u64,
+            flops: (rows * inputs) as u64,
+        };
+        place.measure(
+            criterion,
+            ["linear", "activation_backward", name],
+            cost.plus(more),
+            |place| {
+                let pre = (place.elements(rows * inputs)?, place.elements(rows * inputs)?);
+                Ok((forward(place)?, pre, place.masters(inputs)?))
+            },
+            |backend, (((dpre, dy), weight, _), (pre, y), dbias)| {
+                backend.linear_activation_backward(shape, Activation::Gelu, dpre, y, Some(dbias), dy, weight, pre)
+            },
+        );
     }
     place.measure(
         criterion,

@@ -4,9 +4,9 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use vitmae::data::{Loader, LoaderOptions, Source, SourceOptions, Transform};
-use vitmae::files::write_atomically;
+use vitmae::files::{check_output, write_atomically};
 use vitmae::model::{Extras, ImageValues, Images, MaeEncoder, Masking, PositionInterpolation};
 use vitmae::ops::Backend;
 use vitmae::weights::{Checkpoint, Tensor, Values, write_tensors};
@@ -51,7 +51,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
     };
     let names_path = arguments.out.with_extension("names.txt");
     for path in [&arguments.out, &names_path] {
-        check_place(path)?;
+        check_output(path, [Path::new(&arguments.data)])?;
     }
     let mut checkpoint = Checkpoint::open(&arguments.from)?;
     let encoder = MaeEncoder::from_checkpoint(&mut checkpoint, backend)?;
@@ -112,23 +112,6 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
         names_path.display()
     )?;
     Ok(())
-}
-
-/// Fails where a file could not be written later, before there is any work to lose.
-fn check_place(path: &Path) -> anyhow::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    tempfile_in(folder).with_context(|| format!("writing {}", path.display()))?;
-    if path.exists() && !path.is_file() {
-        bail!("writing {}: there is something of that name that is not a regular file", path.display());
-    }
-    Ok(())
-}
-
-/// Makes a file in a folder and removes it again.
-fn tempfile_in(folder: &Path) -> io::Result<()> {
-    let path = folder.join(format!(".vitmae.{}.tmp", std::process::id()));
-    std::fs::OpenOptions::new().write(true).create_new(true).open(&path)?;
-    std::fs::remove_file(&path)
 }
 
 /// A name as one line: with Rust's quotes and escapes where it is no plain text.

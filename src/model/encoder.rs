@@ -1,4 +1,4 @@
-//! The encoder alone: features without masking, deterministic.
+//! The encoder alone: features of all patches, or of the visible ones.
 
 use std::path::Path;
 
@@ -24,6 +24,10 @@ pub struct Encoded {
     pub tokens: usize,
     /// Features `D`.
     pub width: usize,
+    /// 1 for a hidden patch, 0 for a visible one, `[B, L]`.
+    pub mask: Vec<f32>,
+    /// Where each patch is in the shuffled order, whose first `keep` are visible, `[B, L]`.
+    pub ids_restore: Vec<u32>,
     /// The last hidden state, behind the final LayerNorm, `[B, 1 + keep, D]`.
     pub last_hidden_state: Vec<f32>,
     /// Where asked for: the residual stream before each block and after the last, each `[B, 1 + keep, D]`.
@@ -122,17 +126,45 @@ impl<B: Backend> EncoderView<'_, B> {
         interpolation: Option<PositionInterpolation>,
         extras: Extras,
     ) -> Result<Encoded> {
-        let mut workspace = self.workspace(images, interpolation)?;
-        self.encode_in(&mut workspace, images, &Masking::None, extras)
+        self.encode_masked(images, &Masking::None, interpolation, extras)
     }
 
-    /// Room to encode batches as large as this one, many times.
+    /// Features of the visible patches alone, as the autoencoder's decoder gets them: those of one image in the order in
+    /// which [`Encoded::ids_restore`] counts them.
+    ///
+    /// # Errors
+    /// As [`EncoderView::encode`], and those of noise that does not fit the images.
+    pub fn encode_masked(
+        &self,
+        images: &Images<'_>,
+        masking: &Masking<'_>,
+        interpolation: Option<PositionInterpolation>,
+        extras: Extras,
+    ) -> Result<Encoded> {
+        let mut workspace = self.workspace_masked(images, masking, interpolation)?;
+        self.encode_in(&mut workspace, images, masking, extras)
+    }
+
+    /// Room to encode all patches of batches as large as this one, many times.
     ///
     /// # Errors
     /// As [`EncoderView::encode`].
     pub fn workspace(&self, images: &Images<'_>, interpolation: Option<PositionInterpolation>) -> Result<Workspace<B>> {
+        self.workspace_masked(images, &Masking::None, interpolation)
+    }
+
+    /// Room to encode the patches of batches as large as this one of which as many are visible, many times.
+    ///
+    /// # Errors
+    /// As [`EncoderView::encode_masked`].
+    pub fn workspace_masked(
+        &self,
+        images: &Images<'_>,
+        masking: &Masking<'_>,
+        interpolation: Option<PositionInterpolation>,
+    ) -> Result<Workspace<B>> {
         let image = images.check(self.config)?;
-        let keep = image.patches();
+        let keep = masking.check(images.batch, image.patches())?.keep;
         let shape = WorkspaceShape {
             batch: images.batch,
             image,
@@ -146,10 +178,11 @@ impl<B: Backend> EncoderView<'_, B> {
         Ok(workspace)
     }
 
-    /// Encodes the visible patches in a workspace from [`EncoderView::workspace`].
+    /// Encodes the visible patches in a workspace from [`EncoderView::workspace`], or, where patches are hidden, from
+    /// [`EncoderView::workspace_masked`].
     ///
     /// # Errors
-    /// As [`EncoderView::encode`], and [`Error::Shape`] where the images are not what the workspace was made for.
+    /// As [`EncoderView::encode_masked`], and [`Error::Shape`] where the images are not what the workspace was made for.
     pub fn encode_in(
         &self,
         workspace: &mut Workspace<B>,
@@ -166,7 +199,12 @@ impl<B: Backend> EncoderView<'_, B> {
             download_elements(self.backend, &workspace.encoder.encoded, images.batch * tokens * width)?;
         let (hidden_states, attentions) =
             collector.map_or_else(Default::default, |collector| (collector.hidden_states, collector.attentions));
-        Ok(Encoded { batch: images.batch, tokens, width, last_hidden_state, hidden_states, attentions })
+        let patches = images.batch * workspace.shape.image.patches();
+        let (mut mask, mut ids_restore) = (vec![0.0; patches], vec![0; patches]);
+        self.backend.download(&mut mask, &workspace.inputs.mask)?;
+        self.backend.download(&mut ids_restore, &workspace.inputs.ids_restore)?;
+        let batch = images.batch;
+        Ok(Encoded { batch, tokens, width, mask, ids_restore, last_hidden_state, hidden_states, attentions })
     }
 
     /// Checks the images, brings them to the device and decides which of their patches are hidden.

@@ -32,6 +32,16 @@ impl<B: Backend> Gradients<B> {
         backend.zero(&mut self.arena)
     }
 
+    /// All of them as they are, unrounded: those of a parameter at its [`Layout::range`].
+    ///
+    /// # Errors
+    /// Device errors.
+    pub fn download(&self, backend: &B, layout: &Layout) -> Result<Vec<B::Master>> {
+        let mut values = vec![B::Master::default(); layout.trained()];
+        backend.download(&mut values, &self.arena)?;
+        Ok(values)
+    }
+
     /// The gradient of parameter `index` of `layout`; `None` for a position table, which is not trained.
     ///
     /// # Errors

@@ -172,6 +172,12 @@ impl<B: Backend> Trainer<B> {
         &self.model
     }
 
+    /// What was accumulated since the last update, which clears it.
+    #[must_use]
+    pub fn gradients(&self) -> &Gradients<B> {
+        &self.gradients
+    }
+
     /// Gives the model back and drops the rest.
     #[must_use]
     pub fn into_model(self) -> MaeForPreTraining<B> {

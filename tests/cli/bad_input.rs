@@ -6,7 +6,11 @@ use std::process::Command;
 
 use vitmae::config::MaeConfig;
 
-use crate::{Place, Ran, run, small_config, tensor};
+use crate::{Place, Ran, files, run, small_config, tensor};
+
+/// What is in a checkpoint of a run.
+const CHECKPOINT: [&str; 5] =
+    ["config.json", "model.safetensors", "optimizer.safetensors", "preprocessor_config.json", "trainer_state.json"];
 
 const TRAIN: &str = "--model {} --batch-size 4 --steps 2 --threads 2";
 
@@ -38,6 +42,13 @@ fn a_checkpoint_that_is_not_there_is_named() {
     run("embed --from {} --data {} --out {}", &[missing, &pictures, &place.path("x.npy")])
         .failed(1, &["/no/such/checkpoint"]);
     run("info {}", &[missing]).failed(1, &["/no/such/checkpoint"]);
+    // The same of what a model is to be shown.
+    let (checkpoint, missing, out) = (place.checkpoint(), Path::new("/no/such/file"), place.path("out.safetensors"));
+    run("forward --from {} --input {} --output {}", &[&checkpoint, missing, &out]).failed(1, &["/no/such/file"]);
+    assert!(!out.exists());
+    let out = place.path("out.png");
+    run("reconstruct --from {} {} --out {}", &[&checkpoint, missing, &out]).failed(1, &["/no/such/file"]);
+    assert!(!out.exists());
 }
 
 #[test]
@@ -86,6 +97,16 @@ fn more_than_a_tenth_of_bad_pictures_stops_the_run() {
         &[&pictures, &place.path("run"), &model],
     )
     .failed(1, &["bad ", "10 %"]);
+    // No half-written file; and steps that were done before the bad ones came up are saved as a whole checkpoint.
+    let left = place.list("run");
+    assert!(left.contains(&"recipe.json".to_owned()), "{left:?}");
+    for name in &left {
+        assert!(!name.contains("tmp"), "{left:?}");
+        if name.starts_with("checkpoint-") {
+            let names: Vec<String> = files(&place.path("run").join(name)).into_keys().collect();
+            assert_eq!(names, CHECKPOINT, "{name}");
+        }
+    }
 }
 
 #[test]
@@ -102,6 +123,13 @@ fn sizes_that_patches_do_not_fit_are_explained() {
     run("forward --from {} --input {} --output {}", &[&checkpoint, &input, &out]).failed(1, &["30x32"]);
     let input = place.tensors("input.safetensors", &[("pixel_values", &[1, 3, 40, 32], &[0.5; 3 * 40 * 32])]);
     run("forward --from {} --input {} --output {}", &[&checkpoint, &input, &out]).failed(1, &["40x32", "interpolat"]);
+    let input = place.tensors("input.safetensors", &[("pixel_values", &[1, 3, 4, 4], &[0.5; 3 * 4 * 4])]);
+    run("forward --from {} --input {} --output {}", &[&checkpoint, &input, &out])
+        .failed(1, &["4x4", "smaller than a patch of 8x8"]);
+    assert!(!out.exists());
+    let (picture, out) = (pictures.join("picture 00.png"), place.path("out.png"));
+    run("reconstruct --from {} {} --out {} --image-size 4", &[&checkpoint, &picture, &out])
+        .failed(1, &["4x4", "smaller than a patch of 8x8"]);
     assert!(!out.exists());
 }
 
@@ -204,7 +232,11 @@ fn files_that_lie_are_refused() {
     longer[..8].copy_from_slice(&(good.len() as u64 * 2).to_le_bytes());
     let mut not_text = good.clone();
     not_text[20] = 0xff;
-    let lies: [(&str, Vec<u8>); 9] = [
+    // Two matrices of one size are said to lie in the same place.
+    let mut entries: serde_json::Value = serde_json::from_str(&header).unwrap();
+    let layer = "vit.encoder.layer.0.attention.attention";
+    entries[format!("{layer}.key.weight")] = entries[format!("{layer}.query.weight")].clone();
+    let lies: [(&str, Vec<u8>); 10] = [
         ("empty", Vec::new()),
         ("cut header", good[..header_length / 2].to_vec()),
         ("cut data", good[..good.len() - 5].to_vec()),
@@ -213,7 +245,8 @@ fn files_that_lie_are_refused() {
         ("not UTF-8", not_text),
         ("not JSON", with_header(b"{\"a\": [1, 2")),
         ("integers for weights", with_header(header.replace("\"F32\"", "\"I32\"").as_bytes())),
-        ("overlap", with_header(header.replacen("\"data_offsets\":[", "\"data_offsets\":[1", 3).as_bytes())),
+        ("overlap", with_header(entries.to_string().as_bytes())),
+        ("wrong places", with_header(header.replacen("\"data_offsets\":[", "\"data_offsets\":[1", 3).as_bytes())),
     ];
     for (what, bytes) in lies {
         assert_ne!(bytes, good, "{what}");
@@ -221,10 +254,42 @@ fn files_that_lie_are_refused() {
         let ran = run("embed --from {} --data {} --out {}", &[&checkpoint, &pictures, &place.path("f.npy")]);
         assert_eq!(ran.status, 1, "{what}: {}", ran.err);
         assert!(ran.err.contains("model.safetensors") && !ran.err.contains("panicked"), "{what}: {}", ran.err);
+        assert!(what != "overlap" || ran.err.contains("overlap"), "{}", ran.err);
     }
     assert!(!place.path("f.npy").exists());
     fs::write(&weights, &good).unwrap();
     run("embed --from {} --data {} --out {}", &[&checkpoint, &pictures, &place.path("f.npy")]).succeeded();
+}
+
+#[test]
+fn inputs_that_lie_are_refused() {
+    let place = Place::new();
+    let (checkpoint, out) = (place.checkpoint(), place.path("out.safetensors"));
+    let pixels = vec![0.5f32; 3 * 32 * 32];
+    let input = place.tensors("input.safetensors", &[("pixel_values", &[1, 3, 32, 32], &pixels)]);
+    let good = fs::read(&input).unwrap();
+    let changed = |place: usize, bytes: &[u8]| {
+        let mut changed = good.clone();
+        changed[place..place + bytes.len()].copy_from_slice(bytes);
+        changed
+    };
+    for (what, bytes, word) in [
+        ("empty", Vec::new(), "truncated"),
+        ("cut header", good[..20].to_vec(), "truncated"),
+        ("cut data", good[..good.len() - 5].to_vec(), "truncated"),
+        ("huge header", changed(0, &u64::MAX.to_le_bytes()), "header claims 18446744073709551615 bytes"),
+        ("not UTF-8", changed(12, &[0xff]), "UTF-8"),
+    ] {
+        fs::write(&input, bytes).unwrap();
+        let ran = run("forward --from {} --input {} --output {}", &[&checkpoint, &input, &out]);
+        assert_eq!(ran.status, 1, "{what}: {}", ran.err);
+        ran.failed(1, &["input.safetensors", word]);
+        assert!(!out.exists(), "{what}");
+    }
+    let left = place.list(".");
+    assert_eq!(left, ["checkpoint", "input.safetensors"]);
+    fs::write(&input, &good).unwrap();
+    run("forward --from {} --input {} --output {}", &[&checkpoint, &input, &out]).succeeded();
 }
 
 #[test]
@@ -296,26 +361,36 @@ fn a_full_disk_leaves_the_checkpoint_before_whole() {
         &[&pictures, &out, &model],
     )
     .succeeded();
-    let before = fs::read(out.join("checkpoint-2/model.safetensors")).unwrap();
+    let before = files(&out.join("checkpoint-2"));
+    assert_eq!(before.keys().collect::<Vec<_>>(), CHECKPOINT);
+    let end = files(&out.join("checkpoint-4"));
     // Go on from step 2 where no file may grow beyond 16 KiB: a write fails in the middle as on a full disk.
     fs::remove_dir_all(out.join("checkpoint-4")).unwrap();
-    let line = "ulimit -f 16; trap '' XFSZ; exec \"$0\" \"$@\"";
-    let ran: Ran = Command::new("bash")
-        .args(["-c", line, env!("CARGO_BIN_EXE_vitmae"), "pretrain", "--resume", "--data"])
-        .arg(&pictures)
-        .arg("--out")
-        .arg(&out)
-        .arg("--model")
-        .arg(&model)
-        .args(["--batch-size", "4", "--steps", "4", "--checkpoint-every", "2", "--threads", "1"])
-        .output()
-        .unwrap()
-        .into();
-    ran.failed(1, &["run"]);
-    assert_eq!(fs::read(out.join("checkpoint-2/model.safetensors")).unwrap(), before);
+    let resume = |limit: &str| -> Ran {
+        let line = format!("{limit} exec \"$0\" \"$@\"");
+        Command::new("bash")
+            .args(["-c", &line, env!("CARGO_BIN_EXE_vitmae"), "pretrain", "--resume", "--data"])
+            .arg(&pictures)
+            .arg("--out")
+            .arg(&out)
+            .arg("--model")
+            .arg(&model)
+            .args(["--batch-size", "4", "--steps", "4", "--checkpoint-every", "2", "--threads", "1"])
+            .output()
+            .unwrap()
+            .into()
+    };
+    resume("ulimit -f 16; trap '' XFSZ;").failed(1, &["File too large", "the checkpoint of step 2 is whole"]);
+    assert_eq!(files(&out.join("checkpoint-2")), before);
     assert!(!out.join("checkpoint-4").exists());
     let leftovers: Vec<String> = place.list("run").into_iter().filter(|name| name.contains("tmp")).collect();
     assert!(leftovers.is_empty(), "{leftovers:?}");
+    // With room again, the run ends as it would have.
+    resume("").succeeded();
+    let again = files(&out.join("checkpoint-4"));
+    assert_eq!(again.keys().collect::<Vec<_>>(), CHECKPOINT);
+    assert_eq!(again["model.safetensors"], end["model.safetensors"]);
+    assert_eq!(again["optimizer.safetensors"], end["optimizer.safetensors"]);
 }
 
 #[test]
@@ -339,6 +414,18 @@ fn outputs_and_sizes_are_checked_first() {
     assert_eq!(fs::read(&picture).unwrap(), before);
     run("embed --from {} --data {} --out {}", &[&checkpoint, &picture, &place.path("none/f.npy")])
         .failed(1, &["none", "writing"]);
+    // No checkpoint is even looked for where the result could not be written.
+    let (absent, input) = (Path::new("/no/such/checkpoint"), Path::new("/no/such/input"));
+    let mut unwritable = vec![place.path("none/out.png"), place.path("checkpoint")];
+    if cfg!(target_os = "linux") {
+        unwritable.push("/proc/x".into());
+    }
+    for out in &unwritable {
+        let words = ["writing", &out.to_string_lossy()];
+        run("forward --from {} --input {} --output {}", &[absent, input, out]).failed(1, &words);
+        run("reconstruct --from {} {} --out {}", &[absent, &picture, out]).failed(1, &words);
+    }
+    assert!(!place.path("none").exists());
     run("embed --from {} --data {} --out {} --image-size 8000000", &[&checkpoint, &picture, &place.path("f.npy")])
         .failed(2, &["at most 32768"]);
     run("pretrain --data synthetic:20 --out {} --batch-size 16000000", &[&place.path("run")])

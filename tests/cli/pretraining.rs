@@ -6,6 +6,9 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
+use vitmae::cpu::Cpu;
+use vitmae::data::{ImageProcessor, Source, SourceOptions};
+use vitmae::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking};
 
 use crate::{Place, run, small_config};
 
@@ -55,6 +58,112 @@ fn a_run_learns_and_leaves_its_files() {
         &[&place.path("second"), &out.join("checkpoint-60")],
     )
     .succeeded();
+}
+
+/// How well a checkpoint predicts the hidden patches of pictures that it is shown whole.
+struct Skill {
+    /// Its mean squared error over the variance of what is hidden: 1 for the best that is the same everywhere.
+    error: f64,
+    /// The variance of the predictions between the patches of a picture, over that of what is hidden.
+    between: f64,
+}
+
+fn skill(checkpoint: &Path, data: &str) -> Skill {
+    let model = MaeForPreTraining::from_pretrained(checkpoint, Cpu::<f32>::new()).unwrap();
+    let image = model.config().image();
+    let processor = ImageProcessor::open(checkpoint.join("preprocessor_config.json")).unwrap();
+    let (mean, deviation) = processor.normalization();
+    let options = SourceOptions::new(image.channels, image.height, image.width).unwrap();
+    let source = Source::parse(data, &options).unwrap();
+    let mut values = Vec::new();
+    for index in 0..source.len() {
+        values.extend(processor.process(&source.read(index).unwrap()).unwrap().pixels);
+    }
+    let images = Images {
+        batch: source.len(),
+        channels: image.channels,
+        height: image.height,
+        width: image.width,
+        values: ImageValues::Bytes { values: &values, mean: &mean, deviation: &deviation },
+    };
+    let masking = Masking::random(model.config().mask_ratio, 5);
+    let result = model.forward_with(&images, &masking, None, Extras::default()).unwrap();
+    let (patches, columns, length) = (image.patches(), image.grid().1, image.patch_length());
+    let (mut hidden, mut between, mut features) = (Vec::new(), 0.0, 0.0);
+    for batch in 0..source.len() {
+        let places: Vec<usize> =
+            (batch * patches..(batch + 1) * patches).filter(|&place| result.mask[place] == 1.0).collect();
+        for feature in 0..length {
+            let found: Vec<f64> =
+                places.iter().map(|place| f64::from(result.logits[place * length + feature])).collect();
+            between += variance(&found);
+            features += 1.0;
+        }
+        for place in places.iter().map(|place| place % patches) {
+            let (top, left) = (place / columns * image.patch_height, place % columns * image.patch_width);
+            for y in top..top + image.patch_height {
+                let start = ((batch * image.height + y) * image.width + left) * image.channels;
+                for (at, &value) in values[start..start + image.patch_width * image.channels].iter().enumerate() {
+                    let channel = at % image.channels;
+                    hidden.push((f64::from(value) / 255.0 - f64::from(mean[channel])) / f64::from(deviation[channel]));
+                }
+            }
+        }
+    }
+    let target = variance(&hidden);
+    Skill { error: result.loss / target, between: between / features / target }
+}
+
+fn variance(values: &[f64]) -> f64 {
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / values.len() as f64
+}
+
+/// Trains a small model on pictures of 64 x 64 pixels; how its loss fell, from the first step to the mean of the last ten,
+/// and how well it predicts `held_out`.
+fn train_at_64(place: &Place, data: &str, steps: usize, held_out: &str) -> (f64, Skill) {
+    let mut config = small_config();
+    config.image_size = (64, 64).into();
+    config.hidden_size = 64;
+    config.intermediate_size = 128;
+    config.decoder_hidden_size = 48;
+    config.decoder_intermediate_size = 96;
+    let (model, out) = (place.path("model.json"), place.path("run"));
+    fs::write(&model, config.to_json()).unwrap();
+    let line = format!(
+        "pretrain --data {data} --out {{}} --model {{}} --batch-size 32 --steps {steps} --blr 0.02 --warmup-epochs 0.5"
+    );
+    run(&line, &[&out, &model]).succeeded();
+    let losses = losses(&out);
+    let last = losses[steps - 10..].iter().sum::<f64>() / 10.0;
+    let skill = skill(&out.join(format!("checkpoint-{steps}")), held_out);
+    println!("{data}: loss {:.3} to {last:.3}; error {:.3}, between {:.3}", losses[0], skill.error, skill.between);
+    (last / losses[0], skill)
+}
+
+#[test]
+fn a_run_learns_to_predict_pictures_that_it_has_not_seen() {
+    let (fall, skill) = train_at_64(&Place::new(), "synthetic:400", 150, "synthetic:32:77");
+    assert!(fall < 0.5, "the loss fell to {fall}");
+    assert!(skill.error < 0.6, "{} of the variance of what is hidden is left", skill.error);
+    // One answer for all places would have none.
+    assert!(skill.between > 0.04, "predictions vary by {} of the variance of what is hidden", skill.between);
+}
+
+#[test]
+fn a_run_learns_photographs() {
+    let folder = std::env::var_os("VITMAE_DATA")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data"), Into::into)
+        .join("imagenet-samples");
+    if !folder.is_dir() {
+        println!("skipped: no real pictures in VITMAE_DATA or ../shared/data");
+        return;
+    }
+    let data = folder.to_str().unwrap();
+    let (fall, skill) = train_at_64(&Place::new(), data, 120, data);
+    assert!(fall < 0.8, "the loss fell to {fall}");
+    assert!(skill.error < 0.8, "{} of the variance of what is hidden is left", skill.error);
+    assert!(skill.between > 0.01, "predictions vary by {} of the variance of what is hidden", skill.between);
 }
 
 #[test]

@@ -17,6 +17,8 @@ mod report;
 mod scratch;
 mod tokens;
 
+use std::collections::BTreeSet;
+
 use emulated::launch::{Argument, Grid};
 use emulated::modules::{KERNELS, Target};
 use emulated::nvrtc::{Nvrtc, NvrtcError, Source};
@@ -53,6 +55,10 @@ fn launchers_declare_the_kernels_that_there_are() {
     defined.sort();
     declared.sort();
     assert_eq!(defined, declared);
+    // Ops name each of them, and no other.
+    let of_kernels: BTreeSet<&str> = KERNELS.iter().map(|&(_, symbol)| symbol).collect();
+    let of_ops: BTreeSet<&str> = vitmae::ops::OPS.iter().flat_map(|op| op.symbols.iter().copied()).collect();
+    assert_eq!(of_ops, of_kernels);
 }
 
 #[test]

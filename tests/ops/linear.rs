@@ -248,6 +248,55 @@ fn linear_gradients_are_those_of_the_forward_pass() {
     }
 }
 
+#[test]
+fn linear_residual_gradients_are_those_of_the_forward_pass() {
+    let shape = LinearShape { rows: 5, inputs: 7, outputs: 6 };
+    let [x, weight, bias, dz] = inputs(shape, 60);
+    let residual = random(64, 30);
+    let cpu = Cpu::<f64>::new();
+    let forward = |residual: &[f64], x: &[f64], weight: &[f64], bias: &[f64]| {
+        let (residual, x, weight, bias) = (buffer(residual), buffer(x), buffer(weight), buffer(bias));
+        let mut y = poisoned(30);
+        cpu.linear_residual_forward(shape, &mut y, &residual, &x, &weight, Some(&bias)).unwrap();
+        dot(&read(&y), &dz)
+    };
+    let mut dx = poisoned(35);
+    cpu.linear_backward_input(shape, Write::Assign, &mut dx, &buffer(&dz), &buffer(&weight)).unwrap();
+    let (mut dweight, mut dbias) = (buffer(&[0.0; 42]), buffer(&[0.0; 6]));
+    cpu.linear_backward_weight(shape, &mut dweight, Some(&mut dbias), &buffer(&dz), &buffer(&x)).unwrap();
+    // The residual's gradient is that of the output, which a stack hands on as it is.
+    check_gradient("dresidual", &residual, &dz, |residual| forward(residual, &x, &weight, &bias));
+    check_gradient("dx", &x, &read(&dx), |x| forward(&residual, x, &weight, &bias));
+    check_gradient("dweight", &weight, &read(&dweight), |weight| forward(&residual, &x, weight, &bias));
+    check_gradient("dbias", &bias, &read(&dbias), |bias| forward(&residual, &x, &weight, bias));
+}
+
+/// `z = dot(dy, activation(pre + bias) weightᵀ)`, whose gradients for `pre` and the layer before's bias come in one call.
+#[test]
+fn linear_activation_backward_has_the_gradients_of_the_forward_pass() {
+    for activation in ACTIVATIONS {
+        let shape = LinearShape { rows: 5, inputs: 7, outputs: 6 };
+        let [pre, weight, _, dy] = inputs(shape, 70);
+        let cpu = Cpu::<f64>::new();
+        let forward = |pre: &[f64], bias: &[f64]| {
+            let pre: Vec<f64> = pre.iter().enumerate().map(|(i, pre)| pre + bias[i % 7]).collect();
+            let (mut activated, mut y) = (poisoned(35), poisoned(30));
+            cpu.activation_forward(35, activation, &mut activated, &buffer(&pre)).unwrap();
+            cpu.linear_forward(shape, &mut y, &activated, &buffer(&weight), None).unwrap();
+            (dot(&read(&y), &dy), read(&activated))
+        };
+        let before = random(75, 7);
+        let (mut dpre, mut y, mut dbias) = (poisoned(35), poisoned(35), buffer(&before));
+        let (dy_, weight_, pre_) = (buffer(&dy), buffer(&weight), buffer(&pre));
+        cpu.linear_activation_backward(shape, activation, &mut dpre, &mut y, Some(&mut dbias), &dy_, &weight_, &pre_)
+            .unwrap();
+        check_gradient("dpre", &pre, &read(&dpre), |pre| forward(pre, &[0.0; 7]).0);
+        let added: Vec<f64> = read(&dbias).iter().zip(&before).map(|(after, before)| after - before).collect();
+        check_gradient("dbias", &[0.0; 7], &added, |bias| forward(&pre, bias).0);
+        close("y", &read(&y), &forward(&pre, &[0.0; 7]).1, 1e-14);
+    }
+}
+
 /// Numbers of all sizes, at which f32 activations and their derivatives are held against f64.
 fn wide() -> Vec<f64> {
     let mut values: Vec<f64> = (-40_000..40_000).map(|i| f64::from(i) * 3e-4 + 1.3e-5).collect();

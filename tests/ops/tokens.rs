@@ -2,7 +2,7 @@ use vitmae::cpu::{Cpu, Float};
 use vitmae::ops::{Tokens, TokensShape};
 
 use crate::patchify::some_ids;
-use crate::support::{buffer, close, plain, poisoned, random, read, same_on_any_threads, shuffles};
+use crate::support::{buffer, check_gradient, close, plain, poisoned, random, read, same_on_any_threads, shuffles};
 
 fn shapes() -> Vec<TokensShape> {
     let mut shapes = Vec::new();
@@ -162,6 +162,37 @@ fn tokens_gather_and_its_transpose() {
         adjoint("gather", dot(&expected, &dy), dot(&x, &dx));
         assert_eq!(dx.iter().filter(|&&x| x != 0.0).count(), dy.len());
     }
+}
+
+#[test]
+fn tokens_gradients_are_those_of_the_forward_pass() {
+    let shape = TokensShape { batch: 2, patches: 10, selected: 3, width: 5 };
+    let TokensShape { batch, patches, selected, width } = shape;
+    let (visible, whole) = (batch * (1 + selected) * width, batch * (1 + patches) * width);
+    let (ids, restore) = (some_ids(4, batch, patches, selected), shuffles(5, batch, patches));
+    let (embedded, token) = (random(1, batch * selected * width), random(2, width));
+    let positions = random(3, (1 + patches) * width);
+    let cpu = Cpu::<f64>::new();
+
+    let dx = random(6, visible);
+    let (mut dpatches, mut dclass) = (poisoned(embedded.len()), buffer(&vec![0.0; width]));
+    cpu.tokens_assemble_backward(shape, &mut dpatches, &mut dclass, &buffer(&dx)).unwrap();
+    let assembled =
+        |patches: &[f64], class: &[f64]| dot(&assemble::<f64>(shape, patches, class, &positions, &ids), &dx);
+    check_gradient("dpatches", &embedded, &read(&dpatches), |patches| assembled(patches, &token));
+    check_gradient("dclass_token", &token, &read(&dclass), |class| assembled(&embedded, class));
+
+    let (x, dy) = (random(7, visible), random(8, whole));
+    let (mut dx, mut dmask) = (poisoned(visible), buffer(&vec![0.0; width]));
+    cpu.tokens_unshuffle_backward(shape, &mut dx, &mut dmask, &buffer(&dy), &plain(&restore, 0)).unwrap();
+    let unshuffled = |x: &[f64], mask: &[f64]| dot(&unshuffle::<f64>(shape, x, mask, &positions, &restore), &dy);
+    check_gradient("dx of unshuffle", &x, &read(&dx), |x| unshuffled(x, &token));
+    check_gradient("dmask_token", &token, &read(&dmask), |mask| unshuffled(&x, mask));
+
+    let (x, dy) = (random(9, whole), random(10, batch * selected * width));
+    let mut dx = poisoned(whole);
+    cpu.tokens_gather_backward(shape, &mut dx, &buffer(&dy), &plain(&ids, 0)).unwrap();
+    check_gradient("dx of gather", &x, &read(&dx), |x| dot(&gather::<f64>(shape, x, &ids), &dy));
 }
 
 #[test]
