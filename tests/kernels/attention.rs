@@ -1,29 +1,70 @@
 //! Attention against the CPU in f64.
 
+use std::collections::BTreeSet;
+
 use half::bf16;
 use vitmae::cpu::Cpu;
-use vitmae::ops::{Attention, AttentionShape, Memory};
+use vitmae::ops::{Attention, AttentionShape, Memory, OPS};
 
 use super::emulated::attention::{attention_backward, attention_forward};
+use super::emulated::launch::Limits;
 use super::emulated::{Cuda, CudaElement, CudaError, Options, SEEDS, Stream, TestDevice, device, device_with};
+use super::listing::Listing;
 use super::reference::{Bench, random};
 
 fn shape(batch: usize, tokens: usize, heads: usize, head_dim: usize) -> AttentionShape {
     AttentionShape { batch, tokens, heads, head_dim }
 }
 
-/// Shapes for every kernel: lengths of all kinds of tiles, and heads narrower than, as wide as and between them.
-fn shapes() -> Vec<AttentionShape> {
-    let mut shapes = Vec::new();
+/// A shape, and what it is run on.
+struct Run {
+    shape: AttentionShape,
+    kilobytes: u32,
+    bf16: bool,
+    f32: bool,
+}
+
+/// Lengths that any order of threads can be tried on.
+const SHORT: usize = 65;
+
+/// Shapes for every kernel: lengths of all kinds of tiles, and heads narrower than, as wide as and between them. The smallest
+/// GPU's shared memory for short sequences, which fit into it, and the largest's for long ones.
+fn runs() -> Vec<Run> {
+    let mut runs = Vec::new();
+    let run = |shape: AttentionShape, bf16, f32| Run {
+        shape,
+        kilobytes: if shape.tokens > 100 { 227 } else { 99 },
+        bf16,
+        f32,
+    };
     for (index, tokens) in [1, 2, 17, 50, 65].into_iter().enumerate() {
-        for head_dim in [8, 16, 32, 40, 64, 80, 128] {
-            shapes.push(shape(1 + index % 2, tokens, 2 - index % 2, head_dim));
+        for (column, head_dim) in [8, 16, 32, 40, 64, 80, 128].into_iter().enumerate() {
+            let f32 = head_dim < 64 || (index + column) % 2 == 0;
+            runs.push(run(shape(1 + index % 2, tokens, 2 - index % 2, head_dim), true, f32));
         }
     }
-    for (tokens, head_dims) in [(197, [32, 64, 80]), (257, [32, 80, 40]), (300, [16, 64, 128])] {
-        shapes.extend(head_dims.map(|head_dim| shape(1, tokens, 1, head_dim)));
+    for head_dim in [24, 48, 72, 88, 120] {
+        runs.extend([17, 130].map(|tokens| run(shape(1, tokens, 1, head_dim), true, tokens == 17)));
     }
-    shapes
+    for (tokens, head_dims) in [(197, [32, 64, 80]), (257, [32, 80, 40]), (300, [16, 64, 128])] {
+        runs.extend(head_dims.map(|head_dim| run(shape(1, tokens, 1, head_dim), true, head_dim == 16)));
+    }
+    // From 321 tokens on heads do not stay in shared memory.
+    runs.extend([100, 257, 330].map(|tokens| run(shape(1, tokens, 1, 64), true, false)));
+    runs.extend([(197, 32), (257, 80)].map(|(tokens, head_dim)| run(shape(1, tokens, 1, head_dim), false, true)));
+    runs.push(run(shape(1, 785, 1, 8), true, true));
+    // 99 KB are what consumer GPUs have; with 74 KB, every width takes the kernels that need least.
+    for (kilobytes, shape) in [
+        (99, shape(1, 197, 1, 64)),
+        (99, shape(1, 257, 1, 32)),
+        (99, shape(1, 257, 1, 80)),
+        (99, shape(1, 65, 2, 128)),
+        (74, shape(1, 197, 1, 32)),
+        (74, shape(1, 130, 1, 64)),
+    ] {
+        runs.push(Run { shape, kilobytes, bf16: true, f32: false });
+    }
+    runs
 }
 
 /// Tokens by features of one head.
@@ -71,7 +112,8 @@ struct Outputs {
     probabilities: Vec<f64>,
 }
 
-fn run<B: Attention>(bench: &Bench<'_, B>, shape: AttentionShape, inputs: &Inputs) -> Outputs {
+/// Gives all three ops to a backend: their outputs on it.
+fn give<B: Attention>(bench: &Bench<'_, B>, shape: AttentionShape, inputs: &Inputs) -> Given<B> {
     let AttentionShape { batch, tokens, heads, .. } = shape;
     let numbers = batch * tokens * shape.width();
     let (qkv, dout) = (bench.elements(&inputs.qkv), bench.elements(&inputs.dout));
@@ -82,11 +124,24 @@ fn run<B: Attention>(bench: &Bench<'_, B>, shape: AttentionShape, inputs: &Input
     backend.attention_forward(shape, &mut out, &mut log_sum_exp, &qkv).expect("no fault");
     backend.attention_backward(shape, &mut dqkv, &dout, &qkv, &log_sum_exp).expect("no fault");
     backend.attention_probabilities(shape, &mut probabilities, &qkv, &log_sum_exp).expect("no fault");
+    Given { out, log_sum_exp, dqkv, probabilities }
+}
+
+/// [`Outputs`] on a backend.
+struct Given<B: Memory> {
+    out: B::Buffer<B::Element>,
+    log_sum_exp: B::Buffer<B::Master>,
+    dqkv: B::Buffer<B::Element>,
+    probabilities: B::Buffer<B::Element>,
+}
+
+fn run<B: Attention>(bench: &Bench<'_, B>, shape: AttentionShape, inputs: &Inputs) -> Outputs {
+    let given = give(bench, shape, inputs);
     Outputs {
-        out: bench.read(&out),
-        log_sum_exp: bench.read_masters(&log_sum_exp),
-        dqkv: bench.read(&dqkv),
-        probabilities: bench.read(&probabilities),
+        out: bench.read(&given.out),
+        log_sum_exp: bench.read_masters(&given.log_sum_exp),
+        dqkv: bench.read(&given.dqkv),
+        probabilities: bench.read(&given.probabilities),
     }
 }
 
@@ -156,11 +211,21 @@ fn part(shape: AttentionShape, dqkv: &[f64], which: usize) -> Vec<f64> {
 }
 
 fn check<E: CudaElement>(stream: &Stream, shape: AttentionShape, spread: f64, slack: f64) {
+    check_all::<E>(&[stream.clone()], shape, spread, slack);
+}
+
+/// The same on several streams: right on the first, and the same bits on the others.
+fn check_all<E: CudaElement>(streams: &[Stream], shape: AttentionShape, spread: f64, slack: f64) {
     let inputs = Inputs::new(shape, spread);
     let exact = run(&Bench { backend: &Cpu::<f64>::new(), shift: 0 }, shape, &inputs);
     let naive = naive::<E>(shape, &inputs);
-    let found = run(&Bench { backend: &Cuda::<E>::new(stream.clone()), shift: 0 }, shape, &inputs);
+    let run_on = |stream: &Stream| run(&Bench { backend: &Cuda::<E>::new(stream.clone()), shift: 0 }, shape, &inputs);
+    let found = run_on(&streams[0]);
     let what = format!("{shape:?}, {} bytes, spread {spread}", size_of::<E>());
+    for (index, stream) in streams.iter().enumerate().skip(1) {
+        // No assert_eq: the message would be all numbers.
+        assert!(run_on(stream) == found, "{what}: other bits in order {index}");
+    }
     close(&format!("out, {what}"), [&found.out, &naive.out, &exact.out], 2.0, slack, 0.0);
     let statistics = [&found.log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp].map(Vec::as_slice);
     close(&format!("log-sum-exp, {what}"), statistics, 1.0, 1e-6, 0.0);
@@ -179,33 +244,63 @@ fn with_shared_memory(seed: u64, kilobytes: u32) -> Option<TestDevice> {
     device_with(Options { seed, shared_bytes: kilobytes << 10 })
 }
 
-#[test]
-fn attention_matches_the_cpu_at_every_shape() {
-    for (index, shape) in shapes().into_iter().enumerate() {
-        // The largest GPU's shared memory for long sequences, the smallest's for short ones, which fit into it.
-        let kilobytes = if shape.tokens > 100 { 227 } else { 99 };
-        let Some(device) = with_shared_memory(SEEDS[index % SEEDS.len()], kilobytes) else { return };
-        check::<bf16>(&device.stream(), shape, 4.0, 1e-5);
-        if shape.tokens < 66 && (shape.head_dim < 64 || index % 2 == 0) || shape.head_dim < 17 {
-            check::<f32>(&device.stream(), shape, 4.0, 1e-5);
-        }
+/// Checks an element type at the shapes of which `of` is true, in every order of threads where they are short, else in two.
+fn check_runs<E: CudaElement>(of: impl Fn(&Run) -> bool) {
+    let mut checked = 0;
+    for (index, run) in runs().into_iter().filter(|run| of(run)).enumerate() {
+        let two = [SEEDS[index % 2], SEEDS[2 + index % 2]];
+        let seeds = if run.shape.tokens <= SHORT { &SEEDS[..] } else { &two[..] };
+        let devices: Option<Vec<_>> = seeds.iter().map(|&seed| with_shared_memory(seed, run.kilobytes)).collect();
+        let Some(devices) = devices else { return };
+        let streams: Vec<_> = devices.iter().map(TestDevice::stream).collect();
+        check_all::<E>(&streams, run.shape, 4.0, 1e-5);
+        checked += 1;
     }
+    assert!(checked > 0);
 }
 
 #[test]
-fn attention_fits_into_less_shared_memory() {
-    // 99 KB are what consumer GPUs have; with 72 KB, every width takes the kernels that need least.
-    for (kilobytes, shape) in [
-        (99, shape(1, 197, 1, 64)),
-        (99, shape(1, 257, 1, 32)),
-        (99, shape(1, 257, 1, 80)),
-        (99, shape(1, 65, 2, 128)),
-        (74, shape(1, 197, 1, 32)),
-        (74, shape(1, 130, 1, 64)),
-    ] {
-        let Some(device) = with_shared_memory(2, kilobytes) else { return };
-        check::<bf16>(&device.stream(), shape, 4.0, 1e-5);
+fn bf16_attention_matches_the_cpu_at_every_short_shape() {
+    check_runs::<bf16>(|run| run.bf16 && run.shape.tokens <= SHORT);
+}
+
+#[test]
+fn bf16_attention_matches_the_cpu_at_every_long_shape() {
+    check_runs::<bf16>(|run| run.bf16 && run.shape.tokens > SHORT);
+}
+
+#[test]
+fn f32_attention_matches_the_cpu_at_every_short_shape() {
+    check_runs::<f32>(|run| run.f32 && run.shape.tokens <= SHORT);
+}
+
+#[test]
+fn f32_attention_matches_the_cpu_at_every_long_shape() {
+    check_runs::<f32>(|run| run.f32 && run.shape.tokens > SHORT);
+}
+
+#[test]
+fn the_shapes_reach_every_attention_kernel() {
+    let mut launched = BTreeSet::new();
+    for of in runs() {
+        // As the emulator's limits are, which the shapes are run on.
+        let listing = Listing::new(Limits { shared_bytes: of.kilobytes << 10, multiprocessors: 4 });
+        let inputs = Inputs::new(of.shape, 1.0);
+        if of.bf16 {
+            give(&Bench { backend: &Cuda::<bf16>::new(listing.stream()), shift: 0 }, of.shape, &inputs);
+        }
+        if of.f32 {
+            give(&Bench { backend: &Cuda::<f32>::new(listing.stream()), shift: 0 }, of.shape, &inputs);
+        }
+        launched.append(&mut listing.symbols());
     }
+    let family = OPS.iter().filter(|op| op.name.starts_with("attention_"));
+    let expected: BTreeSet<&str> = family.flat_map(|op| op.symbols.iter().copied()).collect();
+    assert_eq!(launched, expected);
+}
+
+#[test]
+fn f32_attention_fits_into_less_shared_memory() {
     let Some(device) = with_shared_memory(2, 99) else { return };
     check::<f32>(&device.stream(), shape(1, 33, 1, 128), 4.0, 1e-5);
 }
@@ -233,22 +328,21 @@ fn attention_survives_extreme_scores() {
 fn long_sequences_are_attended_to_piece_by_piece() {
     let Some(device) = device(3) else { return };
     check::<bf16>(&device.stream(), shape(1, 577, 1, 16), 4.0, 1e-5);
-    for shape in [shape(1, 785, 1, 8), shape(1, 1025, 1, 8)] {
-        let inputs = Inputs::new(shape, 4.0);
-        let forward = |bench: &Bench<'_, Cuda<bf16>>| {
-            let mut out = bench.poisoned(inputs.dout.len());
-            let mut log_sum_exp = bench.masters(&vec![f64::NAN; shape.tokens]);
-            let qkv = bench.elements(&inputs.qkv);
-            bench.backend.attention_forward(shape, &mut out, &mut log_sum_exp, &qkv).expect("no fault");
-            (bench.read(&out), bench.read_masters(&log_sum_exp))
-        };
-        let reference = Bench { backend: &Cpu::<f64>::new(), shift: 0 };
-        let exact = run(&reference, shape, &inputs);
-        let naive = naive::<bf16>(shape, &inputs);
-        let (out, log_sum_exp) = forward(&Bench { backend: &Cuda::new(device.stream()), shift: 0 });
-        close("out", [&out, &naive.out, &exact.out], 2.0, 1e-5, 0.0);
-        close("log-sum-exp", [&log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp], 1.0, 1e-6, 0.0);
-    }
+    let shape = shape(1, 1025, 1, 8);
+    let inputs = Inputs::new(shape, 4.0);
+    let forward = |bench: &Bench<'_, Cuda<bf16>>| {
+        let mut out = bench.poisoned(inputs.dout.len());
+        let mut log_sum_exp = bench.masters(&vec![f64::NAN; shape.tokens]);
+        let qkv = bench.elements(&inputs.qkv);
+        bench.backend.attention_forward(shape, &mut out, &mut log_sum_exp, &qkv).expect("no fault");
+        (bench.read(&out), bench.read_masters(&log_sum_exp))
+    };
+    let reference = Bench { backend: &Cpu::<f64>::new(), shift: 0 };
+    let exact = run(&reference, shape, &inputs);
+    let naive = naive::<bf16>(shape, &inputs);
+    let (out, log_sum_exp) = forward(&Bench { backend: &Cuda::new(device.stream()), shift: 0 });
+    close("out", [&out, &naive.out, &exact.out], 2.0, 1e-5, 0.0);
+    close("log-sum-exp", [&log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp], 1.0, 1e-6, 0.0);
 }
 
 #[test]

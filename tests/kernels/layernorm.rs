@@ -136,6 +136,33 @@ fn layernorm_backward_matches_the_cpu_at_every_width() {
 }
 
 #[test]
+fn layernorm_has_the_same_bits_in_every_order_of_threads() {
+    fn outputs<E: CudaElement>(stream: Stream, shape: LayerNormShape) -> [Vec<f64>; 6] {
+        let inputs = Inputs::new(shape, 0.25);
+        let backend = Cuda::<E>::new(stream);
+        let bench = Bench { backend: &backend, shift: 0 };
+        let [y, mean, rstd] = forward(&bench, shape, &inputs);
+        let statistics = [mean, rstd];
+        let [dx, dgamma, dbeta] = backward(&bench, shape, Write::Accumulate, &inputs, &statistics);
+        let [mean, rstd] = statistics;
+        [y, mean, rstd, dx, dgamma, dbeta]
+    }
+    for (rows, width) in [(5, 768), (70, 264)] {
+        let mut first = None;
+        for seed in SEEDS {
+            let Some(device) = device(seed) else { return };
+            let (stream, shape) = (device.stream(), shape(rows, width));
+            check_forward::<bf16>(&stream, shape, 0);
+            check_backward::<bf16>(&stream, shape, Write::Accumulate, 0);
+            check_forward::<f32>(&stream, shape, 0);
+            check_backward::<f32>(&stream, shape, Write::Accumulate, 0);
+            let found = (outputs::<bf16>(stream.clone(), shape), outputs::<f32>(stream, shape));
+            assert!(*first.get_or_insert(found.clone()) == found, "{shape:?}, seed {seed}");
+        }
+    }
+}
+
+#[test]
 fn a_large_mean_costs_no_digits_of_the_variance() {
     let Some(device) = device(0) else { return };
     let backend = Cuda::<f32>::new(device.stream());

@@ -8,6 +8,7 @@ mod cross_entropy;
 mod emulated;
 mod layernorm;
 mod linear;
+mod listing;
 mod loss;
 mod masking;
 mod patchify;
