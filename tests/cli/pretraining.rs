@@ -190,7 +190,7 @@ fn records(path: &Path) -> Vec<Vec<u8>> {
         let crc = bytes.iter().fold(u32::MAX, |crc, &byte| {
             (0..8).fold(crc ^ u32::from(byte), |crc, _| crc >> 1 ^ if crc & 1 == 1 { 0x82f6_3b78 } else { 0 })
         });
-        ((!crc >> 15) | (!crc << 17)).wrapping_add(0xa282_ead8).to_le_bytes()
+        (!crc).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes()
     };
     let bytes = fs::read(path).unwrap();
     let (mut rest, mut records) = (&bytes[..], Vec::new());
