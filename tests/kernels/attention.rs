@@ -211,7 +211,7 @@ fn part(shape: AttentionShape, dqkv: &[f64], which: usize) -> Vec<f64> {
 }
 
 fn check<E: CudaElement>(stream: &Stream, shape: AttentionShape, spread: f64, slack: f64) {
-    check_all::<E>(&[stream.clone()], shape, spread, slack);
+    check_all::<E>(std::slice::from_ref(stream), shape, spread, slack);
 }
 
 /// The same on several streams: right on the first, and the same bits on the others.
