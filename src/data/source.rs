@@ -140,9 +140,10 @@ impl Source {
         }
         match std::fs::metadata(path) {
             Ok(data) if data.is_dir() => match Self::folder(path, options) {
-                Err(Error::Data { .. }) if !shards::in_folder(path)?.is_empty() => {
-                    Self::shards(shards::in_folder(path)?, text.into_owned(), options)
-                }
+                Err(error @ Error::Data { .. }) => match shards::in_folder(path)? {
+                    none if none.is_empty() => Err(error),
+                    found => Self::shards(found, text.into_owned(), options),
+                },
                 folder => folder,
             },
             Ok(_) => Self::file(path, options),

@@ -15,7 +15,8 @@ use crate::{Error, Result};
 
 const STATE: &str = "trainer_state.json";
 const MOMENTS: &str = "optimizer.safetensors";
-const PREFIX: &str = "checkpoint-";
+/// What the name of a checkpoint begins with.
+pub(super) const PREFIX: &str = "checkpoint-";
 
 /// What a run needs to go on, besides weights and moments.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -168,23 +169,6 @@ pub(crate) fn remove_older(out: &Path, step: u64, keep: usize) -> Result<()> {
         let state = folder.join(STATE);
         fs::remove_file(&state).map_err(|error| Error::io("removing", &state, error))?;
         fs::remove_dir_all(&folder).map_err(|error| Error::io("removing", &folder, error))?;
-    }
-    Ok(())
-}
-
-/// Removes what a killed run was writing: temporary names of a run's own files. The caller holds the run's lock.
-pub(crate) fn remove_leftovers(out: &Path) -> Result<()> {
-    let unreadable = |error| Error::io("reading", out, error);
-    for entry in fs::read_dir(out).map_err(unreadable)? {
-        let path = entry.map_err(unreadable)?.path();
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let Some(name) = name.strip_prefix('.').and_then(|name| name.strip_suffix(".tmp")) else { continue };
-        let ours = [PREFIX, "metrics.jsonl.", "recipe.json.", "loss.svg.", "reconstruction-"];
-        if !ours.iter().any(|start| name.starts_with(start)) {
-            continue;
-        }
-        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-        removed.map_err(|error| Error::io("removing", &path, error))?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Training: one step, its schedule, and whole runs with their files.
 
 mod checkpoint;
+mod folder;
 mod metrics;
 mod passes;
 mod pretrain;

@@ -3,6 +3,7 @@
 //! ```text
 //! OUT/recipe.json               the resolved settings
 //! OUT/metrics.jsonl             one line per step
+//! OUT/events.out.tfevents.*     the same and the pictures, for TensorBoard
 //! OUT/loss.svg                  the same as a picture
 //! OUT/checkpoint-STEP/          config.json, model.safetensors, preprocessor_config.json, trainer state
 //! OUT/reconstruction-STEP.png   the same few pictures each time
@@ -22,6 +23,7 @@ use crate::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking, Purp
 use crate::ops::{Backend, MaskingShape, RandomMask};
 use crate::picture::{Curve, reconstruction_grid};
 use crate::train::checkpoint::{self, TrainerState};
+use crate::train::folder;
 use crate::train::metrics::{Metrics, MetricsFile};
 use crate::train::tensorboard::EventFile;
 use crate::train::{OptimizerSettings, Schedule, Trainer};
@@ -183,36 +185,6 @@ struct Run<'s, B: Backend> {
     _lock: fs::File,
 }
 
-/// Refuses a folder that holds a run, unless it is to be gone on with.
-fn refuse_to_overwrite(settings: &PretrainSettings) -> Result<()> {
-    let out = &settings.out;
-    let holds = out.join("metrics.jsonl").exists() || checkpoint::exists(out)?;
-    if settings.resume || !holds {
-        return Ok(());
-    }
-    let out = out.display();
-    Err(Error::Config(format!("{out} already holds a run: go on with --resume, or choose another folder")))
-}
-
-/// Makes the folder of a run and keeps other runs out of it until the result is dropped.
-fn lock(out: &Path) -> Result<fs::File> {
-    fs::create_dir_all(out).map_err(|error| Error::io("creating", out, error))?;
-    let path = out.join(".lock");
-    let file = fs::File::create(&path).map_err(|error| Error::io("creating", &path, error))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(Error::Config(format!(
-            "another run is writing to {}: wait for its end, or choose another folder",
-            out.display()
-        ))),
-        // Some network file systems have no locks: go on without.
-        Err(fs::TryLockError::Error(error)) => {
-            tracing::warn!("{} cannot be locked ({error}): see to it that no other run writes there", path.display());
-            Ok(file)
-        }
-    }
-}
-
 /// More pictures in a step than this are a slip of the keyboard: no run would come to its first update.
 const MOST_IMAGES_PER_STEP: usize = 1 << 24;
 
@@ -231,7 +203,7 @@ impl<'s, B: Backend> Run<'s, B> {
         }
         let image = config.image();
         MaskingShape::new(*batch_size, image.patches(), config.mask_ratio)?;
-        refuse_to_overwrite(settings)?;
+        folder::refuse_to_overwrite(out, settings.resume)?;
 
         let processor = match &settings.from {
             Some(from) if from.is_dir() && from.join("preprocessor_config.json").exists() => {
@@ -263,10 +235,10 @@ impl<'s, B: Backend> Run<'s, B> {
             total_steps,
         };
 
-        let lock = lock(out)?;
+        let lock = folder::lock(out)?;
         // Once more: another run may have been here since.
-        refuse_to_overwrite(settings)?;
-        checkpoint::remove_leftovers(out)?;
+        folder::refuse_to_overwrite(out, settings.resume)?;
+        folder::remove_leftovers(out)?;
         let resumed = if settings.resume { checkpoint::latest(out)? } else { None };
         if settings.resume && resumed.is_none() {
             tracing::warn!("no checkpoint in {} yet: starting from the beginning", out.display());

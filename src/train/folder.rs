@@ -1,0 +1,53 @@
+//! The folder of a run: one run at a time writes to it, and none over another.
+
+use std::fs;
+use std::path::Path;
+
+use crate::train::checkpoint;
+use crate::{Error, Result};
+
+/// Refuses a folder that holds a run, unless it is to be gone on with.
+pub(super) fn refuse_to_overwrite(out: &Path, resume: bool) -> Result<()> {
+    let holds = out.join("metrics.jsonl").exists() || checkpoint::exists(out)?;
+    if resume || !holds {
+        return Ok(());
+    }
+    let out = out.display();
+    Err(Error::Config(format!("{out} already holds a run: go on with --resume, or choose another folder")))
+}
+
+/// Makes the folder of a run and keeps other runs out of it until the result is dropped.
+pub(super) fn lock(out: &Path) -> Result<fs::File> {
+    fs::create_dir_all(out).map_err(|error| Error::io("creating", out, error))?;
+    let path = out.join(".lock");
+    let file = fs::File::create(&path).map_err(|error| Error::io("creating", &path, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => Err(Error::Config(format!(
+            "another run is writing to {}: wait for its end, or choose another folder",
+            out.display()
+        ))),
+        // Some network file systems have no locks: go on without.
+        Err(fs::TryLockError::Error(error)) => {
+            tracing::warn!("{} cannot be locked ({error}): see to it that no other run writes there", path.display());
+            Ok(file)
+        }
+    }
+}
+
+/// Removes what a killed run was writing: temporary names of a run's own files. The caller holds the run's lock.
+pub(super) fn remove_leftovers(out: &Path) -> Result<()> {
+    let unreadable = |error| Error::io("reading", out, error);
+    for entry in fs::read_dir(out).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let Some(name) = name.strip_prefix('.').and_then(|name| name.strip_suffix(".tmp")) else { continue };
+        let ours = [checkpoint::PREFIX, "metrics.jsonl.", "recipe.json.", "loss.svg.", "reconstruction-"];
+        if !ours.iter().any(|start| name.starts_with(start)) {
+            continue;
+        }
+        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.map_err(|error| Error::io("removing", &path, error))?;
+    }
+    Ok(())
+}
