@@ -1,7 +1,11 @@
 //! Reads the kernels, compiles them, and writes the manifest that `src/cuda/modules.rs` includes.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
+
+use flate2::Compression;
+use flate2::write::ZlibEncoder;
 
 use crate::hash::hash;
 use crate::nvrtc::{Nvrtc, NvrtcError, OPTIONS, SEARCH_VARIABLES, Source, Target};
@@ -99,10 +103,11 @@ fn write_manifest(kernels: &Kernels, nvrtc: Option<&Nvrtc>, targets: &[Target], 
         for &target in targets.iter().filter(|_| nvrtc.is_some()) {
             let image = compile(nvrtc, source, &headers, target)?;
             let path = out.join(format!("{}.{target}", name.trim_end_matches(".cu")));
-            std::fs::write(&path, image).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+            write_compressed(&path, &image).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
             line(format!(
-                "                Image {{ target: {}, bytes: include_bytes!({path:?}) }},",
-                rust_target(target)
+                "                Image {{ target: {}, len: {}, compressed: include_bytes!({path:?}) }},",
+                rust_target(target),
+                image.len()
             ));
         }
         line("            ],".into());
@@ -111,6 +116,13 @@ fn write_manifest(kernels: &Kernels, nvrtc: Option<&Nvrtc>, targets: &[Target], 
     line("    ],".into());
     line("}".into());
     Ok(rust)
+}
+
+/// As zlib streams, which end with a checksum: the images are mostly zeros, tables and text, and shrink to a fifth.
+fn write_compressed(path: &Path, image: &[u8]) -> std::io::Result<()> {
+    let mut encoder = ZlibEncoder::new(std::fs::File::create(path)?, Compression::best());
+    encoder.write_all(image)?;
+    encoder.finish()?.sync_data()
 }
 
 fn compile(nvrtc: Option<&Nvrtc>, source: Source, headers: &[Source], target: Target) -> Result<Vec<u8>, String> {

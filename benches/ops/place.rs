@@ -104,11 +104,17 @@ impl<B: Backend<Master = f32>> Place<B> {
         call: impl Fn(&B, &mut S) -> vitmae::Result<()>,
     ) {
         let mut group = criterion.benchmark_group(family);
-        group.throughput(Throughput::ElementsAndBytes { elements: cost.flops, bytes: cost.bytes });
+        group.throughput(match cost.flops {
+            0 => Throughput::Bytes(cost.bytes),
+            flops => Throughput::ElementsAndBytes { elements: flops, bytes: cost.bytes },
+        });
+        // There are many shapes; a GPU's times vary little.
         if self.rotate_bytes > 0 {
-            // A GPU's times vary little, and there are many shapes.
             group.sample_size(20);
             group.warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(800));
+        } else {
+            group.sample_size(30);
+            group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
         }
         let mut sets: Vec<S> = Vec::new();
         group.bench_function(format!("{op}/{shape}/{}", self.label), |bencher| {

@@ -107,7 +107,7 @@ fn kernels(out: &mut impl Write) -> anyhow::Result<()> {
     }
     for file in manifest.files {
         let images: Vec<String> =
-            file.images.iter().map(|image| format!("{} {} bytes", image.target, image.bytes.len())).collect();
+            file.images.iter().map(|image| format!("{} {} bytes", image.target, image.len)).collect();
         writeln!(out, "  {:12} {}", file.name, images.join(", "))?;
         for symbol in file.symbols {
             writeln!(out, "    {symbol}")?;

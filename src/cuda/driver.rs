@@ -306,9 +306,10 @@ fn load_module(file: &KernelFile, info: &DeviceInfo) -> Result<sys::CUmodule> {
     let (major, minor) = info.compute_capability;
     let mut reasons = Vec::new();
     for image in file.images_for(major, minor) {
-        match load_image(image.bytes) {
-            Ok(module) => return Ok(module),
-            Err(error) => reasons.push(format!("{}: {}", image.target, text_of(error))),
+        match image.code().map(|code| load_image(&code)) {
+            Ok(Ok(module)) => return Ok(module),
+            Ok(Err(error)) => reasons.push(format!("{}: {}", image.target, text_of(error))),
+            Err(damaged) => reasons.push(damaged.to_string()),
         }
     }
     let target = Target { capability: 10 * major + minor, suffix: (major == 9).then_some('a'), ptx: false };

@@ -68,6 +68,14 @@ pub enum CudaError {
         /// What was tried.
         reasons: String,
     },
+    /// Embedded code does not come out as the build put it in.
+    #[error("the embedded code for {target} is damaged ({reason}); build or install vitmae again")]
+    DamagedCode {
+        /// What it was compiled for.
+        target: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// There is no cuBLASLt on this machine.
     #[error(
         "cuBLASLt was not found (searched {searched}); install the CUDA toolkit or `pip install 'nvidia-cublas==13.0.*'` and \

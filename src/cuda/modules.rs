@@ -3,10 +3,13 @@
 //! A GPU gets the embedded machine code that was compiled for it, else embedded PTX, which the driver compiles, else the
 //! embedded source, compiled by an NVRTC that is found at run time and kept in the user's cache folder.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use flate2::read::ZlibDecoder;
+
+use super::error::{CudaError, Result};
 use super::hash::hash;
 pub use super::nvrtc::Target;
 use super::nvrtc::{Nvrtc, NvrtcError, Source};
@@ -185,8 +188,10 @@ pub struct KernelFile {
 pub struct Image {
     /// What it was compiled for.
     pub target: Target,
-    /// The code.
-    pub bytes: &'static [u8],
+    /// Bytes of the code.
+    pub len: usize,
+    /// The code as a zlib stream.
+    pub compressed: &'static [u8],
 }
 
 static MANIFEST: Manifest = include!(concat!(env!("OUT_DIR"), "/manifest.rs"));
@@ -195,6 +200,25 @@ static MANIFEST: Manifest = include!(concat!(env!("OUT_DIR"), "/manifest.rs"));
 #[must_use]
 pub fn embedded_kernels() -> &'static Manifest {
     &MANIFEST
+}
+
+impl Image {
+    /// The code: an ELF file, or PTX that ends with a NUL.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError::DamagedCode`] if the embedded stream is not what the build wrote.
+    pub fn code(&self) -> Result<Vec<u8>> {
+        let damaged = |reason| CudaError::DamagedCode { target: self.target.to_string(), reason };
+        // One byte more than expected is read, so that a stream that is too long shows.
+        let mut code = Vec::with_capacity(self.len + 1);
+        let mut stream = ZlibDecoder::new(self.compressed).take(self.len as u64 + 1);
+        stream.read_to_end(&mut code).map_err(|error| damaged(error.to_string()))?;
+        if code.len() != self.len {
+            return Err(damaged(format!("{} bytes where {} were compiled", code.len(), self.len)));
+        }
+        Ok(code)
+    }
 }
 
 impl Target {
@@ -296,10 +320,13 @@ pub(super) fn write_cached(path: &Path, image: &[u8]) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use flate2::Compression;
+    use flate2::write::ZlibEncoder;
+
     use super::*;
 
     fn image(target: &str) -> Image {
-        Image { target: Target::parse(target).expect("a good name"), bytes: b"" }
+        Image { target: Target::parse(target).expect("a good name"), len: 0, compressed: b"" }
     }
 
     #[test]
@@ -335,6 +362,30 @@ mod tests {
         assert_eq!(choice(10, 0), ["compute_90"]);
         assert_eq!(choice(12, 1), ["compute_90"]);
         assert!(choice(7, 5).is_empty());
+    }
+
+    #[test]
+    fn damaged_code_is_an_error() {
+        let mut stream = ZlibEncoder::new(Vec::new(), Compression::best());
+        stream.write_all(&[7; 1000]).expect("in memory");
+        let stream = stream.finish().expect("in memory");
+        let code = |len, bytes: &[u8]| {
+            let compressed = Box::leak(bytes.to_vec().into_boxed_slice());
+            Image { len, compressed, ..image("sm_90a") }.code()
+        };
+        assert_eq!(code(1000, &stream).expect("whole"), [7; 1000]);
+        for len in [0, 999, 1001] {
+            let error = code(len, &stream).expect_err("another length").to_string();
+            assert!(error.contains("sm_90a") && error.contains("damaged"), "{error}");
+        }
+        for cut in 0..stream.len() {
+            assert!(code(1000, &stream[..cut]).is_err(), "cut at {cut}");
+        }
+        for place in 0..stream.len() {
+            let mut bytes = stream.clone();
+            bytes[place] ^= 0x10;
+            assert!(code(1000, &bytes).map_or(true, |code| code == [7; 1000]), "changed at {place}");
+        }
     }
 
     #[test]
