@@ -1,5 +1,6 @@
 //! Types and checks of flags that several commands share.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 
 /// A whole number from 1.
@@ -14,6 +15,25 @@ pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
 /// A whole number from 1, however large.
 pub(crate) fn at_least_one_u64(text: &str) -> Result<u64, String> {
     at_least_one(text).map(|number| number as u64)
+}
+
+/// Threads, at most.
+const MOST_THREADS: usize = 1024;
+
+/// A number of threads.
+pub(crate) fn threads(text: &str) -> Result<usize, String> {
+    match at_least_one(text)? {
+        number if number > MOST_THREADS => Err(format!("expected at most {MOST_THREADS}")),
+        number => Ok(number),
+    }
+}
+
+/// A file that is written as PNG.
+pub(crate) fn png(path: PathBuf) -> Result<PathBuf, String> {
+    match path.extension() {
+        Some(end) if end.eq_ignore_ascii_case("png") => Ok(path),
+        _ => Err("the picture is a PNG: give it a name that ends with .png".into()),
+    }
 }
 
 /// A mask ratio in [0, 1).

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::bail;
+use vitmae::Error;
 use vitmae::files::check_output;
 use vitmae::model::{
     Extras, Gradients, ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation, Reconstruction,
@@ -54,8 +55,8 @@ enum Interpolation {
 pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Result<()> {
     check_output(&arguments.output, [arguments.input.as_path()])?;
     let model = MaeForPreTraining::from_pretrained(&arguments.from, backend)?;
-    let mut input = TensorFile::open(&arguments.input)?;
-    let pixels = input.read_as_f32("pixel_values")?;
+    let mut input = TensorFile::open(&arguments.input).map_err(of_input)?;
+    let pixels = input.read_as_f32("pixel_values").map_err(of_input)?;
     let shape = input.shape("pixel_values").unwrap_or_default();
     let &[batch, channels, height, width] = shape else {
         bail!("{}: pixel_values should have the shape [B, C, H, W] and has {shape:?}", arguments.input.display());
@@ -64,7 +65,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Resu
     let ratio = arguments.mask_ratio.unwrap_or(model.config().mask_ratio);
     let noise = match input.shape("noise") {
         None => None,
-        Some(&[images, _]) if images == batch => Some(input.read_as_f32("noise")?),
+        Some(&[images, _]) if images == batch => Some(input.read_as_f32("noise").map_err(of_input)?),
         Some(shape) => bail!(
             "{}: noise should have the shape [B, L] with B = {batch} and has {shape:?}",
             arguments.input.display()
@@ -91,6 +92,14 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Resu
     write(arguments, &model, &result, gradients.as_ref())?;
     writeln!(io::stdout(), "loss {:.6}", result.loss)?;
     Ok(())
+}
+
+/// What is wrong with the input, which is read as a checkpoint's weights are and is none.
+fn of_input(error: Error) -> Error {
+    match error {
+        Error::Checkpoint { path, problem } => Error::Value { what: format!("input {}", path.display()), problem },
+        other => other,
+    }
 }
 
 fn write<B: Backend>(

@@ -130,7 +130,12 @@ fn model(out: &mut impl Write, path: &Path, batch_size: Option<usize>, precision
     } else {
         let checkpoint = Checkpoint::open(path)?;
         let whole = checkpoint.has_decoder();
-        (checkpoint.require_config()?.clone(), whole)
+        let config = checkpoint.require_config()?.clone();
+        config.validate()?;
+        // A configuration that the weights do not bear out would be shown as if it were theirs.
+        let parts = if whole { Parts::All } else { Parts::EncoderOnly };
+        checkpoint.check(&vitmae::weights::parameters(&config, parts))?;
+        (config, whole)
     };
     config.validate()?;
     let image = config.image();

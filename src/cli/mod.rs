@@ -37,7 +37,7 @@ struct Global {
     #[arg(long, global = true, value_name = "TYPE")]
     precision: Option<Precision>,
     /// CPU threads [default: all cores]
-    #[arg(long, global = true, value_name = "N", value_parser = arguments::at_least_one)]
+    #[arg(long, global = true, value_name = "N", value_parser = arguments::threads)]
     threads: Option<usize>,
     /// Say only what went wrong
     #[arg(short, long, global = true, conflicts_with = "verbose")]

@@ -48,7 +48,20 @@ impl Write for AboveBar {
 /// Standard error has no buffer: what can be written is there at once.
 pub(crate) fn write_or_lose(bytes: &[u8]) {
     // There is nobody left to tell.
-    let _ = io::stderr().write_all(bytes);
+    let _ = io::stderr().write_all(printable(&String::from_utf8_lossy(bytes)).as_bytes());
+}
+
+/// Control characters spelt out, but for ends of lines: names of files and tensors may hold what a terminal obeys.
+fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '\n' | '\t' => shown.push(character),
+            _ if character.is_control() => shown.extend(character.escape_default()),
+            _ => shown.push(character),
+        }
+    }
+    shown
 }
 
 /// A bar over `length` items that started at `position`; invisible where standard error is not a terminal, or with `quiet`.

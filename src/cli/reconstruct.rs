@@ -3,13 +3,14 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use vitmae::data::{Source, SourceOptions};
 use vitmae::files::check_output;
 use vitmae::model::{ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation};
 use vitmae::ops::{Backend, ImageShape};
 use vitmae::picture::reconstruction_grid;
 
-use crate::cli::arguments::{Size, mask_ratio, processor_for};
+use crate::cli::arguments::{Size, mask_ratio, png, processor_for};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -20,7 +21,7 @@ pub(crate) struct Arguments {
     #[arg(value_name = "IMAGE", required = true)]
     images: Vec<PathBuf>,
     /// The PNG to write
-    #[arg(long, value_name = "FILE.png")]
+    #[arg(long, value_name = "FILE.png", value_parser = PathBufValueParser::new().try_map(png))]
     out: PathBuf,
     /// Decides which patches are hidden
     #[arg(long, value_name = "N", default_value_t = 0)]

@@ -1,10 +1,13 @@
 //! The folder of a run: one run at a time writes to it, and none over another.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::train::checkpoint;
 use crate::{Error, Result};
+
+/// Locked by the run that writes to the folder.
+const LOCK: &str = ".lock";
 
 /// Refuses a folder that holds a run, unless it is to be gone on with.
 pub(super) fn refuse_to_overwrite(out: &Path, resume: bool) -> Result<()> {
@@ -16,13 +19,32 @@ pub(super) fn refuse_to_overwrite(out: &Path, resume: bool) -> Result<()> {
     Err(Error::Config(format!("{out} already holds a run: go on with --resume, or choose another folder")))
 }
 
+/// Keeps other runs out of a folder as long as it lives.
+#[derive(Debug)]
+pub(super) struct FolderLock {
+    path: PathBuf,
+    _file: fs::File,
+}
+
+impl Drop for FolderLock {
+    /// Removes the folder of a run that did not come to its first file.
+    fn drop(&mut self) {
+        let Some(folder) = self.path.parent() else { return };
+        let alone = fs::read_dir(folder).is_ok_and(|entries| entries.count() == 1);
+        // Nobody's work is lost if either fails.
+        if alone && fs::remove_file(&self.path).is_ok() {
+            let _ = fs::remove_dir(folder);
+        }
+    }
+}
+
 /// Makes the folder of a run and keeps other runs out of it until the result is dropped.
-pub(super) fn lock(out: &Path) -> Result<fs::File> {
+pub(super) fn lock(out: &Path) -> Result<FolderLock> {
     fs::create_dir_all(out).map_err(|error| Error::io("creating", out, error))?;
-    let path = out.join(".lock");
+    let path = out.join(LOCK);
     let file = fs::File::create(&path).map_err(|error| Error::io("creating", &path, error))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(FolderLock { path, _file: file }),
         Err(fs::TryLockError::WouldBlock) => Err(Error::Config(format!(
             "another run is writing to {}: wait for its end, or choose another folder",
             out.display()
@@ -30,7 +52,7 @@ pub(super) fn lock(out: &Path) -> Result<fs::File> {
         // Some network file systems have no locks: go on without.
         Err(fs::TryLockError::Error(error)) => {
             tracing::warn!("{} cannot be locked ({error}): see to it that no other run writes there", path.display());
-            Ok(file)
+            Ok(FolderLock { path, _file: file })
         }
     }
 }

@@ -182,7 +182,7 @@ struct Run<'s, B: Backend> {
     picture: Option<PathBuf>,
     saved: Option<(u64, PathBuf)>,
     /// Held as long as the run: no other writes to its folder.
-    _lock: fs::File,
+    _lock: folder::FolderLock,
 }
 
 /// More pictures in a step than this are a slip of the keyboard: no run would come to its first update.

@@ -44,7 +44,15 @@ impl Checkpoint {
         let path = path.as_ref();
         let invalid = |problem: String| Error::checkpoint(path, problem);
         if !path.exists() {
-            return Err(invalid("there is no such file or folder".into()));
+            let mut problem = "there is no such file or folder".to_owned();
+            if is_hub_id(path) {
+                problem += &format!(
+                    "; if it is a model of the Hugging Face hub, fetch it first (hf download {} --local-dir FOLDER) and give the \
+                     folder",
+                    path.display()
+                );
+            }
+            return Err(invalid(problem));
         }
         let folder = path.is_dir();
         let (config, weights) = if folder {
@@ -180,8 +188,11 @@ impl Checkpoint {
             .ok_or_else(|| Error::checkpoint(&self.path, format!("the tensor {name} is missing")))
     }
 
-    /// Holds names and shapes against what a model has.
-    fn check(&self, specs: &[ParameterSpec]) -> Result<()> {
+    /// Holds names and shapes against what a model has, as [`Checkpoint::read_into`] does before it reads.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] that names missing, unexpected and mis-shaped tensors.
+    pub fn check(&self, specs: &[ParameterSpec]) -> Result<()> {
         let wanted: HashSet<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
         let with_decoder = wanted.iter().any(|name| names::is_decoder(name));
         let missing: Vec<&str> =
@@ -281,6 +292,14 @@ fn open_shards(index: &Path) -> Result<Vec<TensorFile>> {
         files.push(file);
     }
     Ok(files)
+}
+
+/// Whether a path that is not there could be the name of a model on the Hugging Face hub, `owner/name`.
+fn is_hub_id(path: &Path) -> bool {
+    let mut components = path.components();
+    let (owner, name, more) = (components.next(), components.next(), components.next());
+    matches!((owner, name, more), (Some(Component::Normal(_)), Some(Component::Normal(_)), None))
+        && path.extension().is_none()
 }
 
 /// Whether `name` is a file's name and nothing else, on any system.

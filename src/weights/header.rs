@@ -41,7 +41,9 @@ pub(crate) fn read(path: &Path, file: &mut File, length: u64) -> Result<Vec<Entr
         return Err(invalid(problem.into()));
     }
     let Some((count, _)) = start.split_first_chunk::<8>() else {
-        return Err(invalid(format!("the file has only {length} bytes: it is empty or truncated; fetch it again")));
+        return Err(invalid(format!(
+            "the file has only {length} bytes: it is empty or truncated; fetch or write it again"
+        )));
     };
     let count = u64::from_le_bytes(*count);
     let room = length.saturating_sub(8);
@@ -80,7 +82,8 @@ pub(crate) fn read(path: &Path, file: &mut File, length: u64) -> Result<Vec<Entr
         .map_err(|error| invalid(format!("its tensors overlap or leave holes ({error}): the file is damaged")))?;
     let (expected, found) = (metadata.data_len() as u64, room - count);
     if expected != found {
-        let what = if found < expected { "the file is truncated; fetch it again" } else { "the file is damaged" };
+        let what =
+            if found < expected { "the file is truncated; fetch or write it again" } else { "the file is damaged" };
         return Err(invalid(format!("its tensors take {expected} bytes, and {found} follow the header: {what}")));
     }
     Ok(entries

@@ -42,6 +42,7 @@ fn a_checkpoint_that_is_not_there_is_named() {
     run("embed --from {} --data {} --out {}", &[missing, &pictures, &place.path("x.npy")])
         .failed(1, &["/no/such/checkpoint"]);
     run("info {}", &[missing]).failed(1, &["/no/such/checkpoint"]);
+    run("info facebook/vit-mae-base", &[]).failed(1, &["no such file", "hf download facebook/vit-mae-base"]);
     // The same of what a model is to be shown.
     let (checkpoint, missing, out) = (place.checkpoint(), Path::new("/no/such/file"), place.path("out.safetensors"));
     run("forward --from {} --input {} --output {}", &[&checkpoint, missing, &out]).failed(1, &["/no/such/file"]);
@@ -185,6 +186,8 @@ fn wrong_numbers_are_wrong_usage() {
     run("pretrain --data {} --out {} --model enormous", &[&pictures, &place.path("run")])
         .failed(1, &["enormous", "tiny"]);
     run("--device gpu info", &[]).failed(2, &["--device"]);
+    run("--threads 3000 info", &[]).failed(2, &["--threads", "at most 1024"]);
+    run("reconstruct --from {} {} --out {}", &[&pictures, &pictures, &place.path("out.jpg")]).failed(2, &["PNG"]);
     run("", &[]).failed(2, &["Usage"]);
     assert!(!place.path("run").exists());
 }
@@ -283,7 +286,8 @@ fn inputs_that_lie_are_refused() {
         fs::write(&input, bytes).unwrap();
         let ran = run("forward --from {} --input {} --output {}", &[&checkpoint, &input, &out]);
         assert_eq!(ran.status, 1, "{what}: {}", ran.err);
-        ran.failed(1, &["input.safetensors", word]);
+        let ran = ran.failed(1, &["input.safetensors", word]);
+        assert!(!ran.err.contains("checkpoint "), "{what}: {}", ran.err);
         assert!(!out.exists(), "{what}");
     }
     let left = place.list(".");
@@ -312,6 +316,46 @@ fn config_and_weights_that_disagree_are_named() {
     embed().failed(1, &["config.json"]);
     fs::remove_file(checkpoint.join("config.json")).unwrap();
     embed().failed(1, &["config.json"]);
+}
+
+/// What a configuration says of weights that are not there is not shown as theirs.
+#[test]
+fn info_holds_the_configuration_against_the_tensors() {
+    let place = Place::new();
+    let checkpoint = place.checkpoint();
+    run("info {}", &[&checkpoint]).succeeded();
+    let other = place.path("other");
+    fs::create_dir(&other).unwrap();
+    fs::copy(checkpoint.join("model.safetensors"), other.join("model.safetensors")).unwrap();
+    fs::write(other.join("config.json"), MaeConfig::tiny().to_json()).unwrap();
+    run("info {}", &[&other]).failed(1, &["missing", "of another shape", "vit.embeddings.cls_token"]);
+}
+
+/// A run that does not come to its first file leaves nothing.
+#[test]
+fn weights_of_another_model_leave_no_folder() {
+    let place = Place::new();
+    let (checkpoint, pictures) = (place.checkpoint(), place.pictures(4));
+    let model = config_file(&place, |config| config.hidden_size = 16);
+    let out = place.path("deep/run");
+    run("pretrain --data {} --from {} --model {} --out {} --steps 1", &[&pictures, &checkpoint, &model, &out])
+        .failed(1, &["of another shape", "vit.embeddings.cls_token"]);
+    assert!(!out.exists());
+}
+
+/// A terminal obeys what it is sent, and anybody can name a file.
+#[cfg(unix)]
+#[test]
+fn names_with_control_characters_are_spelt_out() {
+    let place = Place::new();
+    let pictures = place.pictures(20);
+    fs::write(pictures.join("bad\x1b[2Jname.png"), "no picture").unwrap();
+    let ran =
+        run("embed --from {} --data {} --out {}", &[&place.checkpoint(), &pictures, &place.path("f.npy")]).succeeded();
+    assert!(ran.err.contains("bad\\u{1b}[2Jname.png") && !ran.err.contains('\x1b'), "{}", ran.err);
+    let missing = place.path("\x1b[31mred");
+    let ran = run("info {}", &[&missing]).failed(1, &["\\u{1b}[31mred"]);
+    assert!(!ran.err.contains('\x1b'), "{}", ran.err);
 }
 
 #[test]
@@ -416,9 +460,10 @@ fn outputs_and_sizes_are_checked_first() {
         .failed(1, &["none", "writing"]);
     // No checkpoint is even looked for where the result could not be written.
     let (absent, input) = (Path::new("/no/such/checkpoint"), Path::new("/no/such/input"));
-    let mut unwritable = vec![place.path("none/out.png"), place.path("checkpoint")];
+    let mut unwritable = vec![place.path("none/out.png"), place.path("folder.png")];
+    fs::create_dir(place.path("folder.png")).unwrap();
     if cfg!(target_os = "linux") {
-        unwritable.push("/proc/x".into());
+        unwritable.push("/proc/x.png".into());
     }
     for out in &unwritable {
         let words = ["writing", &out.to_string_lossy()];
