@@ -15,16 +15,19 @@
 //   adamw_update_bf16       the same, and working [decayed]: the updated matrices rounded to bf16
 // and, where weights were loaded:
 //   masters_to_bf16         working [n], bf16, from parameters [n]
+// and, where a run keeps a moving average of its weights, behind the update:
+//   weights_average         average [n], f32, in place: average += share (p - average), share = 1 - decay of the average
 //
 // Arithmetic: the sum of squares in f64 (squares of f32 are exact there, and do not overflow), in an order that depends on n
 // alone; bias corrections in f64 (powers by squaring, as src/ops/adamw.rs does); the update in f32.
-// All outputs are assigned but for parameters, m, v and state, which are updated. No aliasing.
+// All outputs are assigned but for parameters, m, v, average and state, which are updated. No aliasing.
 //
 // Preconditions, checked by the launcher (src/cuda/adamw.rs): buffer lengths, decayed <= n; `aligned` is 1 only where all
 // arenas are 16-byte aligned; partial and state are 8-byte, factors 16-byte aligned.
 // Launch: block 256. gradient_norm_partial: grid ceil(n / 8192), at most 1024, 2 KiB of shared memory; gradient_norm_finish:
-// grid 1, 2 KiB; adamw_prepare: grid 1, block 32; updates and masters_to_bf16: grid ceil(n / 2048).
-// Bytes: norm 4 n; update 28 n, and 2 decayed (bf16); masters_to_bf16 6 n. FLOPs: norm 2 n, update 15 n.
+// grid 1, 2 KiB; adamw_prepare: grid 1, block 32; updates, masters_to_bf16 and weights_average: grid ceil(n / 2048).
+// Bytes: norm 4 n; update 28 n, and 2 decayed (bf16); masters_to_bf16 6 n; weights_average 12 n. FLOPs: norm 2 n, update
+// 15 n, weights_average 3 n.
 // Bound by: memory.
 #include "device.cuh"
 
@@ -239,5 +242,22 @@ masters_to_bf16(bf16* __restrict__ working, const float* __restrict__ master, u6
         store_working(working, start, length, values);
     };
     const auto element = [=](u64 index) { Element<bf16>::store(working + index, master[index]); };
+    for_each_parameter(length, aligned != 0, vector, element);
+}
+
+KERNEL(256)
+weights_average(float* __restrict__ average, const float* __restrict__ master, float share, u64 length, u32 aligned) {
+    const auto vector = [=](u64 start) {
+        float averages[VECTOR];
+        float masters[VECTOR];
+        Element<float>::unpack(load_16(average + start), averages);
+        Element<float>::unpack(load_16(master + start), masters);
+        UNROLL
+        for (u32 k = 0; k < VECTOR; ++k) averages[k] = multiply_add_rn(share, masters[k] - averages[k], averages[k]);
+        Element<float>::store_vector(average + start, averages);
+    };
+    const auto element = [=](u64 index) {
+        average[index] = multiply_add_rn(share, master[index] - average[index], average[index]);
+    };
     for_each_parameter(length, aligned != 0, vector, element);
 }

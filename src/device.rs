@@ -163,6 +163,21 @@ impl Device {
         }
     }
 
+    /// Operations per second of its matrix products in this precision, without sparsity, by the data sheet of the GPU's name;
+    /// what model FLOPs utilisation is a share of. Nothing where that is not known.
+    #[must_use]
+    pub fn peak_flops(&self) -> Option<f64> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::CudaBf16(cuda) => {
+                let crate::cuda::DeviceId::Gpu(ordinal) = cuda.stream().device() else { return None };
+                let name = crate::cuda::devices().ok()?.into_iter().find(|device| device.ordinal == ordinal)?.name;
+                peak_of(&name)
+            }
+            _ => None,
+        }
+    }
+
     /// Does some work on it.
     pub fn run<W: Work>(self, work: W) -> W::Output {
         match self {
@@ -233,6 +248,25 @@ impl Device {
     }
 }
 
+/// Dense bf16 with f32 sums, from NVIDIA's data sheets; the first part of a name that fits counts.
+#[cfg(feature = "cuda")]
+const PEAK_TFLOPS: [(&str, f64); 9] = [
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("H200 NVL", 835.0),
+    ("H200", 989.0),
+    ("A100", 312.0),
+    ("B200", 2250.0),
+    ("L40S", 362.0),
+    ("RTX 4090", 165.2),
+];
+
+#[cfg(feature = "cuda")]
+fn peak_of(name: &str) -> Option<f64> {
+    PEAK_TFLOPS.iter().find(|(part, _)| name.contains(part)).map(|(_, tflops)| tflops * 1e12)
+}
+
 /// Whether the kernels run on a GPU without being compiled first, which `auto` does not do behind its user's back.
 #[cfg(feature = "cuda")]
 fn usable(device: &DeviceInfo) -> Result<()> {
@@ -289,6 +323,16 @@ mod tests {
             assert_eq!(text.parse::<Precision>().expect(text).to_string(), text);
         }
         assert!("f16".parse::<Precision>().is_err());
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn peaks_are_those_of_the_data_sheets() {
+        assert_eq!(peak_of("NVIDIA H100 80GB HBM3"), Some(989e12));
+        assert_eq!(peak_of("NVIDIA H100 PCIe"), Some(756e12));
+        assert_eq!(peak_of("NVIDIA H200"), Some(989e12));
+        assert_eq!(peak_of("NVIDIA GeForce GT 710"), None);
+        assert_eq!(Device::open(DeviceChoice::Cpu, None).expect("the CPU").peak_flops(), None);
     }
 
     #[test]

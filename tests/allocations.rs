@@ -106,7 +106,8 @@ impl Step {
             length: LENGTH,
             decayed: LENGTH / 2,
         };
-        cpu.adamw_step(settings, state, c, d, e, f, g, i, Some(j), learning_rate)
+        cpu.adamw_step(settings, state, c, d, e, f, g, i, Some(j), learning_rate)?;
+        cpu.weights_average(LENGTH, 0.99, d, c)
     }
 }
 

@@ -38,4 +38,11 @@ pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Plac
         |place| Ok((place.masters(1)?, place.masters(length)?)),
         |backend, (norm, gradient)| backend.gradient_norm(length, norm, gradient),
     );
+    place.measure(
+        criterion,
+        ["adamw", "weights_average", "vit_b"],
+        Cost { bytes: 12 * length as u64, flops: 3 * length as u64 },
+        |place| Ok((place.masters(length)?, place.masters(length)?)),
+        |backend, (average, master)| backend.weights_average(length, 0.9999, average, master),
+    );
 }

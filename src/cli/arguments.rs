@@ -44,6 +44,11 @@ pub(crate) fn mask_ratio(text: &str) -> Result<f64, String> {
     }
 }
 
+/// The decay of an average, in [0, 1).
+pub(crate) fn decay(text: &str) -> Result<f64, String> {
+    mask_ratio(text)
+}
+
 /// A finite number that is not negative.
 pub(crate) fn not_negative(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {

@@ -84,13 +84,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let device = Device::open(device, precision)?;
     let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("starting the worker threads")?;
-    pool.install(|| device.run(Running { command: cli.command, threads, quiet }))
+    let place = pretrain::Place { device: device.to_string(), peak_flops: device.peak_flops(), threads };
+    pool.install(|| device.run(Running { command: cli.command, place, quiet }))
 }
 
 /// A command that needs a device.
 struct Running {
     command: Command,
-    threads: usize,
+    place: pretrain::Place,
     quiet: bool,
 }
 
@@ -98,9 +99,10 @@ impl Work for Running {
     type Output = anyhow::Result<()>;
 
     fn run<B: Backend>(self, backend: B) -> Self::Output {
-        let Self { command, threads, quiet } = self;
+        let Self { command, place, quiet } = self;
+        let threads = place.threads;
         match command {
-            Command::Pretrain(arguments) => pretrain::run(backend, *arguments, threads, quiet),
+            Command::Pretrain(arguments) => pretrain::run(backend, *arguments, place, quiet),
             Command::Reconstruct(arguments) => reconstruct::run(backend, &arguments),
             Command::Embed(arguments) => embed::run(backend, arguments, threads, quiet),
             Command::Forward(arguments) => forward::run(backend, &arguments),

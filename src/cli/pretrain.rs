@@ -13,17 +13,40 @@ use vitmae::ops::Backend;
 use vitmae::train::{Event, OptimizerSettings, PretrainSettings, RunLength, config_of_run, pretrain};
 use vitmae::weights::Checkpoint;
 
-use crate::cli::arguments::{Size, at_least_one, at_least_one_u64, mask_ratio, not_negative, positive};
+use crate::cli::arguments::{Size, at_least_one, at_least_one_u64, decay, mask_ratio, not_negative, positive, threads};
 use crate::cli::progress;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Pictures: a folder (class sub-folders optional), or synthetic[:COUNT]
-    #[arg(long, value_name = "SRC")]
-    data: OsString,
     /// Folder for checkpoints, metrics, loss curve and reconstructions
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", alias = "output_dir")]
     out: PathBuf,
+    /// Do the run of this recipe.json once more: it replaces the flags that decide what a run does
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
+    /// Go on from the last checkpoint in --out
+    #[arg(long)]
+    resume: bool,
+    /// Threads that read and decode pictures [default: those of --threads]
+    #[arg(long, value_name = "N", alias = "num_workers", value_parser = threads)]
+    num_workers: Option<usize>,
+    /// The device's peak, of which the log shows the share used (MFU) [default: that of the GPU's data sheet]
+    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = positive)]
+    peak_tflops: Option<f64>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// What a recipe has as well.
+#[derive(Debug, clap::Args)]
+#[group(id = "settings", multiple = true, conflicts_with = "recipe")]
+struct Settings {
+    /// Pictures: a folder (class sub-folders optional), tar shards (braces allowed), or synthetic[:COUNT]
+    #[arg(long, value_name = "SRC", required_unless_present = "recipe")]
+    data: Option<OsString>,
+    /// Other pictures, whose reconstruction loss is taken at every checkpoint; the best checkpoint is kept
+    #[arg(long, value_name = "SRC")]
+    val: Option<OsString>,
     /// tiny, small, base, large, huge, or a config.json [default: base, or that of --from]
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
@@ -37,34 +60,40 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", value_parser = at_least_one_u64)]
     steps: Option<u64>,
     /// Pictures in a batch
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least_one)]
+    #[arg(long, value_name = "N", alias = "batch_size", default_value_t = 64, value_parser = at_least_one)]
     batch_size: usize,
     /// Batches in an optimiser step; gives what one large batch gives
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
+    #[arg(long, value_name = "N", alias = "accum_iter", default_value_t = 1, value_parser = at_least_one)]
     accumulate: usize,
     /// Base learning rate: that of 256 pictures in a step
     #[arg(long, value_name = "F", default_value_t = 1.5e-4, allow_negative_numbers = true, value_parser = not_negative)]
     blr: f64,
+    /// The highest learning rate itself, instead of the one that follows from --blr
+    #[arg(long, value_name = "F", conflicts_with = "blr", allow_negative_numbers = true, value_parser = positive)]
+    lr: Option<f64>,
     /// The learning rate at the end of the cosine
-    #[arg(long, value_name = "F", default_value_t = 0.0, allow_negative_numbers = true, value_parser = not_negative)]
+    #[arg(long, value_name = "F", alias = "min_lr", default_value_t = 0.0, allow_negative_numbers = true, value_parser = not_negative)]
     min_lr: f64,
     /// Epochs of linear warm-up [default: a twentieth of the run, at most 40]
-    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = not_negative)]
+    #[arg(long, value_name = "F", alias = "warmup_epochs", allow_negative_numbers = true, value_parser = not_negative)]
     warmup_epochs: Option<f64>,
     /// Weight decay of matrices; biases, norms and tokens do not decay
-    #[arg(long, value_name = "F", default_value_t = 0.05, allow_negative_numbers = true, value_parser = not_negative)]
+    #[arg(long, value_name = "F", alias = "weight_decay", default_value_t = 0.05, allow_negative_numbers = true, value_parser = not_negative)]
     weight_decay: f64,
     /// Scale gradients down to this norm where they are larger
     #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = positive)]
     clip_grad: Option<f64>,
+    /// Keep a moving average of the weights with this decay, such as 0.9999; checkpoints then hold it in ema/
+    #[arg(long, value_name = "DECAY", allow_negative_numbers = true, value_parser = decay)]
+    ema: Option<f64>,
     /// Share of patches that are hidden [default: the model's, 0.75]
-    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = mask_ratio)]
+    #[arg(long, value_name = "F", alias = "mask_ratio", allow_negative_numbers = true, value_parser = mask_ratio)]
     mask_ratio: Option<f64>,
     /// Predict patches normalised by their own mean and variance
-    #[arg(long)]
+    #[arg(long, alias = "norm_pix_loss")]
     norm_pix_loss: bool,
     /// Pixels of a side, or HEIGHTxWIDTH [default: the model's, 224]
-    #[arg(long, value_name = "N|HxW")]
+    #[arg(long, value_name = "N|HxW", alias = "input_size")]
     image_size: Option<Size>,
     /// Pixels of a patch's side, or HEIGHTxWIDTH [default: the model's, 16]
     #[arg(long, value_name = "N|HxW")]
@@ -84,9 +113,6 @@ pub(crate) struct Arguments {
     /// Decides weights, order, crops and masks
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Go on from the last checkpoint in --out
-    #[arg(long)]
-    resume: bool,
     /// Images in the model at a time: more is faster up to a point and needs more memory; the result is the same [default: 16
     /// on the CPU, the batch on a GPU]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
@@ -97,9 +123,58 @@ pub(crate) struct Arguments {
 }
 
 impl Arguments {
+    /// The run's settings: those of the recipe, or of the flags.
+    fn settings(self, many_at_a_time: bool) -> anyhow::Result<PretrainSettings> {
+        match self.recipe {
+            Some(recipe) => Ok(PretrainSettings::from_recipe(recipe, self.out)?),
+            None => self.settings.resolve(self.out, self.resume, many_at_a_time),
+        }
+    }
+}
+
+impl Settings {
+    /// The settings that the flags stand for.
+    fn resolve(self, out: PathBuf, resume: bool, many_at_a_time: bool) -> anyhow::Result<PretrainSettings> {
+        let config = self.config(if resume { config_of_run(&out)? } else { None })?;
+        Ok(PretrainSettings {
+            data: self.data.context("--data is missing")?,
+            validation: self.val,
+            out,
+            config,
+            from: self.from,
+            length: match self.steps {
+                Some(steps) => RunLength::Steps(steps),
+                None => RunLength::Epochs(self.epochs.unwrap_or(400)),
+            },
+            batch_size: self.batch_size,
+            accumulate: self.accumulate,
+            base_learning_rate: self.blr,
+            learning_rate: self.lr,
+            minimum_learning_rate: self.min_lr,
+            warmup_epochs: self.warmup_epochs,
+            optimizer: OptimizerSettings {
+                weight_decay: self.weight_decay,
+                clip_norm: self.clip_grad,
+                ..OptimizerSettings::default()
+            },
+            average_decay: self.ema,
+            checkpoint_every: self.checkpoint_every,
+            keep_checkpoints: self.keep,
+            picture_every: self.picture_every,
+            seed: self.seed,
+            resume,
+            // A CPU's caches are small; a GPU wants as much to do at once as there is.
+            micro_batch: self.micro_batch.unwrap_or(if many_at_a_time { self.batch_size } else { 16 }),
+            recompute: self.recompute,
+            workers: 0,
+            device: String::new(),
+            peak_flops: None,
+            data_fingerprint: None,
+        })
+    }
+
     /// The model's configuration: that of `--model`, of the run that goes on, or of `--from`, changed by the flags.
-    fn config(&self) -> anyhow::Result<MaeConfig> {
-        let resumed = if self.resume { config_of_run(&self.out)? } else { None };
+    fn config(&self, resumed: Option<MaeConfig>) -> anyhow::Result<MaeConfig> {
         let mut config = match (&self.model, resumed, &self.from) {
             (Some(name), ..) if name.ends_with(".json") => MaeConfig::from_file(name)?,
             (Some(name), ..) => MaeConfig::by_name(name)?,
@@ -126,38 +201,28 @@ impl Arguments {
     }
 }
 
-pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, quiet: bool) -> anyhow::Result<()> {
-    let config = arguments.config()?;
-    // A CPU's caches are small; a GPU wants as much to do at once as there is.
-    let micro_batch = arguments.micro_batch.unwrap_or(if backend.records() { arguments.batch_size } else { 16 });
-    let settings = PretrainSettings {
-        length: match arguments.steps {
-            Some(steps) => RunLength::Steps(steps),
-            None => RunLength::Epochs(arguments.epochs.unwrap_or(400)),
-        },
-        config,
-        data: arguments.data,
-        out: arguments.out,
-        from: arguments.from,
-        batch_size: arguments.batch_size,
-        accumulate: arguments.accumulate,
-        base_learning_rate: arguments.blr,
-        minimum_learning_rate: arguments.min_lr,
-        warmup_epochs: arguments.warmup_epochs,
-        optimizer: OptimizerSettings {
-            weight_decay: arguments.weight_decay,
-            clip_norm: arguments.clip_grad,
-            ..OptimizerSettings::default()
-        },
-        checkpoint_every: arguments.checkpoint_every,
-        keep_checkpoints: arguments.keep,
-        picture_every: arguments.picture_every,
-        seed: arguments.seed,
-        resume: arguments.resume,
-        micro_batch,
-        recompute: arguments.recompute,
-        workers: threads,
-    };
+/// What a run is done on.
+pub(crate) struct Place {
+    /// In words.
+    pub device: String,
+    /// Operations per second in matrix products, as far as known.
+    pub peak_flops: Option<f64>,
+    /// Threads of the CPU.
+    pub threads: usize,
+}
+
+pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, quiet: bool) -> anyhow::Result<()> {
+    let (resume, workers) = (arguments.resume, arguments.num_workers.unwrap_or(place.threads));
+    let peak_flops = arguments.peak_tflops.map(|peak| peak * 1e12).or(place.peak_flops);
+    let mut settings = arguments.settings(backend.records())?;
+    if settings.data_fingerprint.is_some() && settings.device != place.device {
+        tracing::warn!(
+            "the recipe is of a run on {}, and this is {}: the run will be much the same, and not bit for bit",
+            settings.device,
+            place.device
+        );
+    }
+    settings = PretrainSettings { resume, workers, peak_flops, device: place.device, ..settings };
 
     let stop = stop_on_signals().context("listening to signals")?;
     let mut watcher = Watcher { bar: None, quiet, seen: 0, mean_loss: None, last_line: Instant::now() };
@@ -185,6 +250,9 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
         writeln!(io::stdout(), "trained {} steps: loss {first:.4} at the start, {last:.4} at the end", report.steps)?;
     }
     writeln!(io::stdout(), "checkpoint: {}", report.checkpoint.display())?;
+    if let Some((loss, best)) = &report.best {
+        writeln!(io::stdout(), "best checkpoint: {}, validation loss {loss:.4}", best.display())?;
+    }
     writeln!(io::stdout(), "open these pictures:")?;
     if let Some(picture) = &report.picture {
         writeln!(io::stdout(), "  {}  what the model sees and what it makes of it", picture.display())?;

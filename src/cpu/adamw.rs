@@ -72,6 +72,24 @@ impl<F: Float> AdamW for Cpu<F> {
         });
         Ok(())
     }
+
+    fn weights_average(
+        &self,
+        length: usize,
+        decay: f64,
+        average: &mut CpuBuffer<F>,
+        master: &CpuBuffer<F>,
+    ) -> Result<()> {
+        let average = Shared::new(check::output("weights_average", "average", average, &[length])?);
+        let master = check::input("weights_average", "master", master, &[length])?;
+        let share = F::from_f64(1.0 - decay);
+        parallel::pieces(length, PIECE, |from, to| {
+            // SAFETY: pieces are disjoint and inside `length`.
+            let average = unsafe { average.part(from, to) };
+            approach(share, average, &master[from..to]);
+        });
+        Ok(())
+    }
 }
 
 /// What every parameter is updated with, computed in f64 as PyTorch does.
@@ -117,6 +135,14 @@ vectorized! {
     fn decay<'a, F: Float>(factors: &'a Factors<F>, master: &'a mut [F]) {
         for master in master {
             *master *= factors.decay;
+        }
+    }
+}
+
+vectorized! {
+    fn approach<'a, F: Float>(share: F, average: &'a mut [F], master: &'a [F]) {
+        for (average, &master) in average.iter_mut().zip(master) {
+            *average = share.mul_add(master - *average, *average);
         }
     }
 }

@@ -16,6 +16,7 @@ const PREPARE: Kernel = Kernel::named("adamw_prepare");
 const UPDATE_F32: Kernel = Kernel::named("adamw_update_f32");
 const UPDATE_BF16: Kernel = Kernel::named("adamw_update_bf16");
 const ROUND: Kernel = Kernel::named("masters_to_bf16");
+const AVERAGE: Kernel = Kernel::named("weights_average");
 
 /// Threads of a block of all kernels but the one that prepares.
 const THREADS: u32 = 256;
@@ -206,6 +207,32 @@ pub fn masters_to_bf16(stream: &Stream, working: &mut SliceMut<'_, bf16>, master
     unsafe { stream.launch(ROUND, grid, &arguments) }
 }
 
+/// Moves `average` `[n]` towards `master` `[n]` by `1 - decay` of what lies between them.
+///
+/// Errors: a buffer of another length or device, a failed launch.
+pub fn weights_average(
+    stream: &Stream,
+    average: &mut SliceMut<'_, f32>,
+    master: &Slice<'_, f32>,
+    decay: f64,
+) -> Result<()> {
+    const OP: &str = "weights_average";
+    let length = average.len() as u64;
+    exactly(OP, "length of master", master.len() as u64, length)?;
+    let share = (1.0 - decay) as f32;
+    let aligned = u32::from(average.is_aligned_16() && master.is_aligned_16());
+    let grid = tiles(OP, length)?;
+    let arguments = [
+        average.argument(),
+        master.argument(),
+        Argument::value(&share),
+        Argument::value(&length),
+        Argument::value(&aligned),
+    ];
+    // SAFETY: weights_average(float*, const float*, float, u64, u32); lengths were checked.
+    unsafe { stream.launch(AVERAGE, grid, &arguments) }
+}
+
 fn tiles(op: &'static str, length: u64) -> Result<Grid> {
     within(op, "number of parameters", length, 0..=MAX_32_BIT * TILE)?;
     Ok(Grid { blocks: length.div_ceil(TILE) as u32, threads: THREADS, shared_bytes: 0 })
@@ -290,5 +317,18 @@ impl<E: CudaElement> AdamW for Cuda<E> {
             };
             Ok(adamw_step(self.stream(), &mut arenas, &input, settings)?)
         })
+    }
+
+    fn weights_average(
+        &self,
+        length: usize,
+        decay: f64,
+        average: &mut CudaBuffer<f32>,
+        master: &CudaBuffer<f32>,
+    ) -> crate::Result<()> {
+        let op = "weights_average";
+        let mut average = average.output(op, "average", &[length])?;
+        let master = master.input(op, "master", &[length])?;
+        Ok(weights_average(self.stream(), &mut average, &master, decay)?)
     }
 }

@@ -41,6 +41,7 @@ pub const KERNELS: &[(&str, &str)] = &[
     ("adamw.cu", "adamw_update_f32"),
     ("adamw.cu", "adamw_update_bf16"),
     ("adamw.cu", "masters_to_bf16"),
+    ("adamw.cu", "weights_average"),
     ("attention_forward.cu", "attention_forward_whole_d64_n64_bf16"),
     ("attention_forward.cu", "attention_forward_whole_d64_n80_bf16"),
     ("attention_forward.cu", "attention_forward_whole_d80_n80_bf16"),

@@ -7,7 +7,7 @@ use crate::model::encoder::{Collector, EncoderView, Extras, download_elements};
 use crate::model::gradients::Gradients;
 use crate::model::images::Images;
 use crate::model::layers::Handles;
-use crate::model::parameters::Parameters;
+use crate::model::parameters::{Parameters, download_part};
 use crate::model::positions::{PositionInterpolation, interpolate_grid};
 use crate::model::transformer::{self, Observer};
 use crate::model::workspace::{DecoderWeights, EncoderWeights, Purpose, Vector, Workspace, WorkspaceShape};
@@ -135,6 +135,18 @@ impl<B: Backend> MaeForPreTraining<B> {
     pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
         crate::weights::save_pretrained(folder.as_ref(), &self.config, self.parameters.layout().specs(), |index| {
             self.parameters.get(&self.backend, index)
+        })
+    }
+
+    /// As [`MaeForPreTraining::save_pretrained`], with the trained weights taken from another arena of the same layout.
+    pub(crate) fn save_pretrained_with(&self, folder: &Path, trained: &Vector<B>) -> Result<()> {
+        let layout = self.parameters.layout();
+        crate::weights::save_pretrained(folder, &self.config, layout.specs(), |index| {
+            let range = layout.range(index);
+            if range.end > layout.trained() {
+                return self.parameters.get(&self.backend, index);
+            }
+            download_part(&self.backend, trained, range)
         })
     }
 

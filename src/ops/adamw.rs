@@ -106,6 +106,19 @@ pub trait AdamW: Memory {
         loss: Option<&Self::Buffer<Self::Master>>,
         learning_rate: &Self::Buffer<f64>,
     ) -> Result<()>;
+
+    /// Moves the first `length` numbers of `average` towards those of `master`: `average += (1 - decay) * (master - average)`,
+    /// an exponential moving average of weights (Polyak and Juditsky, 1992).
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) for short buffers.
+    fn weights_average(
+        &self,
+        length: usize,
+        decay: f64,
+        average: &mut Self::Buffer<Self::Master>,
+        master: &Self::Buffer<Self::Master>,
+    ) -> Result<()>;
 }
 
 #[cfg(test)]

@@ -172,4 +172,5 @@ pub const OPS: &[OpSpec] = &[
     ),
     op("adamw", "gradient_norm", &["gradient_norm_partial", "gradient_norm_finish"]),
     op("adamw", "adamw_step", &["adamw_prepare", "adamw_update_f32", "adamw_update_bf16", "masters_to_bf16"]),
+    op("adamw", "weights_average", &["weights_average"]),
 ];

@@ -9,11 +9,13 @@ use crate::config::MaeConfig;
 use crate::data::ImageProcessor;
 use crate::ops::Backend;
 use crate::train::Trainer;
-use crate::train::pretrain::PretrainSettings;
+use crate::train::settings::PretrainSettings;
 use crate::weights::{Checkpoint, TensorFile};
 use crate::{Error, Result};
 
 const STATE: &str = "trainer_state.json";
+/// The model with the averaged weights, where the run keeps them.
+const AVERAGE: &str = "ema";
 const MOMENTS: &str = "optimizer.safetensors";
 /// What the name of a checkpoint begins with.
 pub(super) const PREFIX: &str = "checkpoint-";
@@ -32,6 +34,13 @@ pub(crate) struct TrainerState {
     warmup_epochs: Option<f64>,
     weight_decay: f64,
     clip_norm: Option<f64>,
+    #[serde(default)]
+    learning_rate: Option<f64>,
+    #[serde(default)]
+    average_decay: Option<f64>,
+    /// The loss of the validation pictures, where it was taken at this step.
+    #[serde(default)]
+    pub validation_loss: Option<f64>,
     /// The checkpoint that the run started from.
     pub from: Option<String>,
 }
@@ -53,6 +62,9 @@ impl TrainerState {
             warmup_epochs: settings.warmup_epochs,
             weight_decay: settings.optimizer.weight_decay,
             clip_norm: settings.optimizer.clip_norm,
+            learning_rate: settings.learning_rate,
+            average_decay: settings.average_decay,
+            validation_loss: None,
             from,
         }
     }
@@ -72,6 +84,8 @@ impl TrainerState {
             ("warmup-epochs", shown(self.warmup_epochs), shown(now.warmup_epochs)),
             ("weight-decay", self.weight_decay.to_string(), now.weight_decay.to_string()),
             ("clip-grad", shown(self.clip_norm), shown(now.clip_norm)),
+            ("lr", shown(self.learning_rate), shown(now.learning_rate)),
+            ("ema", shown(self.average_decay), shown(now.average_decay)),
             ("from", text(&self.from), text(&now.from)),
         ];
         same(compared)
@@ -161,10 +175,27 @@ fn all(out: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// Removes the checkpoints in `out` before `step`, but for as many of the newest that `keep` are left with that of `step`.
+/// The checkpoint in `out` with the lowest validation loss, and that loss; of equal ones the latest.
+pub(crate) fn best(out: &Path) -> Result<Option<(f64, PathBuf)>> {
+    let mut best: Option<(f64, PathBuf)> = None;
+    for (_, folder) in all(out)? {
+        // A damaged one is none, here as elsewhere.
+        let loss = read_state(&folder).ok().and_then(|state| state.validation_loss);
+        if let Some(loss) = loss
+            && best.as_ref().is_none_or(|(lowest, _)| loss < *lowest)
+        {
+            best = Some((loss, folder));
+        }
+    }
+    Ok(best)
+}
+
+/// Removes the checkpoints in `out` before `step`, but for as many of the newest that `keep` are left with that of `step`, and
+/// for the best.
 pub(crate) fn remove_older(out: &Path, step: u64, keep: usize) -> Result<()> {
+    let best = best(out)?.map(|(_, folder)| folder);
     let older = all(out)?.into_iter().filter(|(other, _)| *other < step);
-    for (_, folder) in older.skip(keep - 1) {
+    for (_, folder) in older.skip(keep - 1).filter(|(_, folder)| Some(folder) != best.as_ref()) {
         // Its state goes first: what is left of a removal that fails is no checkpoint.
         let state = folder.join(STATE);
         fs::remove_file(&state).map_err(|error| Error::io("removing", &state, error))?;
@@ -177,6 +208,9 @@ pub(crate) fn remove_older(out: &Path, step: u64, keep: usize) -> Result<()> {
 fn check_whole(folder: &Path) -> Result<()> {
     read_state(folder)?;
     Checkpoint::open(folder)?.require_config()?;
+    if folder.join(AVERAGE).exists() {
+        Checkpoint::open(folder.join(AVERAGE))?;
+    }
     TensorFile::open(folder.join(MOMENTS)).map(|_| ())
 }
 
@@ -227,12 +261,20 @@ fn write<B: Backend>(
     trainer.model().save_pretrained(folder)?;
     processor.save(folder)?;
     trainer.save_moments(&folder.join(MOMENTS))?;
+    if trainer.keeps_average() {
+        trainer.save_average(folder.join(AVERAGE))?;
+        processor.save(folder.join(AVERAGE))?;
+    }
     let state = TrainerState { updates: trainer.state()?.updates, ..state.clone() };
     crate::files::write_json(&folder.join(STATE), &state)
 }
 
-/// Reads moments and state into a trainer whose model was loaded from the same folder.
-pub(crate) fn load_trainer<B: Backend>(trainer: &mut Trainer<B>, folder: &Path) -> Result<TrainerState> {
+/// Reads moments and state into a trainer whose model was loaded from the same folder, where `check` agrees with the state.
+pub(crate) fn load_trainer<B: Backend>(
+    trainer: &mut Trainer<B>,
+    folder: &Path,
+    check: impl FnOnce(&TrainerState) -> Result<()>,
+) -> Result<TrainerState> {
     let path = folder.join(STATE);
     let state = read_state(folder)?;
     if folder.file_name() != Some(std::ffi::OsStr::new(&folder_name(state.step))) {
@@ -241,6 +283,8 @@ pub(crate) fn load_trainer<B: Backend>(trainer: &mut Trainer<B>, folder: &Path) 
             format!("it is of step {}, and its folder's name says otherwise", state.step),
         ));
     }
+    check(&state)?;
     trainer.load_moments(&folder.join(MOMENTS), state.updates)?;
+    trainer.load_average(&folder.join(AVERAGE))?;
     Ok(state)
 }

@@ -25,6 +25,12 @@ pub struct Metrics {
     pub gradient_norm: Option<f64>,
     /// The share of the step that was spent waiting for data.
     pub data_wait: f64,
+    /// Operations per second of the reference implementation as a share of the device's peak; absent where that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
+    /// The loss of the validation pictures after this step, where it was taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_loss: Option<f64>,
     /// Present where the step was skipped because loss or gradients were not finite.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub skipped: bool,

@@ -1,16 +1,21 @@
 //! Training: one step, its schedule, and whole runs with their files.
 
+mod average;
 mod checkpoint;
 mod folder;
 mod metrics;
 mod passes;
 mod pretrain;
 mod schedule;
+mod settings;
+mod starvation;
 mod tensorboard;
 mod trainer;
+mod validation;
 
 pub use checkpoint::config_of_run;
 pub use metrics::Metrics;
-pub use pretrain::{Event, PretrainReport, PretrainSettings, RunLength, pretrain};
+pub use pretrain::{Event, PretrainReport, pretrain};
 pub use schedule::Schedule;
+pub use settings::{PretrainSettings, RunLength};
 pub use trainer::{OptimizerSettings, OptimizerState, StepReport, Trainer};

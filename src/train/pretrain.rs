@@ -9,14 +9,10 @@
 //! OUT/reconstruction-STEP.png   the same few pictures each time
 //! ```
 
-use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
-
-use crate::config::MaeConfig;
 use crate::data::{Batch, ImageProcessor, Loader, LoaderOptions, Position, Source, SourceOptions, Training, Transform};
 use crate::files::write_json;
 use crate::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking, Purpose, WorkspaceShape};
@@ -25,85 +21,12 @@ use crate::picture::{Curve, reconstruction_grid};
 use crate::train::checkpoint::{self, TrainerState};
 use crate::train::folder;
 use crate::train::metrics::{Metrics, MetricsFile};
+use crate::train::settings::{PretrainSettings, Recipe, Resolved, RunLength};
+use crate::train::starvation::Starvation;
 use crate::train::tensorboard::EventFile;
-use crate::train::{OptimizerSettings, Schedule, Trainer};
+use crate::train::validation::Validation;
+use crate::train::{Schedule, Trainer};
 use crate::{Error, Result};
-
-/// How long a run is.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RunLength {
-    /// Passes over the pictures.
-    Epochs(u64),
-    /// Optimiser steps.
-    Steps(u64),
-}
-
-/// Everything that decides what a run does.
-#[derive(Clone, Debug)]
-pub struct PretrainSettings {
-    /// A folder of pictures or `synthetic[:COUNT]`.
-    pub data: OsString,
-    /// Where the files go.
-    pub out: PathBuf,
-    /// The model to train.
-    pub config: MaeConfig,
-    /// Weights to start from, instead of fresh ones.
-    pub from: Option<PathBuf>,
-    /// How long.
-    pub length: RunLength,
-    /// Pictures that are loaded and put through the model before the gradients of the next ones are added.
-    pub batch_size: usize,
-    /// Batches per optimiser step.
-    pub accumulate: usize,
-    /// Learning rate per 256 images of a step.
-    pub base_learning_rate: f64,
-    /// What the cosine ends at.
-    pub minimum_learning_rate: f64,
-    /// Epochs of warm-up; a twentieth of the run (at most 40 epochs) where it is `None`.
-    pub warmup_epochs: Option<f64>,
-    /// The optimiser's settings.
-    pub optimizer: OptimizerSettings,
-    /// Steps between checkpoints; a tenth of the run where it is `None`.
-    pub checkpoint_every: Option<u64>,
-    /// How many of the newest checkpoints are kept. Where it is `None`, all with a given `checkpoint_every`, else one.
-    pub keep_checkpoints: Option<usize>,
-    /// Steps between reconstruction pictures; ten in a run where it is `None`.
-    pub picture_every: Option<u64>,
-    /// Decides weights, order, crops and masks.
-    pub seed: u64,
-    /// Whether to go on from the last checkpoint in `out`.
-    pub resume: bool,
-    /// Images in the model at a time, at most.
-    pub micro_batch: usize,
-    /// Whether backward computes activations again instead of keeping them.
-    pub recompute: bool,
-    /// Threads that decode pictures.
-    pub workers: usize,
-}
-
-/// `recipe.json`.
-#[derive(Debug, Serialize)]
-struct Recipe<'a> {
-    vitmae_version: &'a str,
-    data: String,
-    data_fingerprint: String,
-    pictures: usize,
-    from: Option<&'a Path>,
-    length: RunLength,
-    total_steps: u64,
-    steps_per_epoch: f64,
-    batch_size: usize,
-    accumulate: usize,
-    base_learning_rate: f64,
-    schedule: Schedule,
-    betas: (f64, f64),
-    epsilon: f64,
-    weight_decay: f64,
-    clip_norm: Option<f64>,
-    seed: u64,
-    config: serde_json::Value,
-}
 
 /// What a run tells whoever watches it.
 #[derive(Debug)]
@@ -144,6 +67,8 @@ pub struct PretrainReport {
     pub skipped_pictures: usize,
     /// Steps that were skipped because they were not finite.
     pub skipped_steps: u64,
+    /// The kept checkpoint with the lowest validation loss, and that loss.
+    pub best: Option<(f64, PathBuf)>,
 }
 
 /// Pictures in a reconstruction grid.
@@ -175,6 +100,12 @@ struct Run<'s, B: Backend> {
     shown: Vec<u8>,
     schedule: Schedule,
     steps_per_epoch: f64,
+    /// Operations of the reference implementation in a training step.
+    flops_per_image: f64,
+    validation: Option<Validation>,
+    /// The validation loss of the last step that has one.
+    last_validation: Option<f64>,
+    starvation: Starvation,
     metrics: MetricsFile,
     events: EventFile,
     history: Vec<Metrics>,
@@ -214,6 +145,9 @@ impl<'s, B: Backend> Run<'s, B> {
         let source = Source::parse(&settings.data, &SourceOptions::new(image.channels, image.height, image.width)?)?;
         let pictures = source.len();
         let fingerprint = source.fingerprint();
+        settings.check_fingerprint(&fingerprint)?;
+        let validation =
+            settings.validation.as_ref().map(|spec| Validation::open(spec, settings, &processor)).transpose()?;
         let shown = shown_pictures(&source, &processor)?;
 
         let images_per_step = batch_size * accumulate;
@@ -229,7 +163,9 @@ impl<'s, B: Backend> Run<'s, B> {
             None => (total_steps as f64 / 20.0).min(40.0 * steps_per_epoch),
         };
         let schedule = Schedule {
-            peak: Schedule::peak(settings.base_learning_rate, images_per_step),
+            peak: settings
+                .learning_rate
+                .unwrap_or_else(|| Schedule::peak(settings.base_learning_rate, images_per_step)),
             minimum: settings.minimum_learning_rate,
             warmup_steps,
             total_steps,
@@ -252,12 +188,16 @@ impl<'s, B: Backend> Run<'s, B> {
             checkpoint::check_config(model.config(), config)?;
         }
         let parameters = model.parameters().layout().trained();
+        let trainer_flops = config.flops(config.mask_ratio)?.step;
         let mut trainer = Trainer::new(model, settings.optimizer, settings.micro_batch)?;
         trainer.set_recompute(settings.recompute);
-        let mut done = 0;
+        if let Some(decay) = settings.average_decay {
+            trainer.keep_average(decay)?;
+        }
+        let (mut done, mut last_validation) = (0, None);
         if let Some((step, folder)) = &resumed {
-            let state = checkpoint::load_trainer(&mut trainer, folder)?;
-            state.check(&fingerprint, settings)?;
+            let state = checkpoint::load_trainer(&mut trainer, folder, |state| state.check(&fingerprint, settings))?;
+            last_validation = state.validation_loss;
             done = *step;
             if done > total_steps {
                 return Err(Error::Config(format!(
@@ -266,26 +206,8 @@ impl<'s, B: Backend> Run<'s, B> {
             }
         }
 
-        let recipe = Recipe {
-            vitmae_version: env!("CARGO_PKG_VERSION"),
-            data: settings.data.to_string_lossy().into_owned(),
-            data_fingerprint: fingerprint.clone(),
-            pictures,
-            from: settings.from.as_deref(),
-            length: settings.length,
-            total_steps,
-            steps_per_epoch,
-            batch_size: *batch_size,
-            accumulate: *accumulate,
-            base_learning_rate: settings.base_learning_rate,
-            schedule,
-            betas: settings.optimizer.betas,
-            epsilon: settings.optimizer.epsilon,
-            weight_decay: settings.optimizer.weight_decay,
-            clip_norm: settings.optimizer.clip_norm,
-            seed: *seed,
-            config: serde_json::from_str(&config.to_json()).unwrap_or_default(),
-        };
+        let resolved = Resolved { data_fingerprint: fingerprint, pictures, total_steps, steps_per_epoch, schedule };
+        let recipe = Recipe::new(settings, resolved);
         write_json(&out.join("recipe.json"), &recipe)?;
         let (metrics, history) = MetricsFile::open(&out.join("metrics.jsonl"), done)?;
         let events = EventFile::create(out, done)?;
@@ -312,6 +234,10 @@ impl<'s, B: Backend> Run<'s, B> {
             shown,
             schedule,
             steps_per_epoch,
+            flops_per_image: trainer_flops as f64,
+            validation,
+            last_validation,
+            starvation: Starvation::default(),
             metrics,
             events,
             history,
@@ -324,9 +250,8 @@ impl<'s, B: Backend> Run<'s, B> {
 
     fn train(mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<PretrainReport> {
         let total = self.schedule.total_steps;
-        let tenth = total.div_ceil(10).max(1);
-        let pictures = self.settings.picture_every.unwrap_or(tenth);
-        let checkpoints = self.settings.checkpoint_every.unwrap_or(tenth);
+        let pictures = self.settings.picture_every.unwrap_or(self.tenth());
+        let checkpoints = self.checkpoint_every();
         if self.done == 0 {
             self.draw(watch)?;
         }
@@ -368,7 +293,16 @@ impl<'s, B: Backend> Run<'s, B> {
             loss: first_and_last(&self.history),
             skipped_pictures: self.loader.bad_pictures(),
             skipped_steps: self.trainer.non_finite_steps(),
+            best: checkpoint::best(&self.settings.out)?,
         })
+    }
+
+    fn tenth(&self) -> u64 {
+        self.schedule.total_steps.div_ceil(10).max(1)
+    }
+
+    fn checkpoint_every(&self) -> u64 {
+        self.settings.checkpoint_every.unwrap_or(self.tenth())
     }
 
     /// Loads, accumulates and updates once.
@@ -400,30 +334,57 @@ impl<'s, B: Backend> Run<'s, B> {
             );
         }
         let seconds = started.elapsed().as_secs_f64();
+        let images_per_second = (batch_size * accumulate) as f64 / seconds;
+        if let Some(share) = self.starvation.see(waited, seconds, Instant::now()) {
+            tracing::warn!(
+                "step {}: the loader does not keep up: {:.0} % of the last steps was spent waiting for pictures; give it more \
+                 threads (--num-workers), smaller pictures or a faster disk",
+                self.done,
+                100.0 * share
+            );
+        }
+        let validation_loss = self.validate()?;
         let metrics = Metrics {
             step: self.done,
             epoch: self.done as f64 / self.steps_per_epoch,
             loss: Some(report.loss).filter(|loss| loss.is_finite()),
             learning_rate,
-            images_per_second: (batch_size * accumulate) as f64 / seconds,
+            images_per_second,
+            mfu: self.settings.peak_flops.map(|peak| images_per_second * self.flops_per_image / peak),
+            validation_loss,
             gradient_norm: Some(report.gradient_norm).filter(|norm| norm.is_finite()),
             data_wait: waited / seconds,
             skipped: !report.updated,
         };
         self.metrics.append(&metrics)?;
-        self.events.scalars(
-            self.done,
-            &[
-                ("loss", report.loss),
-                ("learning_rate", learning_rate),
-                ("gradient_norm", report.gradient_norm),
-                ("images_per_second", metrics.images_per_second),
-                ("data_wait", metrics.data_wait),
-                ("epoch", metrics.epoch),
-            ],
-        )?;
+        let mut scalars = vec![
+            ("loss", report.loss),
+            ("learning_rate", learning_rate),
+            ("gradient_norm", report.gradient_norm),
+            ("images_per_second", images_per_second),
+            ("data_wait", metrics.data_wait),
+            ("epoch", metrics.epoch),
+        ];
+        scalars.extend(metrics.mfu.map(|mfu| ("mfu", mfu)));
+        scalars.extend(metrics.validation_loss.map(|loss| ("validation_loss", loss)));
+        self.events.scalars(self.done, &scalars)?;
         upcoming?;
         Ok(metrics)
+    }
+
+    /// The validation loss, at the steps of checkpoints.
+    fn validate(&mut self) -> Result<Option<f64>> {
+        self.last_validation = None;
+        let due = self.done == self.schedule.total_steps || self.done.is_multiple_of(self.checkpoint_every());
+        let Some(validation) = self.validation.as_ref().filter(|_| due) else { return Ok(None) };
+        let loss = validation.loss(&mut self.trainer)?;
+        if !loss.is_finite() {
+            tracing::warn!("step {}: the validation loss is not finite", self.done);
+            return Ok(None);
+        }
+        tracing::info!("step {}: validation loss {loss:.4}", self.done);
+        self.last_validation = Some(loss);
+        Ok(self.last_validation)
     }
 
     /// The next batch, and the time that it took to come.
@@ -495,7 +456,8 @@ impl<'s, B: Backend> Run<'s, B> {
 
     /// Writes `checkpoint-STEP/`, whole or not at all.
     fn save(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
-        let state = TrainerState::new(self.done, self.settings, self.loader.source().fingerprint());
+        let mut state = TrainerState::new(self.done, self.settings, self.loader.source().fingerprint());
+        state.validation_loss = self.last_validation;
         let folder = checkpoint::save(&self.settings.out, &self.trainer, &self.processor, &state)?;
         watch(Event::Wrote(&folder));
         self.saved = Some((self.done, folder));

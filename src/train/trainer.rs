@@ -11,6 +11,7 @@ use crate::model::{
 };
 use crate::ops::{AdamWSettings, AdamWState, Backend, MaskingShape, RandomMask};
 use crate::profile::range;
+use crate::train::average::Average;
 use crate::train::passes::{Pass, Passes};
 use crate::weights::{TensorFile, write_f32, write_stream};
 use crate::{Error, Result};
@@ -77,25 +78,29 @@ const NON_FINITE_LIMIT: u64 = 10;
 /// device that records, after the second.
 #[derive(Debug)]
 pub struct Trainer<B: Backend> {
-    model: MaeForPreTraining<B>,
-    gradients: Gradients<B>,
+    pub(super) model: MaeForPreTraining<B>,
+    pub(super) gradients: Gradients<B>,
     pub(crate) optimizer: OptimizerState<B>,
     settings: OptimizerSettings,
-    workspace: Option<Workspace<B>>,
-    micro_batch: usize,
+    pub(super) workspace: Option<Workspace<B>>,
+    pub(super) micro_batch: usize,
     recompute: bool,
     passes: Passes<B>,
     /// Whether the last pixels were bytes: the workspace keeps a buffer for one kind only.
     bytes: bool,
     /// The batch whose first micro-batch lies prepared in the workspace.
-    prefetched: Option<Prefetched>,
+    pub(super) prefetched: Option<Prefetched>,
     /// The device's counters as they were read last.
-    last: AdamWState,
+    pub(super) last: AdamWState,
+    /// The loss of what is evaluated between steps.
+    pub(super) validation_loss: B::Buffer<B::Master>,
+    /// The average of the weights, where one is kept.
+    pub(super) average: Option<Average<B>>,
 }
 
 /// Which batch was prefetched: where it lies, and how it is masked.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Prefetched {
+pub(super) struct Prefetched {
     images: usize,
     batch: usize,
     /// Where the noise or the samples lie, or the first sample.
@@ -124,7 +129,7 @@ impl Prefetched {
 }
 
 /// Ranges of at most `most` images.
-fn micro_batches(batch: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn micro_batches(batch: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     (0..batch).step_by(most.max(1)).map(move |start| start..(start + most).min(batch))
 }
 
@@ -150,6 +155,8 @@ impl<B: Backend> Trainer<B> {
             bytes: false,
             prefetched: None,
             last: AdamWState::default(),
+            validation_loss: model.backend().buffer(1)?,
+            average: None,
             model,
         })
     }
@@ -164,6 +171,11 @@ impl<B: Backend> Trainer<B> {
     /// unless told otherwise; the results are the same.
     pub fn set_recording(&mut self, recording: bool) {
         self.passes.enable(recording);
+    }
+
+    /// To be called where what a pass does changes, or before memory that it uses is dropped.
+    pub(super) fn forget_passes(&mut self) {
+        self.passes.forget();
     }
 
     /// The model as it is now.
@@ -308,7 +320,7 @@ impl<B: Backend> Trainer<B> {
     }
 
     /// Checks a batch, and makes a workspace for its micro-batches where there is none that fits.
-    fn fit(&mut self, images: &Images<'_>, masking: &Masking<'_>) -> Result<MaskingShape> {
+    pub(super) fn fit(&mut self, images: &Images<'_>, masking: &Masking<'_>) -> Result<MaskingShape> {
         let image = images.check(self.model.config())?;
         let mask = masking.check(images.batch, image.patches())?;
         let shape = WorkspaceShape {
@@ -359,7 +371,7 @@ impl<B: Backend> Trainer<B> {
         };
         let settings =
             AdamWSettings { beta1: betas.0, beta2: betas.1, epsilon, weight_decay, clip_norm, length, decayed };
-        let Self { model, gradients, optimizer, passes, .. } = self;
+        let Self { model, gradients, optimizer, passes, average, .. } = self;
         let (backend, parameters) = model.parameters_mut();
         backend.upload(&mut optimizer.learning_rate, &[learning_rate])?;
         // SAFETY: an update depends on the settings, which do not change, and on buffers that live as long as the trainer.
@@ -378,6 +390,9 @@ impl<B: Backend> Trainer<B> {
                     Some(&optimizer.loss),
                     &optimizer.learning_rate,
                 )?;
+                if let Some(Average { decay, weights }) = average {
+                    backend.weights_average(length, *decay, weights, &parameters.master)?;
+                }
                 backend.zero(&mut optimizer.loss)?;
                 gradients.zero(backend)
             })

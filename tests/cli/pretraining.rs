@@ -251,6 +251,121 @@ fn the_newest_checkpoints_are_kept() {
     assert_eq!(kept("8", " --resume"), ["checkpoint-7", "checkpoint-8"]);
 }
 
+/// The values of a key of `metrics.jsonl`, with their steps.
+fn values(folder: &Path, key: &str) -> Vec<(u64, f64)> {
+    let text = fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.filter_map(|line| Some((line["step"].as_u64().unwrap(), line.get(key)?.as_f64().unwrap()))).collect()
+}
+
+#[test]
+fn the_checkpoint_that_does_best_on_other_pictures_is_kept() {
+    let place = Place::new();
+    let (out, model) = (place.path("run"), model(&place));
+    // The learning rate rises until the model gets worse.
+    let line = "pretrain --data synthetic:40 --val synthetic:30:7 --out {} --model {} --batch-size 8 --steps 24 \
+                --checkpoint-every 4 --keep 1 --lr 0.7 --warmup-epochs 12";
+    let ran = run(line, &[&out, &model]).succeeded();
+    let losses = values(&out, "validation_loss");
+    assert_eq!(losses.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [4, 8, 12, 16, 20, 24]);
+    let (best, lowest) = losses.iter().copied().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    assert!(best < 24, "it should have got worse: {losses:?}");
+    let mut kept = place.list("run");
+    kept.retain(|name| name.starts_with("checkpoint-"));
+    kept.sort();
+    let mut expected = [format!("checkpoint-{best}"), "checkpoint-24".to_owned()];
+    expected.sort();
+    assert_eq!(kept, expected, "{losses:?}");
+    assert!(ran.out.contains(&format!("checkpoint-{best}, validation loss {lowest:.4}")), "{}", ran.out);
+    // Looking at other pictures changes nothing of what is learned.
+    let without = place.path("without");
+    run(&line.replace("--val synthetic:30:7 ", ""), &[&without, &model]).succeeded();
+    assert_eq!(values(&without, "loss"), values(&out, "loss"));
+    assert!(values(&without, "validation_loss").is_empty());
+}
+
+#[test]
+fn an_average_of_the_weights_is_kept_across_a_resume() {
+    let place = Place::new();
+    let model = model(&place);
+    let line = "pretrain --data synthetic:40 --out {} --model {} --batch-size 8 --checkpoint-every 3 --lr 0.01 \
+                --warmup-epochs 0 --ema 0.8 --steps 6";
+    let (whole, parts) = (place.path("whole"), place.path("parts"));
+    run(line, &[&whole, &model]).succeeded();
+    run(line, &[&parts, &model]).succeeded();
+    fs::remove_dir_all(parts.join("checkpoint-6")).unwrap();
+    run(&format!("{line} --resume"), &[&parts, &model]).succeeded();
+    let weights = |folder: &Path, name: &str| fs::read(folder.join(name).join("model.safetensors")).unwrap();
+    assert_eq!(weights(&whole, "checkpoint-6"), weights(&parts, "checkpoint-6"));
+    assert_eq!(weights(&whole, "checkpoint-6/ema"), weights(&parts, "checkpoint-6/ema"));
+    assert_ne!(weights(&whole, "checkpoint-6/ema"), weights(&whole, "checkpoint-6"));
+    // It is a checkpoint like any other.
+    run("embed --from {} --data synthetic:4 --out {}", &[&whole.join("checkpoint-6/ema"), &place.path("f.npy")])
+        .succeeded();
+    run(&format!("{} --resume", line.replace("0.8", "0.9")), &[&parts, &model]).failed(1, &["ema was 0.8 and is 0.9"]);
+}
+
+#[test]
+fn a_recipe_gives_the_same_run_once_more() {
+    let place = Place::new();
+    let model = model(&place);
+    let (first, second, pictures) = (place.path("first"), place.path("second"), place.pictures(12));
+    run(
+        "pretrain --data {} --out {} --model {} --batch-size 4 --accumulate 2 --steps 5 --lr 0.01 --min-lr 0.001 --ema 0.9 \
+         --warmup-epochs 0.5 --clip-grad 1 --weight-decay 0.1 --seed 3 --val synthetic:5 --checkpoint-every 2 --keep 1 \
+         --mask-ratio 0.6 --norm-pix-loss --picture-every 5 --micro-batch 3 --recompute",
+        &[&pictures, &first, &model],
+    )
+    .succeeded();
+    fs::remove_file(&model).unwrap();
+    let recipe = first.join("recipe.json");
+    let ran = run("pretrain --recipe {} --out {}", &[&recipe, &second]).succeeded();
+    assert!(!ran.err.contains("WARN"), "{}", ran.err);
+    let left = |name: &str| {
+        let mut left = place.list(name);
+        // Their names have the time in them.
+        left.retain(|name| !name.starts_with("events."));
+        left
+    };
+    assert_eq!(left("first"), left("second"));
+    for file in ["model.safetensors", "optimizer.safetensors", "ema/model.safetensors", "trainer_state.json"] {
+        let bytes = |run: &Path| fs::read(run.join("checkpoint-5").join(file)).unwrap();
+        assert!(bytes(&first) == bytes(&second), "{file}");
+    }
+    assert_eq!(fs::read_to_string(second.join("recipe.json")).unwrap(), fs::read_to_string(&recipe).unwrap());
+
+    let third = place.path("third");
+    run("pretrain --recipe {} --out {} --seed 4", &[&recipe, &third]).failed(2, &["cannot be used with"]);
+    run("pretrain --out {}", &[&third]).failed(2, &["--data"]);
+    fs::remove_file(pictures.join("picture 03.png")).unwrap();
+    run("pretrain --recipe {} --out {}", &[&recipe, &third]).failed(1, &["not the pictures of the recipe"]);
+    run("pretrain --recipe {} --out {}", &[&first.join("loss.svg"), &third]).failed(1, &["no recipe"]);
+    assert!(!third.exists());
+}
+
+/// The flags of the original's `main_pretrain.py` are understood.
+#[test]
+fn the_originals_flags_are_understood() {
+    let place = Place::new();
+    let (ours, theirs, model) = (place.path("ours"), place.path("theirs"), model(&place));
+    run(
+        "pretrain --data synthetic:20 --out {} --model {} --batch-size 4 --accumulate 2 --epochs 2 --image-size 16 --mask-ratio \
+         0.5 --norm-pix-loss --weight-decay 0.1 --min-lr 0.001 --warmup-epochs 1 --blr 0.01 --num-workers 1",
+        &[&ours, &model],
+    )
+    .succeeded();
+    run(
+        "pretrain --data synthetic:20 --output_dir {} --model {} --batch_size 4 --accum_iter 2 --epochs 2 --input_size 16 \
+         --mask_ratio 0.5 --norm_pix_loss --weight_decay 0.1 --min_lr 0.001 --warmup_epochs 1 --blr 0.01 --num_workers 1",
+        &[&theirs, &model],
+    )
+    .succeeded();
+    assert_eq!(values(&ours, "loss"), values(&theirs, "loss"));
+    let recipe = |run: &Path| fs::read_to_string(run.join("recipe.json")).unwrap();
+    assert_eq!(recipe(&ours), recipe(&theirs));
+    assert!(recipe(&ours).contains("\"peak\": 0.0003125"), "blr 0.01 with 8 pictures in a step: {}", recipe(&ours));
+}
+
 #[test]
 fn a_damaged_checkpoint_is_passed_over_for_an_older_one() {
     let place = Place::new();

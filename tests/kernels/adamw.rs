@@ -5,7 +5,7 @@ use vitmae::cpu::Cpu;
 use vitmae::ops::{AdamW, AdamWSettings, AdamWState, Memory};
 
 use super::emulated::adamw::{ADAMW_FACTORS, AdamWArenas, AdamWInput, adamw_step, gradient_norm};
-use super::emulated::adamw::{gradient_norm_partials, masters_to_bf16};
+use super::emulated::adamw::{gradient_norm_partials, masters_to_bf16, weights_average};
 use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, device};
 use super::reference::{Bench, close_masters, random};
 
@@ -222,6 +222,29 @@ fn refresh_rounds_the_first_masters() {
 }
 
 #[test]
+fn weights_average_agrees_with_the_cpu() {
+    fn average<B: AdamW>(bench: &Bench<'_, B>, seed: u64, length: usize, decay: f64) -> Vec<f64> {
+        let mut average = bench.masters(&random(seed, length));
+        for step in 1..=3 {
+            let master = bench.masters(&random(seed + step, length));
+            bench.backend.weights_average(length, decay, &mut average, &master).expect("no fault");
+        }
+        bench.read_masters(&average)
+    }
+    for seed in SEEDS {
+        let Some(device) = device(seed) else { return };
+        let device = Cuda::<f32>::new(device.stream());
+        for (length, decay) in [(1, 0.5), (3, 0.999), (2048, 0.99), (2050, 0.0), (5003, 0.9)] {
+            for shift in [0, 1, 4] {
+                let found = average(&Bench { backend: &device, shift }, seed, length, decay);
+                let expected = average(&Bench { backend: &Cpu::<f64>::new(), shift: 0 }, seed, length, decay);
+                close_masters(&format!("average of {length}, shift {shift}"), &found, &expected);
+            }
+        }
+    }
+}
+
+#[test]
 fn adamw_refuses_what_does_not_fit() {
     let Some(device) = device(0) else { return };
     let stream = device.stream();
@@ -261,4 +284,7 @@ fn adamw_refuses_what_does_not_fit() {
     assert!(error.expect_err("refused").to_string().contains("length of partials is 3, expected 2"));
     let error = masters_to_bf16(&stream, &mut working.as_mut_slice(), &gradient.as_slice());
     assert!(error.expect_err("refused").to_string().contains("length of master is 100, expected 40"));
+    let mut average = floats(99);
+    let error = weights_average(&stream, &mut average.as_mut_slice(), &gradient.as_slice(), 0.9);
+    assert!(error.expect_err("refused").to_string().contains("length of master is 100, expected 99"));
 }

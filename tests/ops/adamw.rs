@@ -179,6 +179,34 @@ fn gradient_norm_agrees_with_loops_and_shows_what_is_not_finite() {
 }
 
 #[test]
+fn weights_average_agrees_with_its_definition() {
+    fn check<F: Float>(length: usize, decay: f64) {
+        let (start, masters) = (random(10, length), [random(11, length), random(12, length)]);
+        let found = same_on_any_threads(|| {
+            let mut average = buffer::<F>(&start);
+            for master in &masters {
+                Cpu::<F>::new().weights_average(length, decay, &mut average, &buffer(master)).unwrap();
+            }
+            read(&average)
+        });
+        let weights = [decay * decay, decay * (1.0 - decay), 1.0 - decay];
+        let expected: Vec<f64> = (0..length)
+            .map(|i| weights[0] * start[i] + weights[1] * masters[0][i] + weights[2] * masters[1][i])
+            .collect();
+        close("average", &found, &expected, tolerance::<F>(2));
+    }
+    for (length, decay) in [(1, 0.5), (37, 0.9999), (40_001, 0.9), (100, 0.0)] {
+        check::<f32>(length, decay);
+        check::<f64>(length, decay);
+    }
+    // From nothing, without memory: the weights themselves, bitwise.
+    let (master, mut average) = (buffer::<f32>(&random(13, 100)), buffer::<f32>(&[0.0; 100]));
+    Cpu::new().weights_average(100, 0.0, &mut average, &master).unwrap();
+    assert_eq!(read(&average), read(&master));
+    assert!(Cpu::new().weights_average(1001, 0.0, &mut average, &master).is_err());
+}
+
+#[test]
 fn adamw_refuses_short_buffers() {
     let run = |parameters: usize, gradients: usize| {
         let mut arenas = Arenas::<f32>::new(&vec![1.0; parameters]);

@@ -445,6 +445,10 @@ impl AdamW for Rounding {
         )?;
         self.refresh(working, master)
     }
+
+    fn weights_average(&self, length: usize, decay: f64, average: &mut Numbers, master: &Numbers) -> Result<()> {
+        self.0.weights_average(length, decay, average, master)
+    }
 }
 
 impl CrossEntropy for Rounding {
