@@ -37,13 +37,14 @@ template <typename T>
 DEVICE HeadRows<T> packed_rows(T* qkv, u32 sample, u32 head, u32 which, const AttentionShape& shape) {
     const u64 stride = 3ull * shape.heads * shape.head_dim;
     const u64 within = (static_cast<u64>(which) * shape.heads + head) * shape.head_dim;
-    return {qkv + sample * shape.tokens * stride + within, stride};
+    return {qkv + static_cast<u64>(sample) * shape.tokens * stride + within, stride};
 }
 
 template <typename T>
 DEVICE HeadRows<T> output_rows(T* out, u32 sample, u32 head, const AttentionShape& shape) {
     const u64 stride = static_cast<u64>(shape.heads) * shape.head_dim;
-    return {out + sample * shape.tokens * stride + static_cast<u64>(head) * shape.head_dim, stride};
+    const u64 within = static_cast<u64>(head) * shape.head_dim;
+    return {out + static_cast<u64>(sample) * shape.tokens * stride + within, stride};
 }
 
 // A block's sample, head and tile; the head changes fastest, because the rows of neighbouring heads lie side by side.

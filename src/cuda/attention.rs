@@ -66,9 +66,9 @@ mod sealed {
         }
 
         fn backward(shape: AttentionShape, _: u32) -> Backward {
-            let [delta, keys, queries] =
-                [PLAIN_DELTA, PLAIN_KEYS, PLAIN_QUERIES].map(|kernel| plain(shape, kernel, 512, 8704));
-            Backward::Three([delta, keys, queries])
+            // Delta keeps no scores.
+            let parts = [(PLAIN_DELTA, 0), (PLAIN_KEYS, 8448), (PLAIN_QUERIES, 8448)];
+            Backward::Three(parts.map(|(kernel, scores)| plain(shape, kernel, 512, scores)))
         }
     }
 
