@@ -23,7 +23,8 @@ constexpr float LN_2 = 0.6931471805599453f;
 
 DEVICE float minus_infinity() { return bits_float(0xff800000u); }
 
-// Where one head of one sequence lies in packed qkv [B, N, 3, H, D] or in [B, N, H, D].
+// Where one head of one sequence lies in packed qkv [B, N, 3, H, D] or in [B, N, H, D]. The tokens of a batch are counted in 32
+// bits: launchers see that B * N is below 2^31.
 template <typename T>
 struct HeadRows {
     T* start;
@@ -37,14 +38,13 @@ template <typename T>
 DEVICE HeadRows<T> packed_rows(T* qkv, u32 sample, u32 head, u32 which, const AttentionShape& shape) {
     const u64 stride = 3ull * shape.heads * shape.head_dim;
     const u64 within = (static_cast<u64>(which) * shape.heads + head) * shape.head_dim;
-    return {qkv + static_cast<u64>(sample) * shape.tokens * stride + within, stride};
+    return {qkv + sample * shape.tokens * stride + within, stride};
 }
 
 template <typename T>
 DEVICE HeadRows<T> output_rows(T* out, u32 sample, u32 head, const AttentionShape& shape) {
     const u64 stride = static_cast<u64>(shape.heads) * shape.head_dim;
-    const u64 within = static_cast<u64>(head) * shape.head_dim;
-    return {out + static_cast<u64>(sample) * shape.tokens * stride + within, stride};
+    return {out + sample * shape.tokens * stride + static_cast<u64>(head) * shape.head_dim, stride};
 }
 
 // A block's sample, head and tile; the head changes fastest, because the rows of neighbouring heads lie side by side.
