@@ -8,7 +8,8 @@
 //
 // A step in four launches, none of which needs anything from the host but the learning rate:
 //   gradient_norm_partial   each block's share of the sum of squares, in f64, to partial [blocks]
-//   gradient_norm_finish    norm [1], f32, from partial [count]; NaN or infinite where a gradient is
+//   gradient_norm_finish    norm [1], f32, from partial [count]; NaN or infinite where a gradient is, and infinite
+//                           where the norm of finite ones is beyond f32
 //   adamw_prepare           one thread: decides whether the step is finite (norm, and loss [1] where the pointer is not
 //                           null), counts it in state [1], and writes factors [8] for the update
 //   adamw_update_f32        parameters, m and v [n], f32, in place; nothing where factors say that the step is skipped
@@ -19,7 +20,7 @@
 //   weights_average         average [n], f32, in place: average += share (p - average), share = 1 - decay of the average
 //
 // Arithmetic: the sum of squares in f64 (squares of f32 are exact there, and do not overflow), in an order that depends on n
-// alone; bias corrections in f64 (powers by squaring, as src/ops/adamw.rs does); the update in f32.
+// and on `aligned` alone; bias corrections in f64 (powers by squaring, as src/ops/adamw.rs does); the update in f32.
 // All outputs are assigned but for parameters, m, v, average and state, which are updated. No aliasing.
 //
 // Preconditions, checked by the launcher (src/cuda/adamw.rs): buffer lengths, decayed <= n; `aligned` is 1 only where all

@@ -23,7 +23,8 @@ constexpr float LN_2 = 0.6931471805599453f;
 
 DEVICE float minus_infinity() { return bits_float(0xff800000u); }
 
-// Where one head of one sequence lies in packed qkv [B, N, 3, H, D] or in [B, N, H, D].
+// Where one head of one sequence lies in packed qkv [B, N, 3, H, D] or in [B, N, H, D]. The tokens of a batch are counted in 32
+// bits: launchers see that B * N is below 2^31.
 template <typename T>
 struct HeadRows {
     T* start;

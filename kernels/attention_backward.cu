@@ -26,7 +26,8 @@
 // atomics, and partial sums of delta are added warp by warp.
 //
 // Preconditions, checked by src/cuda/attention.rs: D is a multiple of 8 and at most the kernel's; all buffers 16-byte aligned
-// and as long as their shapes; B * H below 2^31; N at most 64 or 80 (whole) or 32 per warp (resident); shared memory fits.
+// and as long as their shapes; B * H and B * N below 2^31; N at most 64 or 80 (whole) or 32 per warp (resident); shared memory
+// fits the device.
 //
 // Launch, with S = 2 * d + 16 bytes per row in shared memory:
 //   whole     B * H blocks of W = n / 16 warps; n (3 S + max(S, 2 n + 16) + 4 + 4 W) bytes

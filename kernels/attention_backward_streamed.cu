@@ -25,7 +25,7 @@
 // Products accumulate in f32; p and ds are f32 and rounded to bf16 as factors of a product. All sums have a fixed order.
 //
 // Preconditions, checked by src/cuda/attention.rs: D is a multiple of 8 and at most the kernel's; all buffers 16-byte aligned
-// and as long as their shapes; B * H * tiles below 2^31; shared memory fits the device.
+// and as long as their shapes; B * H * tiles and B * N below 2^31; shared memory fits the device.
 //
 // Launch, with S = 2 * d + 16 bytes per row in shared memory, of 4 warps:
 //   delta, queries  B * H * ceil(N / Q) blocks; 2 (Q + 2 T) S bytes; Q = 128 and T = 64 for d32 and d64, Q = 64 and T = 64 for

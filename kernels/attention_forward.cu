@@ -24,12 +24,16 @@
 // rare; the result does not depend on it except for rounding. No order depends on timing.
 //
 // Preconditions, checked by src/cuda/attention.rs: D is a multiple of 8 and at most the kernel's; all buffers 16-byte aligned
-// and as long as their shapes; B * H * tiles below 2^31; N at most 64 or 80 (whole); shared memory fits the device.
+// and as long as their shapes; B * H * tiles and B * N below 2^31; N at most 64 or 80 (whole); shared memory fits the device.
 //
 // Launch, with S = 2 * d + 16 bytes per row in shared memory:
 //   whole     B * H blocks of n / 16 warps; 3 n S bytes
-//   resident  B * H blocks of any number of warps; (2 * 16 ceil(N / 16) + Q ceil(N / Q)) S bytes; Q = 16 for d80, else 32
+//   resident  B * H blocks of warps up to the launch bound; (2 * 16 ceil(N / 16) + Q ceil(N / Q)) S bytes; Q = 16 for d80,
+//             else 32
 //   streamed  B * H * ceil(N / Q) blocks of 4 warps; (Q + 256) S bytes; Q = 128 queries up to d64, else 64
+// A resident kernel is right with any number of warps; its bound says how many registers a thread may have. d32: 512 threads
+// make it 128 registers, with which three blocks of the 5 warps that the launcher takes at most fit a multiprocessor. d64:
+// 256 threads allow all 255, of which it needs 178 (two blocks of 5 warps). d80: 288 threads are the 9 warps of its launches.
 //
 // Bytes: 8 B N H D + 4 B H N. FLOPs: 4 B H N^2 D, and B H N^2 exponentials.
 // Bound by: memory for short sequences; exponentials, matrix instructions and shared memory alike for long ones.

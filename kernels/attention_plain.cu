@@ -18,9 +18,10 @@
 // A block has 16 x 16 threads and works on 32 queries by 32 keys at a time: a thread has 2 x 2 scores and, of 32 rows of a
 // result, 2 rows and every sixteenth feature.
 //
-// Preconditions, checked by src/cuda/attention.rs: D at most 128; buffers as long as their shapes; B * H * tiles below 2^31.
+// Preconditions, checked by src/cuda/attention.rs: D at most 128; buffers as long as their shapes; B * H * tiles and
+// B * N below 2^31.
 // Launch: B * H * ceil(N / 32) blocks of 256 threads; tiles of 32 rows of R = 16 ceil(D / 16) + 1 floats and of 33 in shared
-// memory: forward 384 R + 4608 bytes, backward 512 R + 8704, probabilities 256 R.
+// memory: forward 384 R + 4608 bytes, backward's delta 512 R, its other two 512 R + 8448, probabilities 256 R.
 // Bytes: those of attention_forward.cu and attention_backward.cu with 4 bytes for 2, but keys and values once per 32 queries.
 // FLOPs: 4 B H N^2 D forward, 18 B H N^2 D backward. Bound by: shared memory, at about one load per multiply-add.
 #include "attention.cuh"

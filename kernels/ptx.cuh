@@ -36,7 +36,7 @@
 //                                                 Every lane takes part
 //   exp2_approximate(x)                           2 to the x, to about 2^-22 relative; 0 for minus infinity
 //   natural_logarithm(x)                          to about one unit in the last place
-//   multiply_rn, add_rn, subtract_rn, divide_rn   one rounding, to nearest even; never contracted into another operation
+//   multiply_rn, subtract_rn, divide_rn           one rounding, to nearest even; never contracted into another operation
 //   multiply_add_rn                               a * b + c with one rounding
 //   reciprocal_square_root                        1 / sqrt(value) to the nearest float, or the one beside it
 //   opaque(value), value u32 or a pointer         the same value, of which the compiler knows nothing: it computes again what
@@ -187,7 +187,6 @@ DEVICE float exp2_approximate(float x) {
 DEVICE float natural_logarithm(float x) { return logf(x); }
 
 DEVICE float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
-DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float subtract_rn(float a, float b) { return __fsub_rn(a, b); }
 DEVICE float divide_rn(float a, float b) { return __fdiv_rn(a, b); }
 DEVICE float multiply_add_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }

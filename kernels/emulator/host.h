@@ -45,7 +45,6 @@ float exp2_approximate(float x);
 float natural_logarithm(float x);
 
 float multiply_rn(float a, float b);
-float add_rn(float a, float b);
 float subtract_rn(float a, float b);
 float divide_rn(float a, float b);
 float multiply_add_rn(float a, float b, float c);

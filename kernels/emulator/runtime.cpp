@@ -172,7 +172,6 @@ float exp2_approximate(float x) { return std::exp2(x); }
 float natural_logarithm(float x) { return std::log(x); }
 
 float multiply_rn(float a, float b) { return a * b; }
-float add_rn(float a, float b) { return a + b; }
 float subtract_rn(float a, float b) { return a - b; }
 float divide_rn(float a, float b) { return a / b; }
 float multiply_add_rn(float a, float b, float c) { return std::fma(a, b, c); }

@@ -44,8 +44,8 @@ fn norm_blocks(length: usize) -> usize {
     length.div_ceil(NORM_TILE).clamp(1, MAX_NORM_BLOCKS)
 }
 
-/// Writes the Euclidean norm of `gradient` `[n]` to `norm` `[1]`, summed in f64 in an order that depends on n alone; NaN or
-/// infinite where a gradient is.
+/// Writes the Euclidean norm of `gradient` `[n]` to `norm` `[1]`, summed in f64 in an order that depends on n and on whether
+/// `gradient` is 16-byte aligned; NaN or infinite where a gradient is, and infinite where the norm is beyond f32.
 ///
 /// `partials`: [`gradient_norm_partials`] numbers, 16-byte aligned, with any content before and after.
 ///

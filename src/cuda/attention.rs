@@ -66,9 +66,9 @@ mod sealed {
         }
 
         fn backward(shape: AttentionShape, _: u32) -> Backward {
-            let [delta, keys, queries] =
-                [PLAIN_DELTA, PLAIN_KEYS, PLAIN_QUERIES].map(|kernel| plain(shape, kernel, 512, 8704));
-            Backward::Three([delta, keys, queries])
+            // Delta keeps no scores.
+            let parts = [(PLAIN_DELTA, 0), (PLAIN_KEYS, 8448), (PLAIN_QUERIES, 8448)];
+            Backward::Three(parts.map(|(kernel, scores)| plain(shape, kernel, 512, scores)))
         }
     }
 
@@ -384,6 +384,8 @@ fn check<T: AttentionElement>(
     for (what, size) in [("batch", batch), ("tokens", tokens), ("heads", heads)] {
         within(op, what, size as u64, 0..=MAX_32_BIT)?;
     }
+    // Kernels count the tokens of a batch in 32 bits.
+    product(op, "number of tokens", &[batch, tokens], MAX_32_BIT)?;
     let expected = product(op, "length of qkv", &[batch, tokens, 3, heads, head_dim], i64::MAX as u64)?;
     exactly(op, "length of qkv", qkv as u64, expected)?;
     let expected = product(op, "length of log_sum_exp", &[batch, heads, tokens], u64::MAX)?;

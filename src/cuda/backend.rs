@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
+use super::error::CudaError;
 use super::launch::{Buffer, Slice, SliceMut, Stream};
 use super::recording::RecordedWork;
 use crate::ops::{Element, Memory};
@@ -65,10 +66,18 @@ impl CudaElement for bf16 {
 #[derive(Debug)]
 pub struct Cuda<E> {
     stream: Stream,
-    scratch: Arc<Mutex<Option<Buffer<f32>>>>,
+    scratch: Arc<Mutex<Scratch>>,
     /// Where buffers come from while [`Memory::together`] makes them.
     arena: Option<Arc<Mutex<Arena>>>,
     element: PhantomData<E>,
+}
+
+/// Memory that launches borrow.
+#[derive(Debug, Default)]
+struct Scratch {
+    memory: Option<Buffer<f32>>,
+    /// How often the memory became another one. An address alone would not tell: it can come back.
+    generation: u64,
 }
 
 impl<E> Clone for Cuda<E> {
@@ -99,9 +108,9 @@ impl<E: CudaElement> Cuda<E> {
     /// the like. They are the next caller's as soon as `work` returns, which is right because launches on one stream run in
     /// order.
     ///
-    /// The memory only grows, so that after the first step nothing is allocated. Growing gives the old memory back in the
-    /// stream's order, after the launches that still use it. A captured graph keeps the address that it saw: run what it
-    /// captures once before, and nothing that needs more memory after.
+    /// The memory only grows, so that after the first step nothing is allocated. Growing gives the old memory back, for which
+    /// the host waits until the launches that use it are done. A captured graph keeps the address that it saw: run what it
+    /// captures once before; after the memory has grown, [`Memory::replay`] refuses the graph.
     ///
     /// `work` must not ask for scratch memory itself: it would wait for its own.
     ///
@@ -109,13 +118,36 @@ impl<E: CudaElement> Cuda<E> {
     /// What `work` returns, or [`Error::Cuda`] when there is not enough memory.
     pub fn with_scratch<R>(&self, length: usize, work: impl FnOnce(&mut SliceMut<'_, f32>) -> Result<R>) -> Result<R> {
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        let memory = match scratch.take().filter(|memory| memory.len() >= length) {
+        let scratch = &mut *scratch;
+        let memory = match scratch.memory.take_if(|memory| memory.len() >= length) {
             Some(memory) => memory,
-            // Rounded up, so that many sizes soon meet in one allocation. The old memory is given back by now.
-            None => self.stream.uninitialised(length.checked_next_power_of_two().unwrap_or(length))?,
+            None => self.larger(scratch, length)?,
         };
-        let memory = scratch.insert(memory);
+        let memory = scratch.memory.insert(memory);
         work(&mut memory.as_mut_slice().range(0..length)?)
+    }
+
+    /// Scratch memory of at least `length` numbers, in place of what there is. Where there is no room for it, what there was
+    /// stays, or as much of it anew.
+    fn larger(&self, scratch: &mut Scratch, length: usize) -> Result<Buffer<f32>> {
+        // Rounded up, so that many sizes soon meet in one allocation.
+        let length = length.checked_next_power_of_two().unwrap_or(length);
+        let mut larger = self.stream.uninitialised(length);
+        if matches!(larger, Err(CudaError::OutOfMemory { .. }))
+            && let Some(old) = scratch.memory.take()
+        {
+            // Its room may be what is missing.
+            scratch.generation += 1;
+            let old_length = old.len();
+            drop(old);
+            larger = self.stream.uninitialised(length);
+            if larger.is_err() {
+                scratch.memory = self.stream.uninitialised(old_length).ok();
+            }
+        }
+        let larger = larger?;
+        scratch.generation += 1;
+        Ok(larger)
     }
 }
 
@@ -135,9 +167,9 @@ impl<E> Cuda<E> {
         self.arena().is_some_and(|arena| arena.memory.is_none())
     }
 
-    /// The size of the scratch memory, which changes with its address.
-    fn scratch_length(&self) -> usize {
-        self.scratch.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Buffer::len)
+    /// Which scratch memory there is.
+    fn scratch_generation(&self) -> u64 {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner).generation
     }
 }
 
@@ -155,7 +187,7 @@ const ALIGNMENT: usize = 256;
 #[derive(Debug)]
 pub struct CudaRecording {
     work: Box<dyn RecordedWork>,
-    scratch_length: usize,
+    scratch_generation: u64,
 }
 
 /// Elements of an allocation on the device, which lives as long as any buffer of it.
@@ -309,11 +341,11 @@ impl<E: CudaElement> Memory for Cuda<E> {
 
     fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<CudaRecording> {
         let work = self.stream.record(work)?;
-        Ok(CudaRecording { work, scratch_length: self.scratch_length() })
+        Ok(CudaRecording { work, scratch_generation: self.scratch_generation() })
     }
 
     unsafe fn replay(&self, recording: &CudaRecording) -> Result<bool> {
-        if recording.scratch_length != self.scratch_length() {
+        if recording.scratch_generation != self.scratch_generation() {
             return Ok(false);
         }
         // SAFETY: the caller promises the buffers, and the scratch memory is still the one that was recorded.

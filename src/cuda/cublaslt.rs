@@ -2,7 +2,8 @@
 //!
 //! The algorithm is the fastest of those that cuBLASLt proposes, timed at the product's first call, and kept in the user's
 //! cache folder, so that later runs on the same machine choose the same one and repeat bitwise. While a graph is captured
-//! nothing can be timed: a product that is new then gets the first proposal. `VITMAE_GEMM_TUNING=0` takes that always.
+//! nothing can be timed: a product that is new then gets the choice that was kept, else the first proposal.
+//! `VITMAE_GEMM_TUNING=0` takes the first proposal that runs, always.
 //!
 //! In-place split-K reductions are not allowed, and f32 products are not computed in TF32.
 
@@ -23,7 +24,7 @@ use cudarc::driver::{CudaContext, result as driver};
 
 use self::descriptors::{Preference, Product, failed};
 pub use self::library::probe;
-use super::driver::{DeviceInfo, call};
+use super::driver::{DeviceInfo, call, reserving};
 use super::error::{CudaError, Result};
 use super::gemm::{GemmAddresses, GemmDescription, Layout, span};
 use super::hash::hash;
@@ -94,7 +95,7 @@ impl CublasLt {
         let mut started = Self { handle, workspace: 0, plans, machine, context: Arc::clone(context) };
         // SAFETY: the context is current; the memory is cuBLASLt's to initialise.
         started.workspace = unsafe { driver::malloc_sync(WORKSPACE_BYTES) }
-            .map_err(|_| CudaError::OutOfMemory { bytes: WORKSPACE_BYTES })?;
+            .map_err(|error| reserving("reserving cuBLASLt's workspace", WORKSPACE_BYTES, error))?;
         Ok(started)
     }
 
@@ -133,9 +134,9 @@ impl CublasLt {
         // SAFETY: the caller's stream.
         let status = unsafe { driver::stream::is_capturing(stream) };
         let status = status.map_err(|error| call("asking whether a stream is captured", error))?;
-        let may_time = status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE
-            && std::env::var("VITMAE_GEMM_TUNING").as_deref() != Ok("0");
-        let kept = cache_folder().filter(|_| may_time).map(|folder| {
+        let captured = status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        let tunes = std::env::var("VITMAE_GEMM_TUNING").as_deref() != Ok("0");
+        let kept = cache_folder().filter(|_| tunes).map(|folder| {
             let name = hash(&[self.machine.as_bytes(), format!("{key:?}").as_bytes()]);
             folder.join(format!("gemm-{name:032x}"))
         });
@@ -144,13 +145,15 @@ impl CublasLt {
             return Ok(Some(Plan { product, algorithm }));
         }
         let candidates = self.candidates(&product, key)?;
-        let (Some(&first), true) = (candidates.first(), may_time && candidates.len() > 1) else {
-            return Ok(candidates.first().map(|&algorithm| Plan { product, algorithm }));
-        };
-        // SAFETY: the caller's promise.
-        let algorithm = match unsafe { self.fastest(stream, &product, &candidates, key, addresses)? } {
-            Some(algorithm) => algorithm,
-            None => return Ok(Some(Plan { product, algorithm: first })),
+        let untried = candidates.first().copied();
+        if captured || untried.is_none() {
+            return Ok(untried.map(|algorithm| Plan { product, algorithm }));
+        }
+        // SAFETY: the caller's promise; the stream is not captured.
+        let algorithm = match unsafe { self.fastest(stream, &product, &candidates, tunes, key, addresses)? } {
+            Choice::Made(algorithm) => algorithm,
+            Choice::AllRefused => return Ok(None),
+            Choice::NoRoom => return Ok(untried.map(|algorithm| Plan { product, algorithm })),
         };
         if let Some(path) = kept {
             // A cache that cannot be written costs time at the next start, and a choice that may be another one then.
@@ -223,7 +226,7 @@ impl CublasLt {
         Ok(usable.map(|candidate| candidate.algo).collect())
     }
 
-    /// The candidate that takes the least time; nothing where there is no room to find out.
+    /// The candidate that takes the least time, or the first that runs where there is no choice or none is wanted.
     ///
     /// # Safety
     ///
@@ -233,32 +236,31 @@ impl CublasLt {
         stream: CUstream,
         product: &Product,
         candidates: &[sys::cublasLtMatmulAlgo_t],
+        tunes: bool,
         key: &Key,
         addresses: &GemmAddresses,
-    ) -> Result<Option<sys::cublasLtMatmulAlgo_t>> {
+    ) -> Result<Choice<sys::cublasLtMatmulAlgo_t>> {
         let gemm = key.description.gemm;
         let mut addresses = *addresses;
         let mut elsewhere = None;
         if key.description.adds && key.in_place {
             // Every run would add to the output once more.
             let length = span(Layout::rows(gemm.output_stride), gemm.rows, gemm.columns);
-            let Some(memory) = Memory::zeros(length * key.description.output.bytes(), stream)? else { return Ok(None) };
+            let bytes = length * key.description.output.bytes();
+            let Some(memory) = Memory::zeros(bytes, stream)? else { return Ok(Choice::NoRoom) };
             (addresses.output, addresses.addend) = (memory.0, memory.0);
             elsewhere = Some(memory);
         }
-        let mut best: Option<(Duration, sys::cublasLtMatmulAlgo_t)> = None;
-        for algorithm in candidates {
-            // SAFETY: the caller's promise, or memory of the same size.
-            let Some(time) = (unsafe { self.time(stream, product, algorithm, &addresses)? }) else { continue };
-            if best.is_none_or(|(so_far, _)| time.as_secs_f64() < FASTER * so_far.as_secs_f64()) {
-                best = Some((time, *algorithm));
-            }
-        }
+        let is_timed = tunes && candidates.len() > 1;
+        // SAFETY: the caller's promise, or memory of the same size.
+        let time = |algorithm: &_| unsafe { self.time(stream, product, algorithm, is_timed, &addresses) };
+        let chosen = choose(candidates, is_timed, time);
         drop(elsewhere);
-        Ok(best.map(|(_, algorithm)| algorithm))
+        chosen
     }
 
-    /// How long a product takes, the best of three; nothing where the algorithm refuses to run.
+    /// How long a product takes, the best of three, or no time where none is wanted; nothing where the algorithm refuses to
+    /// run.
     ///
     /// # Safety
     ///
@@ -268,6 +270,7 @@ impl CublasLt {
         stream: CUstream,
         product: &Product,
         algorithm: &sys::cublasLtMatmulAlgo_t,
+        is_timed: bool,
         addresses: &GemmAddresses,
     ) -> Result<Option<Duration>> {
         const RUNS: u32 = 4;
@@ -281,6 +284,9 @@ impl CublasLt {
             return Ok(None);
         }
         wait()?;
+        if !is_timed {
+            return Ok(Some(Duration::ZERO));
+        }
         let mut best = Duration::MAX;
         for _ in 0..3 {
             let start = Instant::now();
@@ -353,6 +359,37 @@ impl Drop for CublasLt {
     }
 }
 
+/// What became of candidates.
+#[derive(Debug, PartialEq, Eq)]
+enum Choice<A> {
+    /// This one.
+    Made(A),
+    /// None of them runs.
+    AllRefused,
+    /// There was no memory to try them in.
+    NoRoom,
+}
+
+/// The candidate of the least time, of those that have one: a later one only where it is clearly faster. The first that has
+/// a time where they are not `compared`.
+fn choose<A: Copy>(
+    candidates: &[A],
+    compared: bool,
+    mut time: impl FnMut(&A) -> Result<Option<Duration>>,
+) -> Result<Choice<A>> {
+    let mut best: Option<(Duration, A)> = None;
+    for candidate in candidates {
+        let Some(time) = time(candidate)? else { continue };
+        if best.is_none_or(|(so_far, _)| time.as_secs_f64() < FASTER * so_far.as_secs_f64()) {
+            best = Some((time, *candidate));
+        }
+        if !compared {
+            break;
+        }
+    }
+    Ok(best.map_or(Choice::AllRefused, |(_, candidate)| Choice::Made(candidate)))
+}
+
 /// Memory for a moment.
 struct Memory(u64);
 
@@ -360,10 +397,15 @@ impl Memory {
     /// Zeros, or nothing where there is no room.
     fn zeros(bytes: usize, stream: CUstream) -> Result<Option<Self>> {
         // SAFETY: a context is current.
-        let Ok(address) = (unsafe { driver::malloc_sync(bytes) }) else { return Ok(None) };
-        let memory = Self(address);
+        let memory = match unsafe { driver::malloc_sync(bytes) } {
+            Ok(address) => Self(address),
+            Err(error) => match reserving("reserving memory to time a matrix product", bytes, error) {
+                CudaError::OutOfMemory { .. } => return Ok(None),
+                error => return Err(error),
+            },
+        };
         // SAFETY: as many bytes as were reserved, on a stream of the context.
-        let filled = unsafe { driver::memset_d8_async(address, 0, bytes, stream) };
+        let filled = unsafe { driver::memset_d8_async(memory.0, 0, bytes, stream) };
         filled.map_err(|error| call("filling memory", error))?;
         Ok(Some(memory))
     }
@@ -408,6 +450,21 @@ fn describe(description: &GemmDescription) -> String {
 mod tests {
     use super::*;
     use crate::cuda::gemm::{EpilogueKind, Gemm, GemmType};
+
+    #[test]
+    fn the_clearly_fastest_of_those_that_run_is_chosen() {
+        let times = [None, Some(100), Some(98), Some(50), None, Some(49)];
+        let time = |&index: &usize| Ok(times[index].map(Duration::from_micros));
+        let chosen = |candidates: &[usize], compared| choose(candidates, compared, time).expect("no failure");
+        assert_eq!(chosen(&[0, 1, 2], true), Choice::Made(1));
+        assert_eq!(chosen(&[0, 1, 2, 3, 4, 5], true), Choice::Made(3));
+        assert_eq!(chosen(&[0, 1, 3], false), Choice::Made(1));
+        for compared in [false, true] {
+            assert_eq!(chosen(&[0, 4], compared), Choice::AllRefused);
+        }
+        let broken = choose(&[1], true, |_| Err(CudaError::Recording { what: "a failure" }));
+        assert!(broken.is_err());
+    }
 
     #[test]
     fn a_key_sees_alignment_and_aliasing() {

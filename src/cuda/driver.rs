@@ -254,6 +254,7 @@ impl Gpu {
             products: Mutex::new(None),
             allocations: AtomicU64::new(0),
             recording: AtomicBool::new(false),
+            released: Mutex::default(),
         })))
     }
 }
@@ -360,6 +361,8 @@ struct GpuStream {
     staging: Mutex<Staging>,
     allocations: AtomicU64,
     recording: AtomicBool,
+    /// What was given back while work is recorded. Locked to change `recording`.
+    released: Mutex<Vec<u64>>,
     /// Started by the first matrix product.
     products: Mutex<Option<CublasLt>>,
 }
@@ -379,6 +382,24 @@ impl GpuStream {
 
     fn staging(&self) -> MutexGuard<'_, Staging> {
         self.staging.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn released(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.released.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the work on the stream, and gives memory back.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Driver::release`]; the stream is not captured.
+    unsafe fn free(&self, address: u64) {
+        // A drop has nobody to tell: a failure here is a failure of earlier work, and the next call reports it.
+        if self.bind().is_ok() {
+            let _ = self.stream.synchronize();
+            // SAFETY: the caller promises that the address is ours and not used again; the work on it is done.
+            let _ = unsafe { result::free_sync(address) };
+        }
     }
 }
 
@@ -404,19 +425,19 @@ impl Driver for GpuStream {
         self.bind_for("reserving memory")?;
         self.allocations.fetch_add(1, Ordering::Relaxed);
         // SAFETY: a context is current; the memory is not read before it is written.
-        unsafe { result::malloc_sync(bytes) }.map_err(|error| match error {
-            DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY) => CudaError::OutOfMemory { bytes },
-            error => call("reserving memory", error),
-        })
+        unsafe { result::malloc_sync(bytes) }.map_err(|error| reserving("reserving memory", bytes, error))
     }
 
     unsafe fn release(&self, address: u64) {
-        // A drop has nobody to tell: a failure here is a failure of earlier work, and the next call reports it.
-        if self.bind().is_ok() {
-            let _ = self.stream.synchronize();
-            // SAFETY: the caller promises that the address is ours and not used again; the work on it is done.
-            let _ = unsafe { result::free_sync(address) };
+        let mut released = self.released();
+        if self.recording.load(Ordering::Relaxed) {
+            // Waiting for a stream that is captured would spoil the capture.
+            released.push(address);
+            return;
         }
+        drop(released);
+        // SAFETY: the caller's promise; nothing is recorded.
+        unsafe { self.free(address) };
     }
 
     unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<()> {
@@ -484,14 +505,22 @@ impl Driver for GpuStream {
         self.bind_for("a recording")?;
         // Other threads may go on with what capture forbids, such as reserving memory on streams of their own.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        let _released = self.released();
         self.stream.begin_capture(mode).map_err(|error| call("starting to capture a graph", error))?;
         self.recording.store(true, Ordering::Relaxed);
         Ok(())
     }
 
     fn end_recording(&self) -> Result<Box<dyn RecordedWork>> {
-        self.recording.store(false, Ordering::Relaxed);
+        let mut released = self.released();
         let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        self.recording.store(false, Ordering::Relaxed);
+        let addresses = std::mem::take(&mut *released);
+        drop(released);
+        for address in addresses {
+            // SAFETY: whoever gave it back promised so; nothing is recorded any more.
+            unsafe { self.free(address) };
+        }
         match graph.map_err(|error| call("capturing a graph", error))? {
             Some(graph) => Ok(Box::new(Graph::new(graph))),
             None => Err(CudaError::Recording { what: "work that failed" }),
@@ -503,6 +532,10 @@ impl Driver for GpuStream {
         let mut products = self.products.lock().unwrap_or_else(PoisonError::into_inner);
         let products = match &mut *products {
             Some(products) => products,
+            // It reserves its workspace.
+            None if self.recording.load(Ordering::Relaxed) => {
+                return Err(CudaError::Recording { what: "the first matrix product" });
+            }
             none => none.insert(CublasLt::new(&self.gpu.context, &self.gpu.info)?),
         };
         // SAFETY: the caller's promise; the stream belongs to the context, which is current.
@@ -510,6 +543,8 @@ impl Driver for GpuStream {
     }
 
     fn mark(&self) -> Result<Mark> {
+        // An event that is captured belongs to the graph, and has no time.
+        self.bind_for("a mark")?;
         if !EVENT_TIMES.load(Ordering::Relaxed) {
             self.synchronize()?;
             return Ok(Mark::now());
@@ -520,7 +555,15 @@ impl Driver for GpuStream {
 }
 
 pub(super) fn call(call: &'static str, error: DriverError) -> CudaError {
-    CudaError::Call { call, reason: text_of(error) }
+    reserving(call, 0, error)
+}
+
+/// The same for a call that asked for so many bytes.
+pub(super) fn reserving(call: &'static str, bytes: usize, error: DriverError) -> CudaError {
+    match error {
+        DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY) => CudaError::OutOfMemory { bytes },
+        error => CudaError::Call { call, reason: text_of(error) },
+    }
 }
 
 fn text_of(error: DriverError) -> String {

@@ -47,13 +47,14 @@ pub enum CudaError {
         /// The driver's name for the error, and its text.
         reason: String,
     },
-    /// GPU memory ran out.
+    /// Memory ran out: that of the GPU, or what the host can pin for copies to it.
     #[error(
-        "the GPU has no {bytes} bytes left; use a smaller batch (in training --micro-batch, or --recompute), or free memory \
-         that other programs hold"
+        "there is no memory left for the GPU ({}); use a smaller batch (in training --micro-batch, or --recompute), or free \
+         memory that other programs hold",
+        asked_for(*bytes)
     )]
     OutOfMemory {
-        /// How much was asked for at once.
+        /// How much was asked for at once; 0 where it was not said, in a call that does more than reserve memory.
         bytes: usize,
     },
     /// No form of a kernel file runs on the GPU.
@@ -133,3 +134,10 @@ pub enum CudaError {
 
 /// A result of the CUDA backend.
 pub type Result<T> = std::result::Result<T, CudaError>;
+
+fn asked_for(bytes: usize) -> String {
+    match bytes {
+        0 => "no amount was named".to_string(),
+        bytes => format!("{bytes} bytes were asked for"),
+    }
+}

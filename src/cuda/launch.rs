@@ -84,7 +84,8 @@ pub trait Driver: fmt::Debug + Send + Sync {
     /// Reserves memory, at least one byte, aligned to 256. Its content is undefined.
     fn allocate(&self, bytes: usize) -> Result<u64>;
 
-    /// Gives memory back once the work that was given so far is done.
+    /// Gives memory back once the work that was given so far is done, for which the host may wait; while work is recorded,
+    /// when the recording ends.
     ///
     /// # Safety
     ///

@@ -14,13 +14,16 @@ pub trait RecordedWork: fmt::Debug + Send + Sync {
     ///
     /// # Safety
     ///
-    /// All memory that the work reads and writes is still allocated.
+    /// All memory that the work reads and writes is still allocated: no buffer of it was dropped, neither since the recording
+    /// nor during it. What was dropped is another buffer's by now, or nobody's.
     unsafe fn launch(&self) -> Result<()>;
 }
 
 impl Stream {
-    /// Records what `work` gives to this stream; nothing of it runs. `work` cannot reserve memory, wait, or copy from or to
-    /// the host: do that before.
+    /// Records what `work` gives to this stream; nothing of it runs. `work` cannot reserve memory, wait, copy from or to the
+    /// host, mark a time, or be the first on its stream to multiply matrices: do that before.
+    ///
+    /// A buffer that `work` drops is given back when the recording ends, which ends the right to launch what uses it.
     ///
     /// # Errors
     /// What `work` returns; [`CudaError::Recording`] for what cannot be recorded; a failed driver call.

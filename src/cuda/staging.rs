@@ -8,7 +8,7 @@ use std::ptr::NonNull;
 
 use cudarc::driver::{CudaStream, result, sys};
 
-use super::driver::call;
+use super::driver::{call, reserving};
 use super::error::{CudaError, Result};
 
 /// Uploads up to this many bytes take a small slot.
@@ -21,15 +21,35 @@ const LARGEST_BYTES: usize = 256 << 20;
 /// The slots of one stream. Its context must be current in every call, and when it is dropped.
 #[derive(Debug, Default)]
 pub(super) struct Staging {
-    small: Ring,
-    large: Ring,
+    small: Ring<Slot>,
+    large: Ring<Slot>,
     allocations: u64,
 }
 
-#[derive(Debug, Default)]
-struct Ring {
-    slots: Vec<Slot>,
+/// Slots that take turns, made when their first turn comes.
+#[derive(Debug)]
+struct Ring<S> {
+    slots: Vec<S>,
     next: usize,
+}
+
+impl<S> Default for Ring<S> {
+    fn default() -> Self {
+        Self { slots: Vec::new(), next: 0 }
+    }
+}
+
+impl<S> Ring<S> {
+    /// The next of `count` slots, and whether it was made now. A slot that cannot be made leaves the turn where it was.
+    fn take(&mut self, count: usize, make: impl FnOnce() -> Result<S>) -> Result<(&mut S, bool)> {
+        let index = self.next;
+        let is_new = index >= self.slots.len();
+        if is_new {
+            self.slots.push(make()?);
+        }
+        self.next = (index + 1) % count;
+        Ok((&mut self.slots[index], is_new))
+    }
 }
 
 #[derive(Debug)]
@@ -77,13 +97,8 @@ impl Staging {
     fn free_slot(&mut self, bytes: usize) -> Result<&Slot> {
         let is_small = bytes <= SMALL_BYTES;
         let (ring, count) = if is_small { (&mut self.small, SMALL_SLOTS) } else { (&mut self.large, LARGE_SLOTS) };
-        let index = ring.next;
-        ring.next = (index + 1) % count;
-        if index == ring.slots.len() {
-            ring.slots.push(Slot::new(if is_small { SMALL_BYTES } else { bytes })?);
-            self.allocations += 1;
-        }
-        let slot = &mut ring.slots[index];
+        let (slot, is_new) = ring.take(count, || Slot::new(if is_small { SMALL_BYTES } else { bytes }))?;
+        self.allocations += u64::from(is_new);
         // SAFETY: the event is ours and was not destroyed; one that was never recorded counts as done.
         unsafe { result::event::synchronize(slot.free) }.map_err(|error| call("waiting for a copy", error))?;
         if slot.capacity < bytes {
@@ -99,7 +114,7 @@ impl Slot {
         let capacity = bytes.next_power_of_two().min(LARGEST_BYTES);
         // SAFETY: a context is current; the memory is written before it is read.
         let memory = unsafe { result::malloc_host(capacity, 0) };
-        let memory = memory.map_err(|error| call("reserving pinned host memory", error))?;
+        let memory = memory.map_err(|error| reserving("reserving pinned host memory", capacity, error))?;
         let Some(memory) = NonNull::new(memory.cast()) else {
             return Err(CudaError::OutOfMemory { bytes: capacity });
         };
@@ -123,5 +138,25 @@ impl Drop for Slot {
             let _ = result::event::destroy(self.free);
             let _ = result::free_host(self.memory.as_ptr().cast());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_that_cannot_be_made_leaves_the_others_in_turn() {
+        let mut ring = Ring::default();
+        let mut take = |made: Result<char>| ring.take(2, || made).map(|(&mut slot, is_new)| (slot, is_new)).ok();
+        let full = || Err(CudaError::OutOfMemory { bytes: 1 });
+        assert_eq!(take(full()), None);
+        assert_eq!(take(Ok('a')), Some(('a', true)));
+        assert_eq!(take(full()), None);
+        assert_eq!(take(full()), None);
+        assert_eq!(take(Ok('b')), Some(('b', true)));
+        assert_eq!(take(Ok('c')), Some(('a', false)));
+        assert_eq!(take(full()), Some(('b', false)));
+        assert_eq!(take(full()), Some(('a', false)));
     }
 }

@@ -382,7 +382,10 @@ fn attention_refuses_what_does_not_fit() {
     assert!(refused(AttentionShape { head_dim: 0, ..good }, 0).contains("features of a head is 0"));
     assert!(refused(AttentionShape { tokens: 6, ..good }, 0).contains("length of qkv is 480, expected 576"));
     assert!(refused(AttentionShape { batch: 1 << 40, ..good }, 0).contains("batch"));
-    assert!(refused(AttentionShape { tokens: 1 << 30, heads: 1 << 30, ..good }, 0).contains("length of qkv"));
+    let tokens = refused(AttentionShape { batch: 1 << 16, tokens: 1 << 16, ..good }, 0);
+    assert!(tokens.contains("number of tokens is 4294967296, expected at most 2147483647"), "{tokens}");
+    assert!(refused(AttentionShape { tokens: 1 << 30, ..good }, 0).contains("number of tokens is 2147483648"));
+    assert!(refused(AttentionShape { tokens: 1 << 29, heads: 1 << 30, ..good }, 0).contains("length of qkv"));
     assert!(refused(good, 4).contains("alignment of qkv is 8, expected at least 16"));
 
     let input = stream.zeros::<bf16>(2 * 5 * 3 * 16).expect("reserved");

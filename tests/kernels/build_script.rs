@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use super::emulated::{embedded_kernels, kernels_folder};
+use super::emulated::{embedded_kernels, kernels_folder, required};
 use super::nvrtc;
 
 /// A run of the build script.
@@ -27,6 +27,7 @@ impl Run {
 fn run(extra_kernel: &str, environment: &[(&str, &Path)]) -> Option<Run> {
     let script = env!("VITMAE_BUILD_SCRIPT");
     if !Path::new(script).is_file() {
+        assert!(!required("VITMAE_REQUIRE_NVRTC"), "the build script is no longer at {script}");
         println!("skipped: the build script is no longer at {script}");
         return None;
     }

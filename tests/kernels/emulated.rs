@@ -1,8 +1,9 @@
 //! What tests run kernels on: an emulator, or a GPU.
 //!
 //! The emulator is the one in the crate with the feature `emulator`, else one that is built here with the system's C++ compiler.
-//! Tests are skipped, and say so, where there is none. `VITMAE_TEST_DEVICE=cuda` (or `cuda:1`, ...) takes a GPU instead, with
-//! poisoned and guarded memory; `cuda-plain` leaves memory as it is, for compute-sanitizer to look at.
+//! Tests are skipped, and say so, where there is none; with `VITMAE_REQUIRE_EMULATOR=1`, as in CI, they fail.
+//! `VITMAE_TEST_DEVICE=cuda` (or `cuda:1`, ...) takes a GPU instead, with poisoned and guarded memory; `cuda-plain` leaves memory
+//! as it is, for compute-sanitizer to look at.
 
 // A test binary uses some of this.
 #![allow(dead_code)]
@@ -70,9 +71,15 @@ pub fn emulator_itself(seed: u64) -> Option<Arc<Emulator>> {
     start_or_skip(Options { seed, ..Options::default() })
 }
 
+/// Whether a variable says that what it names must be there, so that its absence fails a test instead of skipping it.
+pub fn required(variable: &str) -> bool {
+    std::env::var(variable).is_ok_and(|value| value == "1")
+}
+
 fn start_or_skip(options: Options) -> Option<Arc<Emulator>> {
     match start(options) {
         Ok(emulator) => Some(emulator),
+        Err(reason) if required("VITMAE_REQUIRE_EMULATOR") => panic!("{reason}"),
         Err(reason) => {
             println!("skipped: {reason}");
             None

@@ -8,7 +8,7 @@ use super::emulated::gemm::{Addend, Epilogue, Gemm, GemmElement, Layout};
 use super::emulated::linear::{
     activation_backward, bias_backward, bias_backward_scratch, linear_backward_weight_and_bias,
 };
-use super::emulated::{Cuda, CudaBuffer, CudaElement, CudaError, SEEDS, device};
+use super::emulated::{Cuda, CudaBuffer, CudaElement, CudaError, SEEDS, device, emulator_itself};
 
 const ACTIVATIONS: [Activation; 5] =
     [Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Silu, Activation::QuickGelu];
@@ -468,8 +468,8 @@ fn products_refuse_what_does_not_fit() {
 
 #[test]
 fn the_emulators_products_check_their_memory() {
-    let Some(device) = device(0) else { return };
-    let stream = device.stream();
+    let Some(emulator) = emulator_itself(0) else { return };
+    let stream = emulator.stream();
     let gemm = Gemm { rows: 2, columns: 2, depth: 2, left: Layout::rows(2), right: Layout::rows(2), output_stride: 2 };
     let unwritten = stream.uninitialised::<f32>(4).expect("reserved");
     let right = stream.zeros::<f32>(4).expect("reserved");

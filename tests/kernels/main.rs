@@ -29,7 +29,7 @@ use emulated::{SEEDS, Slice, embedded_kernels, emulator_itself, kernel_files, un
 fn nvrtc() -> Option<Nvrtc> {
     match Nvrtc::find() {
         Ok(nvrtc) => Some(nvrtc),
-        Err(error) if std::env::var("VITMAE_REQUIRE_NVRTC").is_ok_and(|value| value == "1") => panic!("{error}"),
+        Err(error) if emulated::required("VITMAE_REQUIRE_NVRTC") => panic!("{error}"),
         Err(error) => {
             println!("skipped: {error}");
             None

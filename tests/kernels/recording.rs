@@ -94,12 +94,29 @@ fn what_cannot_be_recorded_is_an_error_and_ends_the_recording() {
         stream.record(|| stream.download(&memory.as_slice()).map(drop)).expect_err("a copy"),
         stream.record(|| stream.synchronize()).expect_err("waiting"),
         stream.record(|| stream.record(|| Ok::<_, CudaError>(())).map(drop)).expect_err("two recordings"),
+        stream.record(|| stream.mark().map(drop)).expect_err("a mark"),
     ];
     for error in errors {
         assert!(matches!(error, CudaError::Recording { .. }), "{error}");
     }
     stream.write(&mut memory.as_mut_slice(), &[1.0; 4]).expect("a copy");
     assert_eq!(stream.download(&memory.as_slice()).expect("a copy"), [1.0; 4]);
+}
+
+#[test]
+fn a_buffer_that_recorded_work_drops_does_not_end_the_recording() {
+    let Some(device) = device(0) else { return };
+    let stream = device.stream();
+    let mut memory = stream.zeros::<f32>(4).expect("memory");
+    let other = stream.zeros::<f32>(4).expect("memory");
+    let work = stream.record(|| {
+        stream.fill(&mut memory.as_mut_slice(), 0xff)?;
+        drop(other);
+        Ok::<_, CudaError>(())
+    });
+    // SAFETY: the work uses `memory` alone.
+    unsafe { work.expect("it can be recorded").launch() }.expect("it runs");
+    assert!(stream.download(&memory.as_slice()).expect("a copy").iter().all(|value| value.is_nan()));
 }
 
 #[test]

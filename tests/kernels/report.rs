@@ -9,7 +9,7 @@ mod tools;
 
 use vitmae::ops::OPS;
 
-use super::emulated::{embedded_kernels, kernels_folder};
+use super::emulated::{embedded_kernels, kernels_folder, required};
 use super::nvrtc;
 use contents::ARCHITECTURES;
 use tools::Tools;
@@ -21,7 +21,7 @@ const MAY_SPILL: &[(&str, &str)] = &[];
 fn tools() -> Option<Tools> {
     match Tools::find() {
         Ok(tools) => Some(tools),
-        Err(error) if std::env::var("VITMAE_REQUIRE_CUDA_TOOLS").is_ok_and(|value| value == "1") => panic!("{error}"),
+        Err(error) if required("VITMAE_REQUIRE_CUDA_TOOLS") => panic!("{error}"),
         Err(error) => {
             println!("skipped: {error}");
             None
@@ -35,6 +35,8 @@ fn the_report_on_the_kernels_is_up_to_date() {
     let kept = std::fs::read_to_string(kernels_folder().join("REPORT.md")).expect("kernels/REPORT.md");
     let version = format!("NVRTC {}.{};", nvrtc.version.0, nvrtc.version.1);
     if !kept.contains(&version) {
+        let both = required("VITMAE_REQUIRE_NVRTC") && required("VITMAE_REQUIRE_CUDA_TOOLS");
+        assert!(!both, "the report was not made with {version} make it again with the pinned tools");
         println!("skipped: the report was not made with {version} which compiles differently");
         return;
     }
