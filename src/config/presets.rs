@@ -61,7 +61,7 @@ impl MaeConfig {
         preset(Stack(1280, 32, 16), PAPER_DECODER, 14)
     }
 
-    /// The preset called `name`, one of [`PRESETS`].
+    /// The preset called `name`, one of [`PRESETS`], or as the original calls it (`mae_vit_base_patch16` and its sisters).
     ///
     /// # Errors
     /// [`Error::Config`] for another name.
@@ -69,9 +69,9 @@ impl MaeConfig {
         match name {
             "tiny" => Ok(Self::tiny()),
             "small" => Ok(Self::small()),
-            "base" => Ok(Self::base()),
-            "large" => Ok(Self::large()),
-            "huge" => Ok(Self::huge()),
+            "base" | "mae_vit_base_patch16" => Ok(Self::base()),
+            "large" | "mae_vit_large_patch16" => Ok(Self::large()),
+            "huge" | "mae_vit_huge_patch14" => Ok(Self::huge()),
             _ => Err(Error::Config(format!("model size {name:?} is not known; known are {}", PRESETS.join(", ")))),
         }
     }

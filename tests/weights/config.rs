@@ -231,6 +231,9 @@ fn presets_are_the_models_of_the_paper() {
     let huge = MaeConfig::huge();
     assert_eq!((huge.hidden_size, huge.num_hidden_layers, huge.num_attention_heads), (1280, 32, 16));
     assert_eq!((huge.patch_size, huge.patches(), huge.keep().unwrap()), (Size::from(14), 256, 64));
+    // The original's names.
+    assert_eq!(MaeConfig::by_name("mae_vit_base_patch16").unwrap(), MaeConfig::base());
+    assert_eq!(MaeConfig::by_name("mae_vit_huge_patch14").unwrap(), huge);
     let error = MaeConfig::by_name("giant").unwrap_err().to_string();
     assert!(error.contains("giant") && error.contains("tiny, small, base, large, huge"), "{error}");
 }
