@@ -27,6 +27,7 @@ use std::str::FromStr;
 use crate::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::cuda::{Cuda, DeviceInfo, Gpu};
+use crate::distributed::Processes;
 use crate::ops::Backend;
 use crate::{Error, Result};
 
@@ -41,6 +42,41 @@ pub enum DeviceChoice {
     Cuda(usize),
     /// The CUDA kernels on the CPU, under checks: for tests, and slow.
     Emulator,
+}
+
+impl DeviceChoice {
+    /// What one of several processes takes of this choice: of the machine's GPUs the one with its local rank, or the only one that
+    /// it is shown. `cuda:N` with N above 0 stays as it is.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where a machine has fewer GPUs than processes.
+    pub fn for_process(self, processes: &Processes) -> Result<Self> {
+        if processes.size() == 1 || !matches!(self, Self::Auto | Self::Cuda(0)) {
+            return Ok(self);
+        }
+        self.of_gpus(gpus(), processes.local_rank())
+    }
+
+    fn of_gpus(self, gpus: usize, local_rank: usize) -> Result<Self> {
+        match (self, gpus) {
+            // The CPU, or the error that says what is missing.
+            (choice, 0) => Ok(choice),
+            (_, 1) => Ok(Self::Cuda(0)),
+            (_, gpus) if local_rank < gpus => Ok(Self::Cuda(local_rank)),
+            _ => Err(Error::Config(format!(
+                "this is process {local_rank} (counted from 0) of its machine, which has {gpus} GPUs: start one for each GPU, and \
+                 set LOCAL_RANK where they are started by hand"
+            ))),
+        }
+    }
+}
+
+/// How many GPUs there are.
+fn gpus() -> usize {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::devices().map_or(0, |devices| devices.len());
+    #[cfg(not(feature = "cuda"))]
+    0
 }
 
 impl FromStr for DeviceChoice {
@@ -333,6 +369,16 @@ mod tests {
         assert_eq!(peak_of("NVIDIA H200"), Some(989e12));
         assert_eq!(peak_of("NVIDIA GeForce GT 710"), None);
         assert_eq!(Device::open(DeviceChoice::Cpu, None).expect("the CPU").peak_flops(), None);
+    }
+
+    #[test]
+    fn processes_share_the_gpus_of_a_machine() {
+        assert_eq!(DeviceChoice::Auto.of_gpus(8, 3).expect("enough"), DeviceChoice::Cuda(3));
+        assert_eq!(DeviceChoice::Cuda(0).of_gpus(8, 0).expect("enough"), DeviceChoice::Cuda(0));
+        // A launcher that shows each process its own.
+        assert_eq!(DeviceChoice::Auto.of_gpus(1, 3).expect("shown one"), DeviceChoice::Cuda(0));
+        assert_eq!(DeviceChoice::Auto.of_gpus(0, 3).expect("none"), DeviceChoice::Auto);
+        assert!(DeviceChoice::Auto.of_gpus(4, 4).is_err());
     }
 
     #[test]

@@ -70,6 +70,17 @@ pub enum Error {
     #[cfg(feature = "cuda")]
     #[error(transparent)]
     Cuda(#[from] crate::cuda::CudaError),
+    /// The processes that train together do not find each other, or one of them is gone.
+    #[error("several processes: {0}")]
+    Distributed(String),
+    /// Another process of the run has failed, and says why itself.
+    #[error("process {rank} of {size} has failed; its own message says why")]
+    Peer {
+        /// The first that failed, from 0.
+        rank: usize,
+        /// All processes.
+        size: usize,
+    },
     /// Training went wrong in a way that repeating the step does not mend.
     #[error("training: {0}")]
     Training(String),

@@ -7,6 +7,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod data;
 pub mod device;
+pub mod distributed;
 mod error;
 pub mod files;
 pub mod model;

@@ -16,6 +16,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 
 use vitmae::device::{Device, DeviceChoice, Precision, Work};
+use vitmae::distributed::{Launch, Processes};
 use vitmae::ops::Backend;
 
 /// Masked autoencoders: pre-training, reconstructions and features.
@@ -64,27 +65,52 @@ enum Command {
 /// Parses, runs and reports.
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
-    progress::start_log(cli.global.quiet, cli.global.verbose);
-    match run(cli) {
+    // Other commands are nothing that processes do together, whatever started them.
+    let launch = match cli.command {
+        Command::Pretrain(_) => Launch::from_environment(),
+        _ => Ok(Launch::Single),
+    };
+    let rank = launch.as_ref().map_or(0, Launch::rank);
+    progress::start_log(cli.global.quiet, cli.global.verbose, rank);
+    let (processes, result) = match launch.and_then(|launch| Processes::join(&launch)) {
+        Err(error) => (None, Err(error.into())),
+        Ok(processes) => {
+            progress::name_process(processes.rank(), processes.size());
+            let result = processes.finish(run(cli, &processes));
+            (Some(processes), result)
+        }
+    };
+    let status = match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             progress::clear();
-            progress::write_or_lose(format!("error: {error:#}\n").as_bytes());
+            if !is_told_elsewhere(&error, rank) {
+                progress::write_or_lose(format!("error: {error:#}\n").as_bytes());
+            }
             ExitCode::from(1)
         }
-    }
+    };
+    // Behind the message: where an exchange has failed, this ends the program.
+    drop(processes);
+    status
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn run(cli: Cli, processes: &Processes) -> anyhow::Result<()> {
     let Global { device, precision, threads, quiet, .. } = cli.global;
     if let Command::Info(arguments) = &cli.command {
         return info::run(arguments, device, precision);
     }
-    let device = Device::open(device, precision)?;
-    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let device = Device::open(device.for_process(processes)?, precision)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = threads.unwrap_or((cores / processes.local_size()).max(1));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("starting the worker threads")?;
-    let place = pretrain::Place { device: device.to_string(), peak_flops: device.peak_flops(), threads };
+    let mut name = device.to_string();
+    if processes.size() > 1 {
+        name += &format!(", in {} processes", processes.size());
+    }
+    let place =
+        pretrain::Place { device: name, peak_flops: device.peak_flops(), threads, processes: processes.clone() };
     pool.install(|| device.run(Running { command: cli.command, place, quiet }))
 }
 
@@ -110,6 +136,11 @@ impl Work for Running {
             Command::Info(arguments) => info::run(&arguments, DeviceChoice::Auto, None),
         }
     }
+}
+
+/// Whether another process says what is wrong; process 0 says that as well.
+fn is_told_elsewhere(error: &anyhow::Error, rank: usize) -> bool {
+    rank > 0 && matches!(error.downcast_ref(), Some(vitmae::Error::Peer { .. }))
 }
 
 /// `vitmae info | head` is not a failure.

@@ -9,8 +9,9 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use vitmae::config::MaeConfig;
+use vitmae::distributed::Processes;
 use vitmae::ops::Backend;
-use vitmae::train::{Event, OptimizerSettings, PretrainSettings, RunLength, config_of_run, pretrain};
+use vitmae::train::{Event, OptimizerSettings, PretrainSettings, RunLength, config_of_run, pretrain_together};
 use vitmae::weights::Checkpoint;
 
 use crate::cli::arguments::{Size, at_least_one, at_least_one_u64, decay, mask_ratio, not_negative, positive, threads};
@@ -59,7 +60,7 @@ struct Settings {
     /// Optimiser steps, instead of epochs
     #[arg(long, value_name = "N", value_parser = at_least_one_u64)]
     steps: Option<u64>,
-    /// Pictures in a batch
+    /// Pictures in a batch, of all processes together: their number must divide it
     #[arg(long, value_name = "N", alias = "batch_size", default_value_t = 64, value_parser = at_least_one)]
     batch_size: usize,
     /// Batches in an optimiser step; gives what one large batch gives
@@ -209,12 +210,16 @@ pub(crate) struct Place {
     pub peak_flops: Option<f64>,
     /// Threads of the CPU.
     pub threads: usize,
+    /// Who does it together.
+    pub processes: Processes,
 }
 
 pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, quiet: bool) -> anyhow::Result<()> {
     let (resume, workers) = (arguments.resume, arguments.num_workers.unwrap_or(place.threads));
     let peak_flops = arguments.peak_tflops.map(|peak| peak * 1e12).or(place.peak_flops);
+    let processes = &place.processes;
     let mut settings = arguments.settings(backend.records())?;
+    settings.config = shared_config(settings.config, processes)?;
     if settings.data_fingerprint.is_some() && settings.device != place.device {
         tracing::warn!(
             "the recipe is of a run on {}, and this is {}: the run will be much the same, and not bit for bit",
@@ -226,8 +231,10 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, qu
 
     let stop = stop_on_signals().context("listening to signals")?;
     let mut watcher = Watcher { bar: None, quiet, seen: 0, mean_loss: None, last_line: Instant::now() };
-    let report = pretrain(backend, &settings, &mut |event| {
-        watcher.see(&event);
+    let report = pretrain_together(backend, &settings, processes, &mut |event| {
+        if processes.is_chief() {
+            watcher.see(&event);
+        }
         !stop.load(Ordering::Relaxed)
     });
     progress::clear();
@@ -236,7 +243,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, qu
     if report.skipped_pictures > 0 {
         tracing::warn!("{} pictures could not be decoded and were skipped", report.skipped_pictures);
     }
-    if report.skipped_steps > 0 {
+    if report.skipped_steps > 0 && processes.is_chief() {
         tracing::warn!("{} steps were skipped because they were not finite", report.skipped_steps);
     }
     if report.interrupted {
@@ -245,6 +252,9 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, qu
             report.steps,
             report.checkpoint.display()
         );
+    }
+    if !processes.is_chief() {
+        return Ok(());
     }
     if let Some((first, last)) = report.loss {
         writeln!(io::stdout(), "trained {} steps: loss {first:.4} at the start, {last:.4} at the end", report.steps)?;
@@ -259,6 +269,13 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, qu
     }
     writeln!(io::stdout(), "  {}  the loss", report.curve.display())?;
     Ok(())
+}
+
+/// The configuration of process 0, which alone needs the folder of a run that goes on.
+fn shared_config(own: MaeConfig, processes: &Processes) -> anyhow::Result<MaeConfig> {
+    processes.ready()?;
+    let json = processes.share(own.to_json().into_bytes())?;
+    if processes.is_chief() { Ok(own) } else { Ok(MaeConfig::from_json(&String::from_utf8_lossy(&json))?) }
 }
 
 /// A flag that the first Ctrl-C raises, which asks to stop behind the step; the second one stops at once.

@@ -1,7 +1,7 @@
 //! What a run says on standard error: log lines, and a progress bar where that is a terminal.
 
 use std::io::{self, IsTerminal, Write};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tracing::level_filters::LevelFilter;
@@ -9,10 +9,22 @@ use tracing::level_filters::LevelFilter;
 /// The bar on the screen now, so that log lines can go above it.
 static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
 
-/// Sends log lines to standard error.
-pub(crate) fn start_log(quiet: bool, verbose: bool) {
+/// What messages begin with where there are several processes.
+static PROCESS: OnceLock<String> = OnceLock::new();
+
+/// From here on messages say which process they are of, where there are several.
+pub(crate) fn name_process(rank: usize, size: usize) {
+    if size > 1 {
+        // It is called once.
+        let _ = PROCESS.set(format!("process {rank} of {size}: "));
+    }
+}
+
+/// Sends log lines to standard error; of processes other than 0, only what is wrong with them.
+pub(crate) fn start_log(quiet: bool, verbose: bool, rank: usize) {
     let level = match (quiet, verbose) {
         (true, _) => LevelFilter::ERROR,
+        (false, false) if rank > 0 => LevelFilter::WARN,
         (false, false) => LevelFilter::INFO,
         (false, true) => LevelFilter::DEBUG,
     };
@@ -47,8 +59,10 @@ impl Write for AboveBar {
 
 /// Standard error has no buffer: what can be written is there at once.
 pub(crate) fn write_or_lose(bytes: &[u8]) {
+    let process = PROCESS.get().map_or("", String::as_str);
+    let text = format!("{process}{}", printable(&String::from_utf8_lossy(bytes)));
     // There is nobody left to tell.
-    let _ = io::stderr().write_all(printable(&String::from_utf8_lossy(bytes)).as_bytes());
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 /// Control characters spelt out, but for ends of lines: names of files and tensors may hold what a terminal obeys.

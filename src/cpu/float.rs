@@ -3,9 +3,10 @@
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
 
+use crate::Result;
 use crate::cpu::math;
 use crate::cpu::simd::Lanes;
-use crate::ops::Element;
+use crate::ops::{Communicator, Element};
 
 /// f32 or f64, and nothing else.
 pub trait Float:
@@ -43,6 +44,11 @@ pub trait Float:
     fn exp_bounded(self) -> Self;
     /// The error function, to about one unit in the last place of 1.
     fn erf(self) -> Self;
+    /// Adds up over processes.
+    ///
+    /// # Errors
+    /// As [`Communicator::sum`].
+    fn sum_over(values: &mut [Self], processes: &dyn Communicator) -> Result<()>;
     /// The larger of two numbers; `other` where either is NaN.
     #[inline(always)]
     fn larger(self, other: Self) -> Self {
@@ -53,6 +59,10 @@ pub trait Float:
 impl Float for f32 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
+
+    fn sum_over(values: &mut [Self], processes: &dyn Communicator) -> Result<()> {
+        processes.sum(values)
+    }
 
     #[inline(always)]
     fn from_f64(value: f64) -> Self {
@@ -98,6 +108,10 @@ impl Float for f32 {
 impl Float for f64 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
+
+    fn sum_over(values: &mut [Self], processes: &dyn Communicator) -> Result<()> {
+        processes.sum_f64(values)
+    }
 
     #[inline(always)]
     fn from_f64(value: f64) -> Self {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use memmap2::MmapMut;
 
 use crate::cpu::{Cpu, Float};
-use crate::ops::{Element, Memory};
+use crate::ops::{Communicator, Element, Memory};
 use crate::{Error, Result};
 
 /// Wide enough for a cache line and for any vector register.
@@ -163,6 +163,10 @@ impl<F: Float> Memory for Cpu<F> {
     fn zero<T: Element>(&self, buffer: &mut CpuBuffer<T>) -> Result<()> {
         buffer.fill(T::default());
         Ok(())
+    }
+
+    fn all_reduce(&self, buffer: &mut CpuBuffer<F>, processes: &dyn Communicator) -> Result<()> {
+        F::sum_over(buffer, processes)
     }
 
     fn record(&self, _work: impl FnOnce() -> Result<()>) -> Result<Self::Recording> {

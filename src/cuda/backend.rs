@@ -10,7 +10,7 @@ use half::bf16;
 use super::error::CudaError;
 use super::launch::{Buffer, Slice, SliceMut, Stream};
 use super::recording::RecordedWork;
-use crate::ops::{Element, Memory};
+use crate::ops::{Communicator, Element, Memory};
 use crate::{Error, Result};
 
 /// The type of activations and weight matrices on a GPU: [`bf16`] to train, `f32` to compare.
@@ -322,6 +322,21 @@ impl<E: CudaElement> Memory for Cuda<E> {
             return Ok(());
         }
         Ok(self.stream.fill(&mut buffer.slice_mut(), 0)?)
+    }
+
+    fn connect(&self, processes: &dyn Communicator) -> Result<()> {
+        self.stream.driver().connect(processes)
+    }
+
+    fn all_reduce(&self, buffer: &mut CudaBuffer<f32>, processes: &dyn Communicator) -> Result<()> {
+        if self.stream.all_reduce(&mut buffer.slice_mut())? {
+            return Ok(());
+        }
+        // Through the host.
+        let mut values = vec![0.0; buffer.length];
+        self.download(&mut values, buffer)?;
+        processes.sum(&mut values)?;
+        self.upload(buffer, &values)
     }
 
     fn together<T>(&self, make: impl Fn(&Self) -> Result<T>) -> Result<T> {

@@ -15,6 +15,8 @@ use super::nvrtc::reason_of;
 use super::recording::{Graph, RecordedWork};
 use super::staging::Staging;
 use super::timing::Mark;
+use crate::distributed::nccl::Nccl;
+use crate::ops::Communicator;
 
 /// Names of the driver library that cudarc tries too.
 const DRIVER_LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
@@ -252,6 +254,7 @@ impl Gpu {
             stream: Arc::clone(stream),
             staging: Mutex::default(),
             products: Mutex::new(None),
+            nccl: Mutex::new(None),
             allocations: AtomicU64::new(0),
             recording: AtomicBool::new(false),
             released: Mutex::default(),
@@ -365,6 +368,8 @@ struct GpuStream {
     released: Mutex<Vec<u64>>,
     /// Started by the first matrix product.
     products: Mutex<Option<CublasLt>>,
+    /// The GPUs of other processes, once this one is connected with them.
+    nccl: Mutex<Option<Nccl>>,
 }
 
 impl GpuStream {
@@ -540,6 +545,22 @@ impl Driver for GpuStream {
         };
         // SAFETY: the caller's promise; the stream belongs to the context, which is current.
         unsafe { products.multiply(self.stream.cu_stream(), description, addresses) }
+    }
+
+    fn connect(&self, processes: &dyn Communicator) -> crate::Result<()> {
+        self.bind_for("joining other GPUs")?;
+        let connected = Nccl::connect(&self.gpu.context, processes)?;
+        *self.nccl.lock().unwrap_or_else(PoisonError::into_inner) = connected;
+        Ok(())
+    }
+
+    unsafe fn all_reduce(&self, address: u64, length: usize) -> Result<bool> {
+        self.bind_for("a sum over processes")?;
+        match &*self.nccl.lock().unwrap_or_else(PoisonError::into_inner) {
+            None => Ok(false),
+            // SAFETY: the caller's promise; the stream belongs to the context, which is current.
+            Some(nccl) => unsafe { nccl.all_reduce(address, length, self.stream.cu_stream()) }.map(|()| true),
+        }
     }
 
     fn mark(&self) -> Result<Mark> {

@@ -92,6 +92,15 @@ pub enum CudaError {
         /// What is wrong.
         reason: String,
     },
+    /// There is no NCCL on this machine, or none that can be used.
+    #[error(
+        "NCCL cannot be used: {reason}; install it or `pip install nvidia-nccl-cu13` and set VITMAE_NCCL to libnccl.so.2 or its \
+         folder"
+    )]
+    NcclUnusable {
+        /// What is wrong.
+        reason: String,
+    },
     /// The library that multiplies matrices has no algorithm for a product.
     #[error("cuBLASLt has no algorithm for {product}; report it, or use the CPU with --device cpu")]
     NoAlgorithm {

@@ -15,6 +15,7 @@ pub use super::memory::{Buffer, Slice, SliceMut};
 use super::modules::Kernel;
 use super::recording::RecordedWork;
 use super::timing::Mark;
+use crate::ops::Communicator;
 
 /// Most arguments that a kernel takes; beyond it, pass a structure.
 pub const MAX_ARGUMENTS: usize = 24;
@@ -148,6 +149,21 @@ pub trait Driver: fmt::Debug + Send + Sync {
     /// sizes and layouts that it says. The output overlaps nothing, or it is the addend.
     unsafe fn gemm(&self, description: &GemmDescription, addresses: &GemmAddresses) -> Result<()>;
 
+    /// Joins this device with those of other processes, where it has a way of its own to them. Collective.
+    fn connect(&self, _processes: &dyn Communicator) -> crate::Result<()> {
+        Ok(())
+    }
+
+    /// Adds f32 numbers up over the processes of [`Driver::connect`], behind the work that was given so far; `false` where
+    /// there is no way from device to device.
+    ///
+    /// # Safety
+    ///
+    /// `length` numbers at `address` belong to one allocation of this device.
+    unsafe fn all_reduce(&self, _address: u64, _length: usize) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Marks this moment in the work that was given so far. Where devices have no clock, waits and takes the host's.
     fn mark(&self) -> Result<Mark> {
         self.synchronize()?;
@@ -261,6 +277,17 @@ impl Stream {
         }
         // SAFETY: the slice has exactly this many bytes, on this device; every bit pattern is a `Pod`.
         unsafe { self.driver.fill(to.address, byte, to.len * size_of::<T>()) }
+    }
+
+    /// Adds numbers up over the processes that this device is connected with, behind the work that was given so far; `false`
+    /// where there is no way from device to device.
+    pub fn all_reduce(&self, values: &mut SliceMut<'_, f32>) -> Result<bool> {
+        self.check("all_reduce", values.len, values.len, values.device)?;
+        if values.is_empty() {
+            return Ok(true);
+        }
+        // SAFETY: the slice has exactly this many numbers, on this device.
+        unsafe { self.driver.all_reduce(values.address, values.len) }
     }
 
     /// Waits for the work that was given so far.

@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 
 use crate::Result;
+use crate::ops::Communicator;
 
 /// A number type that buffers hold.
 pub trait Element: bytemuck::Pod + Default + Debug + Send + Sync + 'static {}
@@ -84,6 +85,29 @@ pub trait Memory: Debug + Send + Sync + Sized + 'static {
     /// # Errors
     /// Device errors.
     fn zero<T: Element>(&self, buffer: &mut Self::Buffer<T>) -> Result<()>;
+
+    /// Joins this device with those of the other processes, where it has a way of its own to them. Collective.
+    ///
+    /// # Errors
+    /// Device errors; [`Error::Distributed`](crate::Error::Distributed).
+    fn connect(&self, _processes: &dyn Communicator) -> Result<()> {
+        Ok(())
+    }
+
+    /// Adds `buffer` up over all processes, in place, behind the work that the device has. Collective.
+    ///
+    /// # Errors
+    /// Device errors; [`Error::Distributed`](crate::Error::Distributed).
+    fn all_reduce(&self, buffer: &mut Self::Buffer<Self::Master>, processes: &dyn Communicator) -> Result<()> {
+        let mut values = vec![Self::Master::default(); self.length(buffer)];
+        self.download(&mut values, buffer)?;
+        let mut sums: Vec<f64> = values.iter().map(|&value| Self::master_f64(value)).collect();
+        processes.sum_f64(&mut sums)?;
+        for (value, sum) in values.iter_mut().zip(sums) {
+            *value = Self::master(sum);
+        }
+        self.upload(buffer, &values)
+    }
 
     /// Makes something out of buffers that share one allocation, where that is worth it: `make` may be called twice, first to
     /// measure. It asks for the same buffers each time and reads none of them.

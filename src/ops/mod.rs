@@ -15,6 +15,7 @@
 
 mod adamw;
 mod attention;
+mod communicator;
 mod cross_entropy;
 mod layernorm;
 mod linear;
@@ -29,6 +30,7 @@ mod tokens;
 pub(crate) use adamw::power;
 pub use adamw::{AdamW, AdamWSettings, AdamWState};
 pub use attention::{Attention, AttentionShape};
+pub use communicator::Communicator;
 pub use cross_entropy::{CrossEntropy, CrossEntropyShape};
 pub use layernorm::{LayerNorm, LayerNormShape};
 pub use linear::{Activation, Linear, LinearShape};

@@ -38,8 +38,21 @@ impl Drop for FolderLock {
     }
 }
 
+/// Takes the folder of a run for this run alone and clears what a killed one was writing; says where to go on.
+pub(super) fn take(out: &Path, resume: bool) -> Result<(FolderLock, Option<(u64, PathBuf)>)> {
+    let lock = lock(out)?;
+    // Once more: another run may have been here since.
+    refuse_to_overwrite(out, resume)?;
+    remove_leftovers(out)?;
+    let resumed = if resume { checkpoint::latest(out)? } else { None };
+    if resume && resumed.is_none() {
+        tracing::warn!("no checkpoint in {} yet: starting from the beginning", out.display());
+    }
+    Ok((lock, resumed))
+}
+
 /// Makes the folder of a run and keeps other runs out of it until the result is dropped.
-pub(super) fn lock(out: &Path) -> Result<FolderLock> {
+fn lock(out: &Path) -> Result<FolderLock> {
     fs::create_dir_all(out).map_err(|error| Error::io("creating", out, error))?;
     let path = out.join(LOCK);
     let file = fs::File::create(&path).map_err(|error| Error::io("creating", &path, error))?;
@@ -58,7 +71,7 @@ pub(super) fn lock(out: &Path) -> Result<FolderLock> {
 }
 
 /// Removes what a killed run was writing: temporary names of a run's own files. The caller holds the run's lock.
-pub(super) fn remove_leftovers(out: &Path) -> Result<()> {
+fn remove_leftovers(out: &Path) -> Result<()> {
     let unreadable = |error| Error::io("reading", out, error);
     for entry in fs::read_dir(out).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();

@@ -10,12 +10,13 @@ mod schedule;
 mod settings;
 mod starvation;
 mod tensorboard;
+mod together;
 mod trainer;
 mod validation;
 
 pub use checkpoint::config_of_run;
 pub use metrics::Metrics;
-pub use pretrain::{Event, PretrainReport, pretrain};
+pub use pretrain::{Event, PretrainReport, pretrain, pretrain_together};
 pub use schedule::Schedule;
 pub use settings::{PretrainSettings, RunLength};
 pub use trainer::{OptimizerSettings, OptimizerState, StepReport, Trainer};

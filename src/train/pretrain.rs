@@ -13,7 +13,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use crate::data::{Batch, ImageProcessor, Loader, LoaderOptions, Position, Source, SourceOptions, Training, Transform};
+use crate::data::{
+    Batch, ImageProcessor, Loader, LoaderOptions, Position, Shard, Source, SourceOptions, Training, Transform,
+};
+use crate::distributed::Processes;
 use crate::files::write_json;
 use crate::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking, Purpose, WorkspaceShape};
 use crate::ops::{Backend, MaskingShape, RandomMask};
@@ -83,7 +86,22 @@ pub fn pretrain<B: Backend>(
     settings: &PretrainSettings,
     watch: &mut dyn FnMut(Event<'_>) -> bool,
 ) -> Result<PretrainReport> {
-    Run::start(backend, settings, watch)?.train(watch)
+    pretrain_together(backend, settings, &Processes::single(), watch)
+}
+
+/// The same in several processes, each of which calls this with the same settings. Batches are shared out evenly; process 0 alone
+/// writes files; all end at the same step, and an error of one ends all.
+///
+/// # Errors
+/// As [`pretrain`]; [`Error::Config`] for a batch that cannot be shared out, [`Error::Peer`] where another process has failed,
+/// [`Error::Distributed`] where one is gone.
+pub fn pretrain_together<B: Backend>(
+    backend: B,
+    settings: &PretrainSettings,
+    processes: &Processes,
+    watch: &mut dyn FnMut(Event<'_>) -> bool,
+) -> Result<PretrainReport> {
+    processes.finish(Run::start(backend, settings, processes, watch).and_then(|run| run.train(watch)))
 }
 
 /// A run under way.
@@ -106,12 +124,19 @@ struct Run<'s, B: Backend> {
     /// The validation loss of the last step that has one.
     last_validation: Option<f64>,
     starvation: Starvation,
-    metrics: MetricsFile,
-    events: EventFile,
+    processes: Processes,
+    /// Process 0 has these.
+    files: Option<Files>,
     history: Vec<Metrics>,
     done: u64,
     picture: Option<PathBuf>,
     saved: Option<(u64, PathBuf)>,
+}
+
+/// What a run writes to all the time.
+struct Files {
+    metrics: MetricsFile,
+    events: EventFile,
     /// Held as long as the run: no other writes to its folder.
     _lock: folder::FolderLock,
 }
@@ -120,7 +145,12 @@ struct Run<'s, B: Backend> {
 const MOST_IMAGES_PER_STEP: usize = 1 << 24;
 
 impl<'s, B: Backend> Run<'s, B> {
-    fn start(backend: B, settings: &'s PretrainSettings, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<Self> {
+    fn start(
+        backend: B,
+        settings: &'s PretrainSettings,
+        processes: &Processes,
+        watch: &mut dyn FnMut(Event<'_>) -> bool,
+    ) -> Result<Self> {
         let PretrainSettings { out, config, seed, batch_size, accumulate, .. } = settings;
         config.validate()?;
         config.check_trainable()?;
@@ -132,9 +162,12 @@ impl<'s, B: Backend> Run<'s, B> {
                 "batch size {batch_size} times accumulation {accumulate} is more than {MOST_IMAGES_PER_STEP} pictures in a step"
             )));
         }
+        let share = processes.share_of(*batch_size)?;
         let image = config.image();
         MaskingShape::new(*batch_size, image.patches(), config.mask_ratio)?;
-        folder::refuse_to_overwrite(out, settings.resume)?;
+        if processes.is_chief() {
+            folder::refuse_to_overwrite(out, settings.resume)?;
+        }
 
         let processor = match &settings.from {
             Some(from) if from.is_dir() && from.join("preprocessor_config.json").exists() => {
@@ -171,18 +204,31 @@ impl<'s, B: Backend> Run<'s, B> {
             total_steps,
         };
 
-        let lock = folder::lock(out)?;
-        // Once more: another run may have been here since.
-        folder::refuse_to_overwrite(out, settings.resume)?;
-        folder::remove_leftovers(out)?;
-        let resumed = if settings.resume { checkpoint::latest(out)? } else { None };
-        if settings.resume && resumed.is_none() {
-            tracing::warn!("no checkpoint in {} yet: starting from the beginning", out.display());
-        }
+        let (lock, resumed) = match processes.is_chief() {
+            true => folder::take(out, settings.resume).map(|(lock, resumed)| (Some(lock), resumed))?,
+            false => (None, None),
+        };
+        processes.ready()?;
+        processes.check_same(&[
+            ("the program's version", env!("CARGO_PKG_VERSION").to_owned()),
+            ("the device", std::any::type_name::<B>().to_owned()),
+            ("the model", config.to_json()),
+            ("data", fingerprint.clone()),
+            ("preprocessing", processor.to_json().to_string()),
+            ("the batch", format!("{batch_size} x {accumulate}")),
+            ("the seed", seed.to_string()),
+            ("the schedule", format!("{schedule:?}")),
+            ("the optimiser", format!("{:?}, average {:?}", settings.optimizer, settings.average_decay)),
+            ("the rhythm of checkpoints", format!("{:?}", settings.checkpoint_every)),
+            ("validation", validation.as_ref().map_or_else(String::new, Validation::fingerprint)),
+        ])?;
+        // The others get weights and moments from process 0.
         let model = match (&resumed, &settings.from) {
             (Some((_, folder)), _) => MaeForPreTraining::from_pretrained(folder, backend)?,
-            (None, Some(from)) => MaeForPreTraining::from_pretrained_as(from, config.clone(), backend)?,
-            (None, None) => MaeForPreTraining::new(config.clone(), backend, *seed)?,
+            (None, Some(from)) if processes.is_chief() => {
+                MaeForPreTraining::from_pretrained_as(from, config.clone(), backend)?
+            }
+            _ => MaeForPreTraining::new(config.clone(), backend, *seed)?,
         };
         if resumed.is_some() {
             checkpoint::check_config(model.config(), config)?;
@@ -208,17 +254,25 @@ impl<'s, B: Backend> Run<'s, B> {
 
         let resolved = Resolved { data_fingerprint: fingerprint, pictures, total_steps, steps_per_epoch, schedule };
         let recipe = Recipe::new(settings, resolved);
-        write_json(&out.join("recipe.json"), &recipe)?;
-        let (metrics, history) = MetricsFile::open(&out.join("metrics.jsonl"), done)?;
-        let events = EventFile::create(out, done)?;
+        let (mut files, mut history) = (None, Vec::new());
+        if let Some(lock) = lock {
+            write_json(&out.join("recipe.json"), &recipe)?;
+            let (metrics, kept) = MetricsFile::open(&out.join("metrics.jsonl"), done)?;
+            files = Some(Files { metrics, events: EventFile::create(out, done)?, _lock: lock });
+            history = kept;
+        }
+        processes.ready()?;
+        trainer.start_together(processes)?;
+        let done = processes.share_number(done)?;
 
         let (batches, seen) = (batches_per_epoch as u64, done * *accumulate as u64);
         let position = Position { epoch: (seen / batches) as u32, batch: (seen % batches) as usize };
         let options = LoaderOptions {
-            batch_size: *batch_size,
+            batch_size: share,
             seed: *seed,
             workers: settings.workers,
             start: position,
+            shard: Shard { rank: processes.rank(), world: processes.size() },
             ..LoaderOptions::default()
         };
         let transform = Transform::Training(Training::new(image.height, image.width));
@@ -238,13 +292,12 @@ impl<'s, B: Backend> Run<'s, B> {
             validation,
             last_validation,
             starvation: Starvation::default(),
-            metrics,
-            events,
+            processes: processes.clone(),
+            files,
             history,
             done,
             picture: None,
             saved: resumed,
-            _lock: lock,
         })
     }
 
@@ -261,7 +314,9 @@ impl<'s, B: Backend> Run<'s, B> {
                 Ok(metrics) => metrics,
                 Err(error) => return Err(self.rescue(error, watch)),
             };
-            let go_on = watch(Event::Step(&metrics));
+            let stop = !watch(Event::Step(&metrics));
+            let ((), stop) = self.processes.agree_to_stop(Ok(()), stop).map_err(|error| self.rescue(error, watch))?;
+            let go_on = !stop;
             let skipped = metrics.skipped;
             self.history.push(metrics);
             let last = self.done == total;
@@ -293,7 +348,7 @@ impl<'s, B: Backend> Run<'s, B> {
             loss: first_and_last(&self.history),
             skipped_pictures: self.loader.bad_pictures(),
             skipped_steps: self.trainer.non_finite_steps(),
-            best: checkpoint::best(&self.settings.out)?,
+            best: if self.files.is_some() { checkpoint::best(&self.settings.out)? } else { None },
         })
     }
 
@@ -319,13 +374,15 @@ impl<'s, B: Backend> Run<'s, B> {
             let (images, masking) = training_input(&batch, &self.normalization, ratio, seed);
             self.trainer.accumulate(&images, &masking, batch_size * accumulate)?;
         }
+        self.processes.ready()?;
+        self.trainer.all_reduce(&self.processes)?;
         let learning_rate = self.schedule.at(self.done);
         self.trainer.launch_update(learning_rate)?;
         // While the device works on this step, the next one's pictures are fetched and brought to it.
         let upcoming = if self.done + 1 < self.schedule.total_steps { self.prefetch(&mut waited) } else { Ok(()) };
         let report = self.trainer.report()?;
         self.done += 1;
-        if !report.updated {
+        if !report.updated && self.processes.is_chief() {
             tracing::warn!(
                 "step {}: loss {} or gradient norm {} is not finite; the update was skipped",
                 self.done,
@@ -334,6 +391,7 @@ impl<'s, B: Backend> Run<'s, B> {
             );
         }
         let seconds = started.elapsed().as_secs_f64();
+        let processes = self.processes.size() as f64;
         let images_per_second = (batch_size * accumulate) as f64 / seconds;
         if let Some(share) = self.starvation.see(waited, seconds, Instant::now()) {
             tracing::warn!(
@@ -350,13 +408,14 @@ impl<'s, B: Backend> Run<'s, B> {
             loss: Some(report.loss).filter(|loss| loss.is_finite()),
             learning_rate,
             images_per_second,
-            mfu: self.settings.peak_flops.map(|peak| images_per_second * self.flops_per_image / peak),
+            mfu: self.settings.peak_flops.map(|peak| images_per_second * self.flops_per_image / (peak * processes)),
             validation_loss,
             gradient_norm: Some(report.gradient_norm).filter(|norm| norm.is_finite()),
             data_wait: waited / seconds,
             skipped: !report.updated,
         };
-        self.metrics.append(&metrics)?;
+        let Some(files) = &mut self.files else { return upcoming.map(|()| metrics) };
+        files.metrics.append(&metrics)?;
         let mut scalars = vec![
             ("loss", report.loss),
             ("learning_rate", learning_rate),
@@ -367,7 +426,7 @@ impl<'s, B: Backend> Run<'s, B> {
         ];
         scalars.extend(metrics.mfu.map(|mfu| ("mfu", mfu)));
         scalars.extend(metrics.validation_loss.map(|loss| ("validation_loss", loss)));
-        self.events.scalars(self.done, &scalars)?;
+        files.events.scalars(self.done, &scalars)?;
         upcoming?;
         Ok(metrics)
     }
@@ -377,9 +436,11 @@ impl<'s, B: Backend> Run<'s, B> {
         self.last_validation = None;
         let due = self.done == self.schedule.total_steps || self.done.is_multiple_of(self.checkpoint_every());
         let Some(validation) = self.validation.as_ref().filter(|_| due) else { return Ok(None) };
-        let loss = validation.loss(&mut self.trainer)?;
-        if !loss.is_finite() {
+        let loss = validation.loss(&mut self.trainer, &self.processes)?;
+        if !loss.is_finite() && self.processes.is_chief() {
             tracing::warn!("step {}: the validation loss is not finite", self.done);
+        }
+        if !loss.is_finite() {
             return Ok(None);
         }
         tracing::info!("step {}: validation loss {loss:.4}", self.done);
@@ -407,6 +468,7 @@ impl<'s, B: Backend> Run<'s, B> {
 
     /// Writes `reconstruction-STEP.png`.
     fn draw(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
+        let Some(files) = &mut self.files else { return Ok(()) };
         let model = self.trainer.model();
         let config = model.config();
         let image = config.image();
@@ -436,14 +498,14 @@ impl<'s, B: Backend> Run<'s, B> {
         let path = self.settings.out.join(format!("reconstruction-{}.png", self.done));
         grid.save(&path)?;
         let png = fs::read(&path).map_err(|error| Error::io("reading", &path, error))?;
-        self.events.picture(self.done, "reconstruction", &png)?;
+        files.events.picture(self.done, "reconstruction", &png)?;
         watch(Event::Wrote(&path));
         self.picture = Some(path);
         self.draw_curve(watch)
     }
 
     fn draw_curve(&self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
-        if self.history.is_empty() {
+        if self.history.is_empty() || self.files.is_none() {
             return Ok(());
         }
         let points: Vec<(u64, f64)> =
@@ -456,6 +518,10 @@ impl<'s, B: Backend> Run<'s, B> {
 
     /// Writes `checkpoint-STEP/`, whole or not at all.
     fn save(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
+        if self.files.is_none() {
+            self.saved = Some((self.done, self.settings.out.join(checkpoint::folder_name(self.done))));
+            return Ok(());
+        }
         let mut state = TrainerState::new(self.done, self.settings, self.loader.source().fingerprint());
         state.validation_loss = self.last_validation;
         let folder = checkpoint::save(&self.settings.out, &self.trainer, &self.processor, &state)?;
@@ -470,7 +536,10 @@ impl<'s, B: Backend> Run<'s, B> {
 
     /// Saves what was trained since the last checkpoint, where the disk or the pictures failed and not the training.
     fn rescue(&mut self, error: Error, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Error {
-        let fine = matches!(error, Error::Io { .. } | Error::Data { .. } | Error::Picture { .. });
+        let fine = matches!(
+            error,
+            Error::Io { .. } | Error::Data { .. } | Error::Picture { .. } | Error::Peer { .. } | Error::Distributed(_)
+        );
         let saved = self.saved.as_ref().is_some_and(|(step, _)| *step == self.done);
         if fine
             && !saved
@@ -484,6 +553,9 @@ impl<'s, B: Backend> Run<'s, B> {
 
     /// Adds to an error where the last whole checkpoint is.
     fn explain(&self, error: Error) -> Error {
+        if self.files.is_none() {
+            return error;
+        }
         let problem = match error {
             Error::Training(problem) => problem,
             other => other.to_string(),

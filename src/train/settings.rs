@@ -34,7 +34,8 @@ pub struct PretrainSettings {
     pub from: Option<PathBuf>,
     /// How long.
     pub length: RunLength,
-    /// Pictures that are loaded and put through the model before the gradients of the next ones are added.
+    /// Pictures that are loaded and put through the model before the gradients of the next ones are added; of all processes
+    /// together.
     pub batch_size: usize,
     /// Batches per optimiser step.
     pub accumulate: usize,
@@ -69,7 +70,7 @@ pub struct PretrainSettings {
     pub workers: usize,
     /// What the run is on, for the record.
     pub device: String,
-    /// Operations per second of the device in matrix products, of which the model FLOPs utilisation is a share.
+    /// Operations per second of a process' device in matrix products, of which the model FLOPs utilisation is a share.
     pub peak_flops: Option<f64>,
     /// The fingerprint that the pictures must have, where a recipe says so.
     pub data_fingerprint: Option<String>,

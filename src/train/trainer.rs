@@ -44,7 +44,7 @@ pub struct OptimizerState<B: Backend> {
     learning_rate: B::Buffer<f64>,
     gradient_norm: B::Buffer<B::Master>,
     /// The loss of the step so far.
-    loss: B::Buffer<B::Master>,
+    pub(super) loss: B::Buffer<B::Master>,
 }
 
 impl<B: Backend> OptimizerState<B> {

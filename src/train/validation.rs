@@ -2,9 +2,10 @@
 
 use std::ffi::OsStr;
 
-use crate::data::{ImageProcessor, Loader, LoaderOptions, Source, SourceOptions, Transform};
+use crate::data::{ImageProcessor, Loader, LoaderOptions, Shard, Source, SourceOptions, Transform};
+use crate::distributed::Processes;
 use crate::model::{ImageValues, Images, Masking};
-use crate::ops::{Backend, RandomMask};
+use crate::ops::{Backend, Communicator, RandomMask};
 use crate::train::{PretrainSettings, Trainer};
 use crate::{Error, Result};
 
@@ -30,10 +31,20 @@ impl Validation {
         Ok(Self { source, processor: processor.clone(), batch_size: batch_size.min(micro_batch), workers, seed })
     }
 
-    /// The mean over the hidden patches of all its pictures.
-    pub fn loss<B: Backend>(&self, trainer: &mut Trainer<B>) -> Result<f64> {
-        let options =
-            LoaderOptions { batch_size: self.batch_size, workers: self.workers, seed: self.seed, ..Default::default() };
+    /// Tells whether processes see the same pictures.
+    pub fn fingerprint(&self) -> String {
+        self.source.fingerprint()
+    }
+
+    /// The mean over the hidden patches of all its pictures, of which each process takes its share.
+    pub fn loss<B: Backend>(&self, trainer: &mut Trainer<B>, processes: &Processes) -> Result<f64> {
+        let options = LoaderOptions {
+            batch_size: self.batch_size,
+            workers: self.workers,
+            seed: self.seed,
+            shard: Shard { rank: processes.rank(), world: processes.size() },
+            ..Default::default()
+        };
         let transform = Transform::Inference(self.processor.clone());
         let mut loader = Loader::evaluation(self.source.clone(), transform, &options)?;
         let (mean, deviation) = self.processor.normalization();
@@ -52,11 +63,15 @@ impl Validation {
             sum += trainer.evaluate(&images, &masking)? * count as f64;
             pictures += count;
         }
-        if pictures == 0 {
+        processes.ready()?;
+        let mut sums = [sum, pictures as f64];
+        processes.sum_f64(&mut sums)?;
+        let [sum, pictures] = sums;
+        if pictures == 0.0 {
             let source_name = self.source.description().to_owned();
             return Err(Error::Data { source_name, problem: "none of its pictures can be decoded".to_owned() });
         }
-        Ok(sum / pictures as f64)
+        Ok(sum / pictures)
     }
 }
 

@@ -1,0 +1,289 @@
+//! Sockets of the standard library: every process has a connection to process 0, which adds up and sends the sums back.
+//!
+//! It needs nothing installed, and is meant for a few machines: process 0 receives and sends as many bytes for each of the
+//! others as there are numbers. GPUs use it to meet and to agree, and exchange gradients through NCCL. Nothing is encrypted and
+//! nobody has to prove who they are: use it inside a cluster.
+//!
+//! A message is a kind (one byte), a length in bytes (eight) and the numbers, all little-endian.
+
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::ops::AddAssign;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytemuck::Pod;
+
+use crate::distributed::launch::Meeting;
+use crate::ops::Communicator;
+use crate::{Error, Result};
+
+/// Sent first by everybody, so that a stray connection is told from a process of the run.
+const GREETING: &[u8; 8] = b"vitmae-1";
+/// How long a stranger may take to say it.
+const GREETING_TIME: Duration = Duration::from_secs(5);
+/// Bytes that are added up at a time.
+const CHUNK: usize = 1 << 20;
+const HEADER: usize = 9;
+
+/// What a message is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Kind {
+    Sum32 = 1,
+    Sum64 = 2,
+    Broadcast = 3,
+    /// Process `length` is gone.
+    Gone = 4,
+}
+
+/// This process' connections.
+#[derive(Debug)]
+pub(super) struct Tcp {
+    rank: usize,
+    size: usize,
+    links: Mutex<Links>,
+}
+
+#[derive(Debug)]
+struct Links {
+    /// On process 0 those to 1, 2, …; on another the one to process 0.
+    streams: Vec<TcpStream>,
+    scratch: Vec<u8>,
+}
+
+impl Tcp {
+    /// Waits until all processes have met, `patience` at most.
+    pub fn meet(meeting: &Meeting, patience: Duration) -> Result<Self> {
+        let deadline = Instant::now() + patience;
+        let streams = match meeting.rank {
+            0 => receive(meeting, deadline)?,
+            _ => vec![reach(meeting, deadline)?],
+        };
+        let links = Mutex::new(Links { streams, scratch: Vec::new() });
+        Ok(Self { rank: meeting.rank, size: meeting.size, links })
+    }
+
+    fn links(&self) -> MutexGuard<'_, Links> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sum_of<T: Pod + AddAssign>(&self, kind: Kind, values: &mut [T]) -> Result<()> {
+        let Links { streams, scratch } = &mut *self.links();
+        if self.rank > 0 {
+            let Some(stream) = streams.first_mut() else { return Ok(()) };
+            send(stream, kind, bytemuck::cast_slice(values), scratch).map_err(|error| gone(0, &error))?;
+            return receive_into(stream, kind, bytemuck::cast_slice_mut(values));
+        }
+        for index in 0..streams.len() {
+            if let Err(error) = add((index + 1, &mut streams[index]), kind, values, scratch) {
+                return Err(self.lost(streams, index, error));
+            }
+        }
+        self.send_to_all(streams, kind, bytemuck::cast_slice(values), scratch)
+    }
+
+    fn send_to_all(&self, streams: &mut [TcpStream], kind: Kind, bytes: &[u8], scratch: &mut Vec<u8>) -> Result<()> {
+        for index in 0..streams.len() {
+            if let Err(error) = send(&mut streams[index], kind, bytes, scratch) {
+                let error = gone(index + 1, &error);
+                return Err(self.lost(streams, index, error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the others that one of them is gone.
+    fn lost(&self, streams: &mut [TcpStream], index: usize, error: Error) -> Error {
+        for (other, stream) in streams.iter_mut().enumerate() {
+            if other != index {
+                // Whoever cannot be told is gone too.
+                let _ = stream.write_all(&header(Kind::Gone, index as u64 + 1));
+            }
+        }
+        error
+    }
+}
+
+impl Communicator for Tcp {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn sum(&self, values: &mut [f32]) -> Result<()> {
+        self.sum_of(Kind::Sum32, values)
+    }
+
+    fn sum_f64(&self, values: &mut [f64]) -> Result<()> {
+        self.sum_of(Kind::Sum64, values)
+    }
+
+    fn broadcast(&self, bytes: &mut [u8]) -> Result<()> {
+        let Links { streams, scratch } = &mut *self.links();
+        match streams.first_mut() {
+            Some(stream) if self.rank > 0 => receive_into(stream, Kind::Broadcast, bytes),
+            _ => self.send_to_all(streams, Kind::Broadcast, bytes, scratch),
+        }
+    }
+
+    fn barrier(&self) -> Result<()> {
+        self.sum_f64(&mut [])
+    }
+}
+
+fn gone(rank: usize, error: &io::Error) -> Error {
+    Error::Distributed(format!("process {rank} is gone ({error})"))
+}
+
+fn out_of_step() -> Error {
+    Error::Distributed("the processes do not do the same; start all of them with the same program and arguments".into())
+}
+
+fn header(kind: Kind, length: u64) -> [u8; HEADER] {
+    let mut header = [kind as u8; HEADER];
+    header[1..].copy_from_slice(&length.to_le_bytes());
+    header
+}
+
+/// Sends a message; a short one at once with its header.
+fn send(stream: &mut TcpStream, kind: Kind, bytes: &[u8], scratch: &mut Vec<u8>) -> io::Result<()> {
+    scratch.clear();
+    scratch.extend_from_slice(&header(kind, bytes.len() as u64));
+    let (first, rest) = bytes.split_at(bytes.len().min(CHUNK));
+    scratch.extend_from_slice(first);
+    stream.write_all(scratch)?;
+    stream.write_all(rest)
+}
+
+/// Reads a header and checks that it is the one to come.
+fn expect(stream: &mut TcpStream, rank: usize, kind: Kind, length: usize) -> Result<()> {
+    let mut found = [0; HEADER];
+    stream.read_exact(&mut found).map_err(|error| gone(rank, &error))?;
+    if found == header(kind, length as u64) {
+        return Ok(());
+    }
+    if found[0] == Kind::Gone as u8 {
+        let rank = u64::from_le_bytes(found[1..].try_into().unwrap_or_default());
+        return Err(Error::Distributed(format!("process {rank} is gone, says process 0")));
+    }
+    Err(out_of_step())
+}
+
+/// A message of process 0.
+fn receive_into(stream: &mut TcpStream, kind: Kind, bytes: &mut [u8]) -> Result<()> {
+    expect(stream, 0, kind, bytes.len())?;
+    stream.read_exact(bytes).map_err(|error| gone(0, &error))
+}
+
+/// Adds a message of another process to `values`.
+fn add<T: Pod + AddAssign>(
+    (rank, stream): (usize, &mut TcpStream),
+    kind: Kind,
+    values: &mut [T],
+    scratch: &mut Vec<u8>,
+) -> Result<()> {
+    expect(stream, rank, kind, size_of_val(values))?;
+    for part in values.chunks_mut(CHUNK / size_of::<T>()) {
+        scratch.resize(size_of_val(part), 0);
+        stream.read_exact(scratch).map_err(|error| gone(rank, &error))?;
+        for (value, bytes) in part.iter_mut().zip(scratch.chunks_exact(size_of::<T>())) {
+            *value += bytemuck::pod_read_unaligned(bytes);
+        }
+    }
+    Ok(())
+}
+
+/// Process 0: takes a connection from each of the others.
+fn receive(meeting: &Meeting, deadline: Instant) -> Result<Vec<TcpStream>> {
+    let Meeting { address, port, size, .. } = meeting;
+    let failed =
+        |problem: String| Error::Distributed(format!("process 0 cannot listen at {address}:{port}: {problem}"));
+    let listener = match TcpListener::bind((address.as_str(), *port)) {
+        // The name of a machine may be that of something in front of it.
+        Err(error) if error.kind() != io::ErrorKind::AddrInUse => TcpListener::bind(("0.0.0.0", *port)),
+        bound => bound,
+    };
+    let listener = listener.map_err(|error| failed(format!("{error}; choose another MASTER_PORT")))?;
+    listener.set_nonblocking(true).map_err(|error| failed(error.to_string()))?;
+    let mut streams: Vec<Option<TcpStream>> = (1..*size).map(|_| None).collect();
+    while streams.iter().any(Option::is_none) {
+        match listener.accept() {
+            Ok((stream, from)) => match greet(stream, *size) {
+                Ok((rank, stream)) => match streams.get_mut(rank.wrapping_sub(1)) {
+                    Some(place @ None) => *place = Some(stream),
+                    _ => {
+                        return Err(failed(format!("{from} says that it is process {rank}, and there is one already")));
+                    }
+                },
+                Err(problem) => tracing::warn!("{from} is no process of this run: {problem}"),
+            },
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                if Instant::now() > deadline {
+                    let missing: Vec<String> =
+                        (1..*size).filter(|rank| streams[rank - 1].is_none()).map(|rank| rank.to_string()).collect();
+                    return Err(failed(format!("no word from process {}", missing.join(", "))));
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => return Err(failed(error.to_string())),
+        }
+    }
+    let mut streams: Vec<TcpStream> = streams.into_iter().flatten().collect();
+    for (index, stream) in streams.iter_mut().enumerate() {
+        stream.write_all(GREETING).map_err(|error| gone(index + 1, &error))?;
+    }
+    Ok(streams)
+}
+
+/// Reads a stranger's greeting.
+fn greet(mut stream: TcpStream, size: usize) -> std::result::Result<(usize, TcpStream), String> {
+    let mut greeting = [0; 16];
+    stream
+        .set_nonblocking(false)
+        .and_then(|()| stream.set_read_timeout(Some(GREETING_TIME)))
+        .and_then(|()| stream.read_exact(&mut greeting))
+        .and_then(|()| stream.set_read_timeout(None))
+        .and_then(|()| stream.set_nodelay(true))
+        .map_err(|error| error.to_string())?;
+    let word = |at: usize| greeting[at..at + 4].iter().rev().fold(0, |word, &byte| word << 8 | usize::from(byte));
+    if greeting[..8] != GREETING[..] {
+        return Err("it does not know the greeting".into());
+    }
+    if word(12) != size {
+        return Err(format!("it belongs to a run of {} processes, and this one has {size}", word(12)));
+    }
+    Ok((word(8), stream))
+}
+
+/// Another process: connects to process 0.
+fn reach(meeting: &Meeting, deadline: Instant) -> Result<TcpStream> {
+    let Meeting { rank, size, address, port, .. } = meeting;
+    loop {
+        let attempt = TcpStream::connect((address.as_str(), *port)).and_then(|mut stream| {
+            stream.set_nodelay(true)?;
+            let mut greeting = GREETING.to_vec();
+            greeting.extend_from_slice(&(*rank as u32).to_le_bytes());
+            greeting.extend_from_slice(&(*size as u32).to_le_bytes());
+            stream.write_all(&greeting)?;
+            // It answers when everybody is there.
+            stream.set_read_timeout(Some(deadline.saturating_duration_since(Instant::now()).max(GREETING_TIME)))?;
+            let mut answer = [0; 8];
+            stream.read_exact(&mut answer)?;
+            stream.set_read_timeout(None)?;
+            if answer == *GREETING { Ok(stream) } else { Err(io::Error::other("it does not know the greeting")) }
+        });
+        match attempt {
+            Ok(stream) => return Ok(stream),
+            Err(error) if Instant::now() > deadline => {
+                return Err(Error::Distributed(format!(
+                    "process {rank} cannot reach process 0 at {address}:{port}: {error}; check MASTER_ADDR and MASTER_PORT"
+                )));
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! The processes that train together, as far as a device needs them.
+
+use std::fmt::Debug;
+
+use crate::Result;
+
+/// Processes that exchange numbers. Every call is collective: all processes make the same calls in the same order, with as many
+/// numbers each. After an error nothing more can be exchanged.
+pub trait Communicator: Debug + Send + Sync {
+    /// This process, from 0.
+    fn rank(&self) -> usize;
+
+    /// All processes, at least 1.
+    fn size(&self) -> usize;
+
+    /// Adds `values` up over all processes, in place. All get the same bits.
+    ///
+    /// # Errors
+    /// [`Error::Distributed`](crate::Error::Distributed) where a process is gone or does something else.
+    fn sum(&self, values: &mut [f32]) -> Result<()>;
+
+    /// The same in f64.
+    ///
+    /// # Errors
+    /// As [`Communicator::sum`].
+    fn sum_f64(&self, values: &mut [f64]) -> Result<()>;
+
+    /// Copies the bytes of process 0 to all.
+    ///
+    /// # Errors
+    /// As [`Communicator::sum`].
+    fn broadcast(&self, bytes: &mut [u8]) -> Result<()>;
+
+    /// Waits until all processes are here.
+    ///
+    /// # Errors
+    /// As [`Communicator::sum`].
+    fn barrier(&self) -> Result<()>;
+
+    /// Says that this process makes no more calls because an exchange failed: whoever waits for it need not.
+    fn abandon(&self) {}
+}

@@ -1,0 +1,143 @@
+//! What goes wrong in one process, and what becomes of the run.
+
+use crate::{Place, Way};
+
+const LINE: &str = "--data synthetic:44 --batch-size 8 --blr 0.02";
+
+/// The ways that this machine has.
+fn ways() -> Vec<Way> {
+    [Some(Way::Sockets(2)), Way::mpi()].into_iter().flatten().collect()
+}
+
+/// Two more steps by one process: the checkpoint can be read.
+fn goes_on(place: &Place, out: &str, from: u64) {
+    let ran =
+        place.run(Way::Alone, out, &format!("{LINE} --checkpoint-every 4 --resume --steps {}", from + 2)).succeeded();
+    assert_eq!(ran.metrics().len() as u64, from + 2);
+    assert_eq!(ran.checkpoints().last(), Some(&(from + 2)));
+}
+
+#[test]
+fn a_killed_process_ends_the_run_and_leaves_a_whole_checkpoint() {
+    for way in ways() {
+        let place = Place::new();
+        let running = place.start(way, "run", &format!("{LINE} --checkpoint-every 4 --steps 1000000"));
+        running.wait_for_steps(10);
+        // Meanwhile nobody else gets the folder.
+        place.run(way, "run", &format!("{LINE} --steps 5 --resume")).failed(&["another run is writing to"]);
+        place.run(way, "run", &format!("{LINE} --steps 5")).failed(&["already holds a run"]);
+        running.signal(1, "-KILL");
+        let name = if way == Way::Sockets(2) { "process 1 is gone" } else { "process rank 1" };
+        let ran = running.wait().failed(&[name]);
+        let last = *ran.checkpoints().last().unwrap();
+        assert!(last >= 8, "{last}");
+        goes_on(&place, "run", last);
+    }
+}
+
+#[test]
+fn a_signal_to_any_process_ends_all_at_the_same_step() {
+    for way in ways() {
+        for signal in ["-TERM", "-INT"] {
+            let place = Place::new();
+            let running = place.start(way, "run", &format!("{LINE} --checkpoint-every 1000000 --steps 1000000"));
+            running.wait_for_steps(3);
+            running.signal(1, signal);
+            let ran = running.wait().failed(&["stopped after step", "--resume"]);
+            let steps = ran.metrics().len() as u64;
+            assert_eq!(ran.checkpoints(), [steps], "{way:?}: {}", ran.err);
+            assert_eq!(ran.err.matches("stopped after step").count(), 1, "{}", ran.err);
+            let place_steps = steps + 2;
+            let line = format!("{LINE} --checkpoint-every 1000000 --resume --steps {place_steps}");
+            assert_eq!(place.run(Way::Alone, "run", &line).succeeded().metrics().len() as u64, place_steps);
+        }
+    }
+}
+
+#[test]
+fn what_all_processes_refuse_one_says() {
+    for way in ways() {
+        let place = Place::new();
+        let ran = place.run(way, "run", "--data synthetic:44 --batch-size 7 --steps 2").failed(&[
+            "7 pictures",
+            "2 processes",
+            "6 or 8",
+        ]);
+        assert_eq!(ran.err.matches("error: ").count(), 1, "{}", ran.err);
+        assert!(!place.path("run").exists());
+    }
+}
+
+#[test]
+fn what_fails_in_one_process_ends_all_and_saves_what_was_trained() {
+    let place = Place::new();
+    let pictures = place.path("pictures");
+    std::fs::create_dir(&pictures).unwrap();
+    for index in 0..8_u8 {
+        let picture = image::RgbImage::from_fn(40, 40, |x, y| image::Rgb([x as u8 * 6, y as u8 * 6, index * 30]));
+        picture.save(pictures.join(format!("{index}.png"))).unwrap();
+    }
+    let data = pictures.to_str().unwrap();
+    let line = format!("--data {data} --batch-size 8 --checkpoint-every 1000000 --steps 1000000");
+    let running = place.start(Way::Sockets(2), "run", &line);
+    running.wait_for_steps(5);
+    for entry in std::fs::read_dir(&pictures).unwrap() {
+        std::fs::write(entry.unwrap().path(), "no picture").unwrap();
+    }
+    let ran = running.wait().failed(&["cannot be"]);
+    let steps = ran.metrics().len() as u64;
+    assert_eq!(ran.checkpoints(), [steps], "{}", ran.err);
+}
+
+#[test]
+fn processes_with_different_settings_do_not_start() {
+    let place = Place::new();
+    let settings = |rank| format!("{LINE} --steps 5{rank}");
+    let ran = place.start_each(Way::Sockets(2), "run", &settings).wait();
+    ran.failed(&[
+        "process 1 of 2: error",
+        "different settings",
+        "the schedule",
+        "process 0 of 2: error",
+        "process 1 of 2 has failed",
+    ]);
+    assert!(!place.path("run").join("metrics.jsonl").exists());
+}
+
+#[test]
+fn a_process_that_nobody_joins_says_so() {
+    let place = Place::new();
+    let ran = std::process::Command::new(env!("CARGO_BIN_EXE_vitmae"))
+        .args(["pretrain", "--data", "synthetic:8", "--out"])
+        .arg(place.path("run"))
+        .env("RANK", "0")
+        .env("WORLD_SIZE", "3")
+        .env("MASTER_ADDR", "127.0.0.1")
+        .env("MASTER_PORT", "0")
+        .env("VITMAE_RENDEZVOUS_SECONDS", "0")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&ran.stderr);
+    assert_eq!(ran.status.code(), Some(1), "{text}");
+    assert!(text.contains("no word from process 1, 2"), "{text}");
+}
+
+/// Without the feature, `mpirun` must not start as many runs as there are processes.
+#[test]
+fn a_build_without_mpi_says_so_under_mpirun() {
+    if cfg!(feature = "mpi") {
+        println!("skipped: this build has the feature `mpi`");
+        return;
+    }
+    let place = Place::new();
+    let ran = std::process::Command::new(env!("CARGO_BIN_EXE_vitmae"))
+        .args(["pretrain", "--data", "synthetic:8", "--out"])
+        .arg(place.path("run"))
+        .env("OMPI_COMM_WORLD_RANK", "0")
+        .env("OMPI_COMM_WORLD_SIZE", "2")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&ran.stderr);
+    assert_eq!(ran.status.code(), Some(1), "{text}");
+    assert!(text.contains("--features mpi"), "{text}");
+}

@@ -1,0 +1,157 @@
+//! [`Processes`] themselves, as threads that meet over sockets.
+
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+
+use vitmae::Error;
+use vitmae::distributed::{Launch, Meeting, Processes};
+use vitmae::ops::Communicator;
+
+/// Does `work` in `size` processes at once; what each made of it.
+fn together<T: Send>(size: usize, work: impl Fn(Processes) -> T + Sync) -> Vec<T> {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let join = |rank| {
+        let meeting = Meeting { rank, size, local_rank: rank, local_size: size, address: "127.0.0.1".into(), port };
+        Processes::join(&Launch::Tcp(meeting)).unwrap()
+    };
+    let (work, join) = (&work, &join);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..size).map(|rank| scope.spawn(move || work(join(rank)))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn sums_and_broadcasts_are_the_same_everywhere() {
+    // More numbers than go at once, and a few.
+    for length in [0_usize, 1, 7, 700_001] {
+        let found = together(3, |processes| {
+            let rank = processes.rank();
+            let mut values: Vec<f32> = (0..length).map(|index| (index * 3 + rank) as f32).collect();
+            processes.sum(&mut values).unwrap();
+            let mut wide: Vec<f64> = (0..length).map(|index| 1e9 + (index * 3 + rank) as f64).collect();
+            processes.sum_f64(&mut wide).unwrap();
+            let shared = processes.share(vec![rank as u8 + 1; length * (3 - rank)]).unwrap();
+            processes.barrier().unwrap();
+            (values, wide, shared)
+        });
+        for (values, wide, shared) in found {
+            let sum = |index: usize| 9 * index + 3;
+            assert!(values.iter().enumerate().all(|(index, value)| *value == sum(index) as f32));
+            assert!(wide.iter().enumerate().all(|(index, value)| *value == 3e9 + sum(index) as f64));
+            assert_eq!(shared, vec![1; length * 3]);
+        }
+    }
+}
+
+#[test]
+fn an_error_of_one_process_is_an_error_of_all() {
+    let found = together(3, |processes| {
+        assert_eq!(processes.agree_to_stop::<_, Error>(Ok(5), processes.rank() == 2).unwrap(), (5, true));
+        processes.ready().unwrap();
+        let own = if processes.rank() == 0 { Ok(()) } else { Err(Error::Config(format!("of {}", processes.rank()))) };
+        let error = processes.agree(own).unwrap_err().to_string();
+        // From now on there is nothing to agree on, and the end comes for all.
+        processes.finish::<(), Error>(Err(Error::Config("again".into()))).unwrap_err();
+        error
+    });
+    assert!(found[0].contains("process 1 of 3 has failed"), "{found:?}");
+    assert!(found[1].contains("of 1"), "{found:?}");
+    assert!(found[2].contains("process 1 of 3 has failed"), "{found:?}");
+}
+
+#[test]
+fn settings_that_differ_are_named() {
+    let found = together(2, |processes| {
+        processes.check_same(&[("one", "1".into()), ("two", "2".into())]).unwrap();
+        processes.check_same(&[("one", "1".into()), ("two", processes.rank().to_string())]).unwrap_err().to_string()
+    });
+    assert!(found[1].contains("two is 1 here and 0 on process 0"), "{found:?}");
+    assert!(found[0].contains("process 1"), "{found:?}");
+}
+
+#[test]
+fn a_process_that_leaves_is_named_to_all() {
+    let found = together(3, |processes| {
+        if processes.rank() == 1 {
+            return String::new();
+        }
+        let error = processes.sum(&mut [1.0]).unwrap_err();
+        assert!(matches!(error, Error::Distributed(_)), "{error:?}");
+        // It stays so, and what went wrong here comes first.
+        assert!(processes.barrier().is_err());
+        assert!(
+            processes.agree::<(), Error>(Err(Error::Config("own".into()))).unwrap_err().to_string().contains("own")
+        );
+        error.to_string()
+    });
+    assert!(found[0].contains("process 1 is gone") && found[2].contains("process 1 is gone"), "{found:?}");
+}
+
+#[test]
+fn processes_that_do_not_do_the_same_are_told() {
+    let found = together(2, |processes| {
+        let mut values = vec![0.0; 3 + processes.rank()];
+        processes.sum(&mut values).map_err(|error| error.to_string())
+    });
+    assert!(
+        found.iter().any(|result| result.as_ref().is_err_and(|text| text.contains("do not do the same"))),
+        "{found:?}"
+    );
+    assert!(found.iter().all(Result::is_err), "{found:?}");
+}
+
+#[test]
+fn strangers_are_turned_away() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let meeting = |rank| Meeting { rank, size: 2, local_rank: 0, local_size: 1, address: "127.0.0.1".into(), port };
+    std::thread::scope(|scope| {
+        let chief = scope.spawn(move || Processes::join(&Launch::Tcp(meeting(0))).unwrap());
+        let mut stranger = loop {
+            match TcpStream::connect(("127.0.0.1", port)) {
+                Ok(stream) => break stream,
+                Err(_) => std::thread::sleep(std::time::Duration::from_millis(5)),
+            }
+        };
+        stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        let other = Processes::join(&Launch::Tcp(meeting(1))).unwrap();
+        // Dropped only when both are done: either would take the other for dead.
+        let other = scope.spawn(move || other.barrier().map(|()| other));
+        let chief = chief.join().unwrap();
+        chief.barrier().unwrap();
+        other.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_batch_is_shared_out_evenly_or_not_at_all() {
+    let found =
+        together(3, |processes| (processes.share_of(12).unwrap(), processes.share_of(13), processes.share_of(2)));
+    for (share, uneven, few) in found {
+        assert_eq!(share, 4);
+        let text = uneven.unwrap_err().to_string();
+        assert!(text.contains("12 or 15"), "{text}");
+        assert!(few.unwrap_err().to_string().contains("take 3"));
+    }
+}
+
+/// Gradients in a device's memory go through the host where devices have no way to each other.
+#[cfg(feature = "emulator")]
+#[test]
+fn buffers_of_a_device_are_summed() {
+    use vitmae::cuda::Cuda;
+    use vitmae::cuda::emulator::{Emulator, Options};
+    use vitmae::ops::Memory;
+
+    let found = together(2, |processes| {
+        let cuda = Cuda::<f32>::new(Emulator::new(Options::default()).unwrap().stream());
+        cuda.connect(&processes).unwrap();
+        let mut buffer = cuda.buffer::<f32>(5).unwrap();
+        cuda.upload(&mut buffer, &[1.0, 2.0, 3.0, 4.0, processes.rank() as f32]).unwrap();
+        cuda.all_reduce(&mut buffer, &processes).unwrap();
+        let mut values = [0.0; 5];
+        cuda.download(&mut values, &buffer).unwrap();
+        values
+    });
+    assert_eq!(found, [[2.0, 4.0, 6.0, 8.0, 1.0]; 2]);
+}
