@@ -6,6 +6,9 @@ mod emulated;
 mod goldens;
 mod rounding;
 
+use std::net::TcpListener;
+use std::ops::Range;
+
 use emulated::device;
 use goldens::Case;
 use half::bf16;
@@ -13,8 +16,9 @@ use rounding::Rounding;
 use vitmae::config::MaeConfig;
 use vitmae::cpu::Cpu;
 use vitmae::cuda::{Cuda, CudaElement};
+use vitmae::distributed::{Launch, Meeting, Processes};
 use vitmae::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking};
-use vitmae::ops::{Backend, Memory};
+use vitmae::ops::{Backend, Memory, RandomMask};
 use vitmae::train::{OptimizerSettings, StepReport, Trainer};
 
 /// The emulator with an order of blocks and threads, as a device of the model.
@@ -262,6 +266,43 @@ fn recomputed_activations_give_bitwise_the_same_training_in_f32() {
 #[test]
 fn recomputed_activations_give_bitwise_the_same_training_in_bf16() {
     recompute::<bf16>();
+}
+
+/// Losses and gradient norms of three steps (launched, recorded, replayed) on images `part` of four.
+fn steps(part: Range<usize>, processes: &Processes, cuda: Cuda<f32>) -> Vec<StepReport> {
+    let config = config(8, 2, 8, 2);
+    let (pixels, length) = (pictures(&config, 4, 3), config.image().length());
+    let own = &pixels[part.start * length..part.end * length];
+    let model = MaeForPreTraining::new(config.clone(), cuda, 7).unwrap();
+    let mut trainer = Trainer::new(model, OptimizerSettings::default(), 2).unwrap();
+    let step = |epoch| {
+        let random = RandomMask { seed: 1, epoch };
+        let masking = Masking::Random { ratio: config.mask_ratio, random, samples: None, first: part.start as u64 };
+        trainer.accumulate(&images(&config, part.len(), own), &masking, 4).unwrap();
+        trainer.all_reduce(processes).unwrap();
+        trainer.update(1e-3).unwrap()
+    };
+    (0..3).map(step).collect()
+}
+
+#[test]
+fn processes_whose_devices_have_no_way_to_each_other_make_the_steps_of_one() {
+    let Some(one) = cuda(0) else { return };
+    let alone = steps(0..4, &Processes::single(), one);
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let process = |rank: usize| {
+        let meeting = Meeting { rank, size: 2, local_rank: 0, local_size: 1, address: "127.0.0.1".into(), port };
+        let processes = Processes::join(&Launch::Tcp(meeting)).unwrap();
+        steps(2 * rank..2 * rank + 2, &processes, cuda(2).unwrap())
+    };
+    let [first, second] = std::thread::scope(|scope| {
+        [0, 1].map(|rank| scope.spawn(move || process(rank))).map(|thread| thread.join().unwrap())
+    });
+    assert_eq!(first, second);
+    for (one, two) in alone.iter().zip(&first) {
+        assert!(two.updated && (one.loss - two.loss).abs() < 1e-5 * one.loss, "{one:?} {two:?}");
+        assert!((one.gradient_norm - two.gradient_norm).abs() < 1e-5 * one.gradient_norm, "{one:?} {two:?}");
+    }
 }
 
 #[test]

@@ -255,4 +255,24 @@ mod tests {
             assert!(unusable("libc.so.6".as_ref()).contains("ncclGetVersion"));
         }
     }
+
+    #[test]
+    fn the_librarys_functions_are_those_that_are_called() {
+        let Some(path) = std::env::var_os("VITMAE_NCCL").map(PathBuf::from).filter(|path| path.exists()) else {
+            println!("skipped: VITMAE_NCCL names no NCCL");
+            return;
+        };
+        let library = match Library::get() {
+            Ok(library) => library,
+            Err(error) => panic!("{}: {error}", path.display()),
+        };
+        assert!(library.version >= OLDEST, "{}", library.version);
+        assert!(library.check("nothing", SUCCESS).is_ok());
+        let error = library.check("ncclAllReduce", 4).expect_err("an error").to_string();
+        assert!(error.contains("invalid argument"), "{error}");
+        // Without a GPU it may fail, and says so.
+        let mut id = ncclUniqueId { internal: [0; 128] };
+        // SAFETY: the pointer is valid for a write.
+        println!("{:?}", library.check("ncclGetUniqueId", unsafe { (library.get_unique_id)(&mut id) }));
+    }
 }

@@ -134,24 +134,3 @@ fn a_batch_is_shared_out_evenly_or_not_at_all() {
         assert!(few.unwrap_err().to_string().contains("take 3"));
     }
 }
-
-/// Gradients in a device's memory go through the host where devices have no way to each other.
-#[cfg(feature = "emulator")]
-#[test]
-fn buffers_of_a_device_are_summed() {
-    use vitmae::cuda::Cuda;
-    use vitmae::cuda::emulator::{Emulator, Options};
-    use vitmae::ops::Memory;
-
-    let found = together(2, |processes| {
-        let cuda = Cuda::<f32>::new(Emulator::new(Options::default()).unwrap().stream());
-        cuda.connect(&processes).unwrap();
-        let mut buffer = cuda.buffer::<f32>(5).unwrap();
-        cuda.upload(&mut buffer, &[1.0, 2.0, 3.0, 4.0, processes.rank() as f32]).unwrap();
-        cuda.all_reduce(&mut buffer, &processes).unwrap();
-        let mut values = [0.0; 5];
-        cuda.download(&mut values, &buffer).unwrap();
-        values
-    });
-    assert_eq!(found, [[2.0, 4.0, 6.0, 8.0, 1.0]; 2]);
-}
