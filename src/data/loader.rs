@@ -275,7 +275,7 @@ impl Loader {
         let (home, returned) = sync_channel(LANES * (waiting + 1) + 4);
         let batches = batches_per_epoch(source.len(), options.batch_size * world, training) as u64;
         let first = u64::from(options.start.epoch) * batches + options.start.batch as u64;
-        let health = Health::new(source.len());
+        let health = Health::new(source.len(), world);
         let shared = Arc::new(Shared {
             order: Order::new(count, options.seed),
             source,
@@ -537,6 +537,8 @@ impl Shared {
 #[derive(Debug)]
 struct Health {
     count: usize,
+    /// Processes that look at the set: the more there are, the more often one of them meets many bad pictures by chance.
+    world: usize,
     /// One bit per picture.
     seen_bits: Vec<u64>,
     seen: usize,
@@ -546,9 +548,9 @@ struct Health {
 }
 
 impl Health {
-    fn new(count: usize) -> Self {
+    fn new(count: usize, world: usize) -> Self {
         let seen_bits = vec![0; count.div_ceil(64)];
-        Self { count, seen_bits, seen: 0, bad: 0, bad_pictures: HashSet::new(), examples: Vec::new() }
+        Self { count, world, seen_bits, seen: 0, bad: 0, bad_pictures: HashSet::new(), examples: Vec::new() }
     }
 
     fn saw(&mut self, index: usize) {
@@ -572,13 +574,15 @@ impl Health {
         new
     }
 
-    /// Whether too many are bad. Before everything was seen, the count must also be beyond chance (two standard
-    /// deviations above 10 %): the first ten pictures of a set with 5 % bad ones hold two of them often enough.
+    /// Whether too many are bad. Before everything was seen, the count must also be beyond chance (two standard deviations above
+    /// 10 %, and more where several processes look, each at its part of an epoch): the first ten pictures of a set with 5 % bad ones
+    /// hold two of them often enough.
     fn is_refused(&self, whole_epoch: bool) -> bool {
         let (seen, bad) = (self.seen as f64, self.bad as f64);
         let expected = BAD_SHARE * seen;
-        let certain = whole_epoch || self.seen == self.count;
-        let beyond_chance = self.seen >= 10 && bad > expected + 2.0 * (expected * (1.0 - BAD_SHARE)).sqrt();
+        let certain = (whole_epoch && self.world == 1) || self.seen == self.count;
+        let deviations = 2.0 + (2.0 * (self.world as f64).ln()).sqrt();
+        let beyond_chance = self.seen >= 10 && bad > expected + deviations * (expected * (1.0 - BAD_SHARE)).sqrt();
         bad > expected && (certain || beyond_chance)
     }
 

@@ -7,7 +7,7 @@
 //! A message is a kind (one byte), a length in bytes (eight) and the numbers, all little-endian.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::ops::AddAssign;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -202,10 +202,15 @@ fn receive(meeting: &Meeting, deadline: Instant) -> Result<Vec<TcpStream>> {
     let Meeting { address, port, size, .. } = meeting;
     let failed =
         |problem: String| Error::Distributed(format!("process 0 cannot listen at {address}:{port}: {problem}"));
-    let listener = match TcpListener::bind((address.as_str(), *port)) {
-        // The name of a machine may be that of something in front of it.
-        Err(error) if error.kind() != io::ErrorKind::AddrInUse => TcpListener::bind(("0.0.0.0", *port)),
-        bound => bound,
+    let inside = address == "localhost" || address.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+    let listener = if inside {
+        TcpListener::bind((address.as_str(), *port))
+    } else {
+        // At every interface: a machine often takes its own name for another address than the others do.
+        TcpListener::bind(("::", *port)).or_else(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => Err(error),
+            _ => TcpListener::bind(("0.0.0.0", *port)),
+        })
     };
     let listener = listener.map_err(|error| failed(format!("{error}; choose another MASTER_PORT")))?;
     listener.set_nonblocking(true).map_err(|error| failed(error.to_string()))?;

@@ -22,7 +22,7 @@ impl<B: Backend> Trainer<B> {
         let arena = &self.gradients.arena;
         let length = self.model.parameters().layout().trained();
         let reduced = backend.all_reduce(&mut self.optimizer.loss, processes).and_then(|()| {
-            (0..length).step_by(BUCKET).collect::<Vec<_>>().into_iter().rev().try_for_each(|start| {
+            (0..length).step_by(BUCKET).rev().try_for_each(|start| {
                 // SAFETY: `self` is borrowed mutably, so no handle to the gradients is in use but this one.
                 let mut bucket = unsafe { backend.alias(arena, start, BUCKET.min(length - start))? };
                 backend.all_reduce(&mut bucket, processes)

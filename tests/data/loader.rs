@@ -167,6 +167,24 @@ fn a_tenth_of_bad_pictures_is_accepted() {
 }
 
 #[test]
+fn a_process_that_meets_bad_pictures_by_chance_goes_on() {
+    let refused = |bad: usize| -> Vec<bool> {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder_of(folder.path(), 100 - bad, bad);
+        let refuses = |rank| {
+            let shard = Shard { rank, world: 10 };
+            let options = LoaderOptions { batch_size: 2, workers: 1, seed: 5, shard, ..Default::default() };
+            let mut loader = Loader::new(source.clone(), training(16), &options).unwrap();
+            // Ten epochs, of which it sees ten pictures each.
+            (0..60).any(|_| loader.next_batch().is_err())
+        };
+        (0..10).map(refuses).collect()
+    };
+    assert_eq!(refused(7), [false; 10]);
+    assert_eq!(refused(40), [true; 10]);
+}
+
+#[test]
 fn a_set_of_bad_pictures_stops_at_once() {
     for count in [1, 3, 30, 200] {
         let folder = tempfile::tempdir().unwrap();
