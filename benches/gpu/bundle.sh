@@ -6,7 +6,7 @@
 #
 # On the GPU machine (Python with PyTorch, NVIDIA's driver; the CUDA toolkit for compute-sanitizer and ncu):
 #
-#     python3 FOLDER/benches/gpu/run.py correctness --out RESULTS
+#     python3 FOLDER/benches/gpu/run.py correctness
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD

@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
 """Checks and measures vitmae on a GPU, out of a bundle (bundle.sh) or a checkout with the same programs under bin/.
 
-    python3 run.py PART... --out FOLDER [--budget 460] [--only REGEX] [--dry]
+    python3 run.py PART... [--out FOLDER] [--budget 460] [--only REGEX] [--dry]
     python3 run.py tables --out FOLDER         writes FOLDER/README.md from the JSON that is there
 
 Parts, each within the budget of seconds by itself; what did not fit is listed and can be run with --only:
 
     correctness   every kernel test on the GPU, the goldens, and a short training run
     sanitizer     the kernel tests under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
-    kernels       every op's time beside the machine's ceilings and PyTorch's kernels
+    kernels       every op's time, family by family, matrix products last
+    peers         the machine's ceilings and PyTorch's kernels at the same shapes, in the same order
     step          a training step of ViT-B, L and H beside PyTorch, eager and compiled
     profile       counters of each kernel in a training step, by ncu
 
-Each writes FOLDER/PART.json. --dry runs the same on a machine without a GPU: tests on the emulator, small peers on the CPU.
+Each writes FOLDER/PART.json; the default folder is benches/runs/DATE-GPU. --dry runs the same on a machine without a GPU: tests
+on the emulator, small peers on the CPU; its default folder is target/gpu-dry.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import os
 import pathlib
 import re
 import shutil
+import site
 import subprocess
 import sys
 import tempfile
@@ -35,8 +38,13 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BIN = ROOT / "bin"
 PEERS = ROOT / "benches" / "peers"
-# Tests of the build and of the emulator, which have nothing to do with a GPU.
-NOT_ABOUT_A_GPU = ("build_script::", "report::", "emulated::", "the_emulator_")
+# Tests of the build and of the emulator, which have nothing to do with a GPU: whole modules, what belongs to no module, and
+# what is named after the emulator.
+NOT_ABOUT_A_GPU = {"test-kernels": r"^(build_script|report|emulated)::|^[^:]*$|(^|::)the_emulators?_", "test-emulated_model": r"^$"}
+# Families of ops as the benches name them; matrix products have by far the most shapes.
+FAMILIES = ("attention", "layernorm", "loss", "adamw", "masking", "patchify", "tokens", "cross_entropy", "linear")
+# Libraries that the driver does not bring, and where PyTorch's packages put them.
+LIBRARIES = ("libcublasLt.so.1[23]", "libnvrtc.so.1[23]")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -65,6 +73,36 @@ def command(arguments, timeout, env=None, cwd=None):
     except OSError as error:
         status, output = "failed", str(error)
     return {"status": status, "seconds": round(time.monotonic() - started, 2), "output": output}
+
+
+def library_folders(roots):
+    """Folders of site-packages in which NVIDIA's libraries lie, as PyTorch installs them."""
+    found = []
+    for root in map(pathlib.Path, roots):
+        for name in LIBRARIES:
+            for place in ("nvidia/*/lib", "torch/lib"):
+                for path in sorted(root.glob(f"{place}/{name}"), reverse=True):
+                    if str(path.parent) not in found:
+                        found.append(str(path.parent))
+    return found
+
+
+def packages():
+    """Where Python's packages are: those of this Python, in the order in which it looks."""
+    roots = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    return list(dict.fromkeys(roots + site.getsitepackages() + [site.getusersitepackages()]))
+
+
+def with_libraries(roots, environ):
+    """The search path of our programs: what there is, then the folders beside PyTorch. Not for PyTorch, which finds its own."""
+    given = [path for path in environ.get("LD_LIBRARY_PATH", "").split(":") if path]
+    folders = given + [folder for folder in library_folders(roots) if folder not in given]
+    return {"LD_LIBRARY_PATH": ":".join(folders)} if folders else {}
+
+
+def ours(arguments, timeout, env=None, cwd=None):
+    """Runs one of our programs, which may need NVIDIA's libraries."""
+    return command(arguments, timeout, {**with_libraries(packages(), os.environ), **(env or {})}, cwd)
 
 
 def tail(text, lines=25):
@@ -96,22 +134,45 @@ def environment():
     about["gpu"] = query["output"].strip() if query["status"] == "ok" else "none"
     torch = command([sys.executable, "-c", "import torch; print(torch.__version__)"], 120)
     about["torch"] = tail(torch["output"], 1) if torch["status"] == "ok" else "none"
+    about["libraries"] = library_folders(packages())
     return about
+
+
+def default_folder(dry):
+    """benches/runs/DATE-GPU, such as 2026-11-24-h200."""
+    if dry:
+        return ROOT / "target" / "gpu-dry"
+    query = command(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], 20)
+    return ROOT / "benches" / "runs" / folder_name(time.strftime("%Y-%m-%d"), query["output"] if query["status"] == "ok" else "")
+
+
+def folder_name(date, gpus):
+    """A folder's name, from a date and nvidia-smi's names of the GPUs, of which the first runs everything."""
+    name = (gpus.strip().splitlines() or ["unknown"])[0].lower()
+    words = [word for word in re.findall("[a-z0-9]+", name) if word not in ("nvidia", "geforce", "tesla")]
+    return "-".join([date, *words])
 
 
 def tests(program, only):
     """A test program's tests, as pairs of program and name."""
-    listed = command([BIN / program, "--list"], 60)
-    names = [line.removesuffix(": test") for line in listed["output"].splitlines() if line.endswith(": test")]
-    wanted = [name for name in names if not name.startswith(NOT_ABOUT_A_GPU)]
-    return [(program, name) for name in wanted if re.search(only, name)]
+    names = listed(ours([BIN / program, "--list"], 60)["output"], "test")
+    return [(program, name) for name in about_a_gpu(program, names) if re.search(only, name)]
+
+
+def listed(text, kind):
+    """The names in what `--list` prints, of tests or benchmarks."""
+    return [line.removesuffix(f": {kind}") for line in text.splitlines() if line.endswith(f": {kind}")]
+
+
+def about_a_gpu(program, names):
+    return [name for name in names if not re.search(NOT_ABOUT_A_GPU[program], name)]
 
 
 def run_test(program, name, device, timeout, wrapper=(), exact=True):
     """A test, or all tests of a module, in a process of its own: after a fault on a GPU nothing else of a process counts."""
     env = {"VITMAE_TEST_DEVICE": device} if device else {}
     arguments = [*wrapper, BIN / program, name, *(["--exact"] if exact else []), "--nocapture", "--test-threads=1"]
-    result = command(arguments, timeout, env)
+    result = ours(arguments, timeout, env)
     if result["status"] == "ok" and exact and "skipped:" in result["output"]:
         result["status"] = "skipped"
     result["output"] = "" if result["status"] == "ok" else tail(result["output"])
@@ -145,6 +206,10 @@ def goldens(options, clock):
         if about.get("kind") != "model" or not re.search(options.only, f"golden {folder.name}"):
             continue
         for precision in ["f32"] if options.dry else ["f32", "bf16"]:
+            reason = not_in(precision, json.loads((folder / "config.json").read_text()))
+            if reason:
+                results.append({"name": folder.name, "precision": precision, "status": "skipped", "seconds": 0.0, "output": reason})
+                continue
             with tempfile.TemporaryDirectory() as work:
                 out = pathlib.Path(work) / "out.safetensors"
                 arguments = [BIN / "vitmae", "--device", device, "--precision", precision, "forward", "--from", folder,
@@ -154,12 +219,21 @@ def goldens(options, clock):
                 expected = golden.read(folder / "expected.safetensors")
                 if any(name.startswith("grad.") for name in expected):
                     arguments.append("--gradients")
-                result = command(arguments, clock.left(60))
+                result = ours(arguments, clock.left(60))
                 if result["status"] == "ok":
                     result.update(golden.compare(golden.read(out), expected, precision))
             result["output"] = "" if result["status"] == "ok" else tail(result["output"])
             results.append({"name": folder.name, "precision": precision, **result})
     return results
+
+
+def not_in(precision, config):
+    """Why a model cannot run in a precision, if it cannot: attention in bf16 takes heads of a multiple of 8 features."""
+    for prefix, part in [("", "encoder"), ("decoder_", "decoder")]:
+        width, heads = config.get(f"{prefix}hidden_size"), config.get(f"{prefix}num_attention_heads")
+        if precision == "bf16" and width and heads and width // heads % 8:
+            return f"the {part}'s heads have {width // heads} features, and attention in bf16 takes multiples of 8"
+    return ""
 
 
 def training(options, clock):
@@ -169,7 +243,7 @@ def training(options, clock):
     for _ in range(2):
         with tempfile.TemporaryDirectory() as work:
             out = pathlib.Path(work) / "run"
-            result = command(
+            result = ours(
                 [BIN / "vitmae", "--device", device, "--precision", "f32" if options.dry else "bf16", "pretrain", "--data",
                  "synthetic:64", "--model", "tiny", "--image-size", "64", "--batch-size", "16", "--steps", "20", "--blr", "1e-2",
                  "--out", out], clock.left(120))
@@ -185,7 +259,7 @@ def training(options, clock):
 
 def own_stream(options, clock):
     """The example that calls kernels on its own cudarc stream and compares with the CPU."""
-    result = command([BIN / "own_stream"], clock.left(60))
+    result = ours([BIN / "own_stream"], clock.left(60))
     if options.dry and "DriverMissing" in result["output"]:
         result["status"] = "skipped"
     return {"name": "own_stream", **result, "output": tail(result["output"])}
@@ -208,22 +282,38 @@ def sanitizer(options, clock):
 
 
 def kernels(options, clock):
-    """Our benches, and the peers with the same names."""
+    """Our benches, one family after the other, so that what there is no time for is known."""
     label = "cpu/f32" if options.dry else "cuda/bf16"
-    with tempfile.TemporaryDirectory() as work:
-        peers = command([sys.executable, PEERS / "kernels.py", "--out", f"{work}/peers.json", "--only", options.only,
-                         "--budget", str(int(clock.left(220)))] + (["--dry"] if options.dry else []), clock.left(260))
-        peer_results = pathlib.Path(f"{work}/peers.json")
-        theirs = json.loads(peer_results.read_text()) if peer_results.exists() else {"kernels": {}, "ceilings": {}}
-        # Dry: two families, for real but briefly, so that there is something to read.
-        bench = "masking|layernorm" if options.dry else options.bench
-        pattern = f"^(?:{bench}).*{label}$" if bench else f"{label}$"
+    times, wanted, runs = {}, [], []
+    # Dry: two families, for real but briefly, so that there is something to read.
+    for family in ("masking", "layernorm") if options.dry else FAMILIES:
+        if not re.search(options.bench, f"{family}/"):
+            continue
+        pattern = f"^{family}/.*{label}$"
         mode = ["--bench", "--quick"] if options.dry else ["--bench"]
-        ours = command([BIN / "bench-ops", *mode, "--noplot", pattern], clock.left(600), {"CRITERION_HOME": work}, cwd=work)
-        times = criterion(pathlib.Path(work))
-    return {"ours": times, "peers": theirs, "status": {"ours": ours["status"], "peers": peers["status"]},
-            "output": {"ours": "" if ours["status"] == "ok" else tail(ours["output"]),
-                       "peers": "" if peers["status"] == "ok" else tail(peers["output"])}}
+        names = listed(ours([BIN / "bench-ops", "--bench", "--list", pattern], clock.left(60))["output"], "benchmark")
+        wanted += names or [f"{family}/"]
+        with tempfile.TemporaryDirectory() as work:
+            run = ours([BIN / "bench-ops", *mode, "--noplot", pattern], clock.left(600), {"CRITERION_HOME": work}, cwd=work)
+            found = criterion(pathlib.Path(work))
+        times.update(found)
+        # Out of time is no failure: what is missing is listed.
+        status = "failed" if run["status"] == "ok" and not found else run["status"]
+        runs.append({"name": family, "status": status, "seconds": run["seconds"],
+                     "output": tail(run["output"]) if status == "failed" else ""})
+    return {"ours": times, "families": runs, "left_out": [name for name in wanted if name not in times]}
+
+
+def peers(options, clock):
+    """PyTorch's kernels, under the names of our benches."""
+    with tempfile.TemporaryDirectory() as work:
+        found = pathlib.Path(work) / "peers.json"
+        # What is under way when the budget ends may end, and is then counted.
+        budget = max(1, int(clock.left(600)) - 30)
+        run = command([sys.executable, PEERS / "kernels.py", "--out", found, "--only", options.bench, "--budget", budget,
+                       *(["--dry"] if options.dry else [])], clock.left(600))
+        theirs = json.loads(found.read_text()) if found.exists() else {"kernels": {}, "ceilings": {}, "left_out": []}
+    return {**theirs, "status": run["status"], "output": "" if run["status"] == "ok" else tail(run["output"])}
 
 
 def criterion(folder):
@@ -252,14 +342,16 @@ def step(options, clock):
             batch = options.batch
         count = 2 if options.dry else 20
         device, precision = ("cpu", "f32") if options.dry else ("cuda", "bf16")
+        mae = ["--mae", options.mae.resolve()] if options.mae else []
         jobs = [("vitmae", [BIN / "measure", "train", model, batch, count, batch, device, precision])]
         for name, extra in [("PyTorch, eager", []), ("PyTorch, compiled", ["--compile"])]:
             if options.dry and extra:
                 continue
             jobs.append((name, [sys.executable, PEERS / "train_step.py", "--mode", "train", "--model", model, "--batch", batch,
-                                "--steps", count, "--device", device, "--precision", precision, "--adamw", "fused", *extra]))
+                                "--steps", count, "--device", device, "--precision", precision, "--adamw", "fused", *mae, *extra]))
         for name, arguments in jobs:
-            result = command(arguments, clock.left(240))
+            run = ours if name == "vitmae" else command
+            result = run(arguments, clock.left(240))
             figures = None
             if result["status"] == "ok":
                 figures = json.loads(result["output"].strip().splitlines()[-1])
@@ -287,7 +379,7 @@ def profile(options, clock):
     program = [BIN / "measure", "train", "base", options.batch or 256, 1, options.batch or 256, "cuda", "bf16"]
     arguments = [found, "--clock-control", "none", "--csv", "--metrics", ",".join(COUNTERS), "--launch-count", "400",
                  "--graph-profiling", "node", *program]
-    result = command(arguments, clock.left(options.budget))
+    result = ours(arguments, clock.left(options.budget))
     return {"status": result["status"], "kernels": counters(result["output"]), "output": tail(result["output"], 5)}
 
 
@@ -312,19 +404,25 @@ def counters(text):
             {"launches": max(count for _, count in values.values())} for kernel, values in sums.items()}
 
 
-PARTS = {"correctness": correctness, "sanitizer": sanitizer, "kernels": kernels, "step": step, "profile": profile}
+PARTS = {"correctness": correctness, "sanitizer": sanitizer, "kernels": kernels, "peers": peers, "step": step, "profile": profile}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "tables"])
-    parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path, help="default: benches/runs/DATE-GPU")
     parser.add_argument("--budget", type=float, default=460, help="seconds for each part")
-    parser.add_argument("--only", default="", help="names (tests, goldens, peers, models) must match this expression")
-    parser.add_argument("--bench", default="", help="our benches must match this expression, such as attention/")
+    parser.add_argument("--only", default="", help="names (tests, goldens, models) must match this expression")
+    parser.add_argument("--bench", default="", help="families of benches and peers must match this expression, such as attention/")
+    parser.add_argument("--mae", type=pathlib.Path, help="a checkout of the original implementation, to be the peer of a step")
     parser.add_argument("--batch", type=int, help="images of a step, instead of the default for each model")
     parser.add_argument("--dry", action="store_true", help="try everything without a GPU, on small sizes")
     options = parser.parse_args()
+    if options.out is None:
+        if options.parts == ["tables"]:
+            parser.error("tables needs --out, the folder with the results")
+        options.out = default_folder(options.dry)
+        print(f"results go to {options.out}")
 
     options.out.mkdir(parents=True, exist_ok=True)
     restore_root()

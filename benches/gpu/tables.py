@@ -46,9 +46,16 @@ def summary(result):
                     lines.append(f"    {one['status']}: {one['name']}")
                     lines += [f"      {line}" for line in one["output"].splitlines()[-12:]]
     elif part == "kernels":
-        lines.append(f"  {len(result['ours'])} benches, {len(result['peers']['kernels'])} with peers; {result['status']}")
-        good = all(status == "ok" for status in result["status"].values())
-        lines += [f"    {line}" for text in result["output"].values() for line in text.splitlines()]
+        text, _ = counted(result["families"])
+        lines.append(f"  {len(result['ours'])} benches; families: {text}")
+        for one in result["families"]:
+            good &= one["status"] != "failed"
+            lines += [f"    {one['name']}: {line}" for line in one["output"].splitlines()]
+        good &= bool(result["ours"])
+    elif part == "peers":
+        lines.append(f"  {len(result['kernels'])} with peers; {result['status']}")
+        good = result["status"] in ("ok", "timeout") and bool(result["kernels"])
+        lines += [f"    {line}" for line in result["output"].splitlines()]
     elif part == "step":
         for run in result["runs"]:
             rate = run["figures"]["train"]["images_per_second"] if run["figures"] else run["status"]
@@ -59,7 +66,22 @@ def summary(result):
         lines.append(f"  {len(result['kernels'])} kernels; {result['status']}")
         lines += [f"    {line}" for line in result["output"].splitlines()] if result["status"] != "ok" else []
         good = result["status"] == "ok"
+    missing = left_out(result)
+    if missing:
+        lines.append(f"  left out for lack of time: {', '.join(missing)}")
     return "\n".join(lines), good
+
+
+def left_out(result):
+    """What a part had no time for."""
+    if result["part"] in ("correctness", "sanitizer"):
+        runs = [(one["tool"] + " " if "tool" in one else "") + one["name"] + (f" {one['precision']}" if "precision" in one else "")
+                for _, results in checks(result) for one in results if one["status"] == "not run"]
+    elif result["part"] == "step":
+        runs = [f"{run['model']}, {run['name']}" for run in result["runs"] if run["status"] == "not run"]
+    else:
+        runs = result.get("left_out", [])
+    return runs
 
 
 def row(cells):
@@ -85,7 +107,9 @@ def check_tables(result):
     rows, details = [], []
     for name, results in checks(result):
         rows.append([name, counted(results)[0]])
-        details += [f"- {name}: {one['name']}: {one['status']}" for one in results if one["status"] not in ("ok", "skipped")]
+        details += [f"- {name}: {one['name']}: {one['status']}" for one in results if one["status"] in ("failed", "timeout")]
+        details += [f"- {name}: {one['name']} in {one['precision']}: skipped, because {one['output']}"
+                    for one in results if one["status"] == "skipped" and "precision" in one]
     lines = table(["what", "outcome"], rows) + details + ([""] if details else [])
     if result["part"] == "correctness" and result["goldens"]:
         worst = {}
@@ -100,12 +124,18 @@ def check_tables(result):
     return lines
 
 
-def kernel_tables(result):
-    ours, peers, ceilings = result["ours"], result["peers"]["kernels"], result["peers"].get("ceilings", {})
+def kernel_tables(result, measured_peers=None):
+    """Our times; with the part `peers`, beside the machine's ceilings and PyTorch's times."""
+    measured_peers = measured_peers or {"kernels": {}, "ceilings": {}}
+    ours, peers, ceilings = result["ours"], measured_peers["kernels"], measured_peers.get("ceilings", {})
     copy, matmul = ceilings.get("copy_gbs"), ceilings.get("matmul_tflops")
-    lines = [f"Ceilings measured in the same run: copy {number(copy, 0)} GB/s (bytes read and written), bf16 matrix product "
-             f"{number(matmul, 0)} TFLOP/s. *Share* is of the ceiling that bounds the op by its own bytes and operations; *peer* is the "
-             "fastest of PyTorch's.", ""]
+    lines = ["The part `peers` was not run: no ceilings, no peers.", ""]
+    if peers:
+        lines = [f"Ceilings ({about(measured_peers)}): copy {number(copy, 0)} GB/s (bytes read and written), bf16 matrix product "
+                 f"{number(matmul, 0)} TFLOP/s. *Share* is of the ceiling that bounds the op by its own bytes and operations; "
+                 "*peer* is the fastest of PyTorch's.", ""]
+        if measured_peers["environment"]["gpu"] != result["environment"]["gpu"]:
+            lines += ["**The peers were measured on another GPU: the ratios say nothing.**", ""]
     families = {}
     for name, figures in sorted(ours.items()):
         key, device = "/".join(name.split("/")[:3]), "/".join(name.split("/")[3:])
@@ -126,6 +156,9 @@ def kernel_tables(result):
                 ", ".join(f"{name} {time:.1f}" for name, time in named.items() if name != best)])
         lines += [f"### {family}", ""]
         lines += table(["op", "device", "µs", "GB/s", "TFLOP/s", "share", "peer, µs", "peer / ours", "other peers, µs"], rows)
+    missing = left_out(measured_peers) if peers else []
+    if missing:
+        lines += ["Peers left out for lack of time: " + ", ".join(f"`{name}`" for name in missing) + ".", ""]
     lone = sorted(set(peers) - {"/".join(name.split("/")[:3]) for name in ours})
     if lone:
         lines += ["Peers without a figure of ours: " + ", ".join(f"`{name}`" for name in lone) + ".", ""]
@@ -175,6 +208,11 @@ def markdown(folder):
     lines = ["# A run of benches/gpu/run.py", ""]
     for part, writer in WRITERS.items():
         result = read(folder, part)
-        if result:
-            lines += [f"## {part}", "", about(result), "", *writer(result)]
+        if not result:
+            continue
+        lines += [f"## {part}", "", about(result), ""]
+        lines += writer(result, read(folder, "peers")) if part == "kernels" else writer(result)
+        missing = left_out(result)
+        if missing:
+            lines += ["Left out for lack of time: " + ", ".join(f"`{name}`" for name in missing) + ".", ""]
     return "\n".join(lines).rstrip() + "\n"
