@@ -17,6 +17,7 @@ mod loader;
 mod order;
 mod processor;
 mod random;
+mod resample;
 mod shards;
 mod source;
 mod synthetic;

@@ -1,12 +1,9 @@
 //! Crops, flips and resizing: pictures of any size to bytes of one size.
 
-use fast_image_resize as fir;
-use fir::images::{CroppedImage, Image as View, ImageRef};
-use fir::{FilterType, IntoImageView, PixelType, ResizeAlg, ResizeOptions};
-
 use crate::data::ImageProcessor;
 use crate::data::decode::Image;
 use crate::data::random::{below, unit, words};
+use crate::data::resample::{Pixels, Resampler, divide_alpha, multiply_alpha};
 use crate::ops::philox::AUGMENTATION_STREAM;
 use crate::{Error, Result};
 
@@ -49,17 +46,6 @@ impl Resample {
     pub fn pillow(self) -> u64 {
         self as u64
     }
-
-    fn algorithm(self) -> ResizeAlg {
-        ResizeAlg::Convolution(match self {
-            Self::Nearest => return ResizeAlg::Nearest,
-            Self::Lanczos => FilterType::Lanczos3,
-            Self::Bilinear => FilterType::Bilinear,
-            Self::Bicubic => FilterType::CatmullRom,
-            Self::Box => FilterType::Box,
-            Self::Hamming => FilterType::Hamming,
-        })
-    }
 }
 
 /// A box of whole pixels in a picture.
@@ -85,13 +71,11 @@ impl CropBox {
 
 /// Crops to whole pixels and resizes, keeping its buffers from one picture to the next.
 ///
-/// As in Pillow, rows are filtered first, rounded to bytes, and then columns: a filter that overshoots is clipped between
-/// the two. Against Pillow's `crop(..).resize(..)`: at most 1 level off.
+/// The result is Pillow's `crop(..).resize(..)`, byte for byte.
 #[derive(Clone, Debug, Default)]
 pub struct Resizer {
-    inner: fir::Resizer,
-    /// The picture after the first pass, and premultiplied with alpha.
-    wide: Vec<u8>,
+    resampler: Resampler,
+    /// What the box shows, premultiplied with alpha.
     premultiplied: Vec<u8>,
 }
 
@@ -111,89 +95,60 @@ impl Resizer {
     pub fn resize(
         &mut self,
         out: &mut [u8],
+        size: (usize, usize),
+        image: &Image,
+        crop: CropBox,
+        resample: Resample,
+    ) -> Result<()> {
+        self.resize_mirrored(out, size, image, crop, resample, false)
+    }
+
+    /// As [`Resizer::resize`], mirrored if asked for.
+    pub(crate) fn resize_mirrored(
+        &mut self,
+        out: &mut [u8],
         (height, width): (usize, usize),
         image: &Image,
         crop: CropBox,
         resample: Resample,
+        mirrored: bool,
     ) -> Result<()> {
         let shape = |what: &str, expected: String, found: String| Error::shape("resize", what, expected, found);
         let inside = crop.width > 0
             && crop.height > 0
             && crop.left.checked_add(crop.width).is_some_and(|right| right <= image.width)
             && crop.top.checked_add(crop.height).is_some_and(|bottom| bottom <= image.height);
-        if !inside {
+        if !inside || image.pixels.len() != image.height * image.width * image.channels {
             let expected = format!("a box inside {}x{} pixels (width x height)", image.width, image.height);
-            return Err(shape("crop", expected, format!("{crop:?}")));
+            return Err(shape("crop", expected, format!("{crop:?} and {} bytes", image.pixels.len())));
         }
-        if height == 0 || width == 0 || out.len() != height * width * image.channels {
+        let length = [height, width, image.channels].iter().try_fold(1_usize, |n, m| n.checked_mul(*m));
+        if height == 0 || width == 0 || length != Some(out.len()) {
             let expected = format!("{height}x{width}x{} bytes, at least one", image.channels);
             return Err(shape("out", expected, format!("{} bytes", out.len())));
         }
-        if (crop.height, crop.width) == (height, width) {
-            copy_box(out, image, crop);
-            return Ok(());
-        }
-        let pixel = match image.channels {
-            1 => PixelType::U8,
-            2 => PixelType::U8x2,
-            3 => PixelType::U8x3,
-            4 => PixelType::U8x4,
+        let Self { resampler, premultiplied } = self;
+        let source = Pixels::new(&image.pixels, image.width, image.channels, crop);
+        let size = (height, width);
+        match image.channels {
+            1 => resampler.resize::<1>(out, size, source, resample, mirrored),
+            2 => resampler.resize::<2>(out, size, source, resample, mirrored),
+            3 => resampler.resize::<3>(out, size, source, resample, mirrored),
+            4 if resample == Resample::Nearest || (crop.height, crop.width) == size => {
+                resampler.resize::<4>(out, size, source, resample, mirrored);
+            }
+            4 => {
+                premultiplied.resize(crop.width * crop.height * 4, 0);
+                source.copy_to(premultiplied, 4);
+                multiply_alpha(premultiplied);
+                let whole = CropBox { top: 0, left: 0, ..crop };
+                let source = Pixels::new(premultiplied, crop.width, 4, whole);
+                resampler.resize::<4>(out, size, source, resample, mirrored);
+                divide_alpha(out);
+            }
             channels => return Err(shape("image", "1 to 4 channels".to_owned(), format!("{channels} channels"))),
-        };
-        let side = |n: usize| {
-            u32::try_from(n).map_err(|_| shape("image", "sides below 2^32 pixels".to_owned(), format!("{n} pixels")))
-        };
-        let (from_height, from_width) = (side(crop.height)?, side(crop.width)?);
-        let mut target = View::from_slice_u8(side(width)?, side(height)?, out, pixel).map_err(refused)?;
-        let Self { inner, wide, premultiplied } = self;
-        let algorithm = resample.algorithm();
-        if image.channels == 4 && resample != Resample::Nearest {
-            premultiplied.resize(crop.width * crop.height * 4, 0);
-            copy_box(premultiplied, image, crop);
-            let mut source = View::from_slice_u8(from_width, from_height, premultiplied, pixel).map_err(refused)?;
-            let alpha = fir::MulDiv::new();
-            alpha.multiply_alpha_inplace(&mut source).map_err(refused)?;
-            two_passes(inner, wide, &source, &mut target, algorithm)?;
-            alpha.divide_alpha_inplace(&mut target).map_err(refused)
-        } else {
-            let source =
-                ImageRef::new(side(image.width)?, side(image.height)?, &image.pixels, pixel).map_err(refused)?;
-            let source = CroppedImage::new(&source, side(crop.left)?, side(crop.top)?, from_width, from_height)
-                .map_err(refused)?;
-            two_passes(inner, wide, &source, &mut target, algorithm)
         }
-    }
-}
-
-fn refused(error: impl std::fmt::Display) -> Error {
-    Error::value("resize", error.to_string())
-}
-
-/// Rows, then columns; the library by itself would do it the other way round.
-fn two_passes(
-    inner: &mut fir::Resizer,
-    wide: &mut Vec<u8>,
-    source: &impl IntoImageView,
-    target: &mut View<'_>,
-    algorithm: ResizeAlg,
-) -> Result<()> {
-    // Alpha has been seen to, and two channels are two planes of data here, not luma and alpha.
-    let options = ResizeOptions::new().resize_alg(algorithm).use_alpha(false);
-    if source.width() == target.width() || source.height() == target.height() || algorithm == ResizeAlg::Nearest {
-        return inner.resize(source, target, &options).map_err(refused);
-    }
-    let pixel = target.pixel_type();
-    wide.resize(target.width() as usize * source.height() as usize * pixel.size(), 0);
-    let mut between = View::from_slice_u8(target.width(), source.height(), wide, pixel).map_err(refused)?;
-    inner.resize(source, &mut between, &options).map_err(refused)?;
-    inner.resize(&between, target, &options).map_err(refused)
-}
-
-fn copy_box(out: &mut [u8], image: &Image, crop: CropBox) {
-    let row = crop.width * image.channels;
-    for (y, to) in out.chunks_exact_mut(row).enumerate() {
-        let start = ((crop.top + y) * image.width + crop.left) * image.channels;
-        to.copy_from_slice(&image.pixels[start..start + row]);
+        Ok(())
     }
 }
 
@@ -322,22 +277,10 @@ impl Transform {
         match self {
             Self::Training(training) => {
                 let (crop, flip) = training.draw(image.height, image.width, seed, epoch, sample);
-                resizer.resize(out, (training.height, training.width), image, crop, training.resample)?;
-                if flip {
-                    flip_rows(out, training.width, image.channels);
-                }
-                Ok(())
+                let size = (training.height, training.width);
+                resizer.resize_mirrored(out, size, image, crop, training.resample, flip)
             }
             Self::Inference(processor) => processor.apply(out, image, resizer),
-        }
-    }
-}
-
-fn flip_rows(pixels: &mut [u8], width: usize, channels: usize) {
-    for row in pixels.chunks_exact_mut(width * channels) {
-        for x in 0..width / 2 {
-            let (left, right) = row.split_at_mut((width - 1 - x) * channels);
-            left[x * channels..(x + 1) * channels].swap_with_slice(&mut right[..channels]);
         }
     }
 }
