@@ -7,11 +7,13 @@
 
 use std::io::{Cursor, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
+use crate::data::jpeg::{self, Part};
+use crate::data::transform::CropBox;
 use crate::files::open;
 use crate::{Error, Result};
 
@@ -100,11 +102,13 @@ impl Decoder {
     /// # Errors
     /// [`Error::Picture`] when it cannot be read or decoded.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Image> {
-        self.open_with(path.as_ref(), &mut Vec::new())
+        let mut bytes = Vec::new();
+        self.read_file(path.as_ref(), &mut bytes)?;
+        self.decode(&bytes, path)
     }
 
-    /// As [`Decoder::open`], with a buffer for the file's bytes that can be used again.
-    pub(crate) fn open_with(&self, path: &Path, bytes: &mut Vec<u8>) -> Result<Image> {
+    /// Reads a file into `bytes`, if it is not larger than any picture.
+    pub(crate) fn read_file(&self, path: &Path, bytes: &mut Vec<u8>) -> Result<()> {
         bytes.clear();
         let unreadable = |problem: &dyn std::fmt::Display| picture(path, format!("cannot be read: {problem}"));
         let (file, length) = open(path).map_err(|error| match error {
@@ -119,7 +123,7 @@ impl Decoder {
         }
         bytes.reserve(length as usize);
         file.take(self.max_bytes()).read_to_end(bytes).map_err(|error| unreadable(&error))?;
-        self.decode(bytes, path)
+        Ok(())
     }
 
     /// Eight bytes hold a 16-bit RGBA pixel; files and decoders keep a little beside the picture.
@@ -132,14 +136,34 @@ impl Decoder {
     /// # Errors
     /// [`Error::Picture`] for empty, truncated, damaged, unsupported or too large pictures.
     pub fn decode(&self, bytes: &[u8], name: impl AsRef<Path>) -> Result<Image> {
-        let name = name.as_ref();
-        // The decoders are other people's code over bytes from anywhere, with `unwrap`s and slices in it. Millions of damaged
-        // files did not make them panic; should one do so all the same, it must not end a run of days.
-        match catch_unwind(AssertUnwindSafe(|| self.decode_inner(bytes))) {
-            Ok(Ok(image)) => Ok(image),
-            Ok(Err(problem)) => Err(picture(name, problem)),
-            Err(_) => Err(picture(name, "the decoder failed on it; the file is most likely damaged".to_owned())),
-        }
+        guarded(|| self.decode_inner(bytes)).map_err(|problem| picture(name.as_ref(), problem))
+    }
+
+    /// Decodes a box of a picture, and perhaps more of it, into `part`, whose memory is used again. `choose` gets the numbers
+    /// of rows and columns and says which box. The bytes are as before afterwards.
+    ///
+    /// # Errors
+    /// As [`Decoder::decode`]; damage outside the box may go unnoticed.
+    pub(crate) fn decode_part(
+        &self,
+        bytes: &mut [u8],
+        name: impl FnOnce() -> PathBuf,
+        choose: impl Fn(usize, usize) -> CropBox,
+        part: &mut Part,
+    ) -> Result<()> {
+        let decoded = guarded(|| {
+            if jpeg_is_complete(bytes) && jpeg::decode_part(bytes, self.max_pixels, choose, part) {
+                let Image { channels, pixels, .. } = &mut part.image;
+                if *channels != self.channels {
+                    *pixels = with_channels(std::mem::take(pixels), *channels, self.channels);
+                    *channels = self.channels;
+                }
+            } else {
+                *part = self.decode_inner(bytes)?.into();
+            }
+            Ok(())
+        });
+        decoded.map_err(|problem| picture(&name(), problem))
     }
 
     fn decode_inner(&self, bytes: &[u8]) -> std::result::Result<Image, String> {
@@ -184,6 +208,13 @@ impl Decoder {
     }
 }
 
+/// The decoders are other people's code over bytes from anywhere, with `unwrap`s and slices in it. Millions of damaged files
+/// did not make them panic; should one do so all the same, it must not end a run of days.
+fn guarded<T>(decode: impl FnOnce() -> std::result::Result<T, String>) -> std::result::Result<T, String> {
+    catch_unwind(AssertUnwindSafe(decode))
+        .unwrap_or_else(|_| Err("the decoder failed on it; the file is most likely damaged".to_owned()))
+}
+
 fn picture(path: &Path, problem: String) -> Error {
     Error::Picture { path: path.to_path_buf(), problem }
 }
@@ -201,6 +232,10 @@ fn describe(error: &image::ImageError, format: ImageFormat) -> String {
 /// Whether the marker segments of a JPEG reach its end-of-image marker. The decoder fills what is missing with grey and
 /// reports success; Pillow, whose judgement users know, calls such a file truncated.
 fn jpeg_is_complete(bytes: &[u8]) -> bool {
+    // As almost all of them end. Cut just behind the marker of a thumbnail, there would be no pixels.
+    if bytes.starts_with(&[0xff, 0xd8]) && bytes.ends_with(&[0xff, 0xd9]) {
+        return true;
+    }
     let mut at = 2;
     while at + 1 < bytes.len() {
         if bytes[at] != 0xff {
@@ -239,6 +274,11 @@ fn convert(decoded: DynamicImage, channels: usize) -> Vec<u8> {
         other if found == 4 => other.into_rgba8().into_raw(),
         other => return convert(DynamicImage::ImageRgb8(other.into_rgb8()), channels),
     };
+    with_channels(samples, found, channels)
+}
+
+/// From one number of channels to another.
+fn with_channels(samples: Vec<u8>, found: usize, channels: usize) -> Vec<u8> {
     match (found, channels) {
         (1, 1) | (3, 3) | (4, 4) => samples,
         (1, 3) => map::<1, 3>(&samples, |[l]| [l, l, l]),

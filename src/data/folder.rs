@@ -125,7 +125,14 @@ impl Pictures for Folder {
     }
 
     fn read(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Image> {
-        self.decoder.open_with(&self.path(index), buffer)
+        let path = self.path(index);
+        self.decoder.read_file(&path, buffer)?;
+        self.decoder.decode(buffer, path)
+    }
+
+    fn read_file(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Option<Decoder>> {
+        self.decoder.read_file(&self.path(index), buffer)?;
+        Ok(Some(self.decoder))
     }
 }
 

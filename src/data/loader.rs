@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
+use crate::data::jpeg::Part;
 use crate::data::order::Order;
 use crate::data::source::Source;
 use crate::data::transform::{Resizer, Transform};
@@ -181,6 +182,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Scratch {
     file: Vec<u8>,
+    part: Part,
     resizer: Resizer,
 }
 
@@ -499,7 +501,7 @@ impl Shared {
         let count = self.source.len();
         let worker = rayon::current_thread_index().unwrap_or(0) % self.scratch.len();
         let mut scratch = self.scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        let Scratch { file, resizer } = &mut *scratch;
+        let Scratch { file, part, resizer } = &mut *scratch;
         let tries = if order.is_some() { count.min(CHAIN) } else { 1 };
         for step in 0..tries {
             if self.stop.load(Ordering::Relaxed) {
@@ -507,10 +509,10 @@ impl Shared {
             }
             let place = (place + step) % count;
             let sample = order.map_or(place, |order| order[place] as usize);
-            let result = self.source.read_with(sample, file).and_then(|image| {
-                let keys = (self.options.seed, epoch, sample as u64);
-                self.transform.apply(out, &image, keys, resizer)
-            });
+            let keys = (self.options.seed, epoch, sample as u64);
+            let choose = |height, width| self.transform.region(height, width, keys).0;
+            let result = self.source.read_part(sample, file, choose, part);
+            let result = result.and_then(|()| self.transform.apply_part(out, part, keys, resizer));
             match result {
                 Ok(()) => {
                     slot.sample = Some(sample);

@@ -13,6 +13,7 @@
 
 mod decode;
 mod folder;
+mod jpeg;
 mod loader;
 mod order;
 mod processor;

@@ -106,6 +106,11 @@ impl Pictures for Shards {
     }
 
     fn read(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Image> {
+        self.read_file(index, buffer)?;
+        self.decoder.decode(buffer, self.name(index))
+    }
+
+    fn read_file(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Option<Decoder>> {
         let Some(sample) = self.samples.get(index) else {
             return Err(Error::value("picture index", format!("{index} is not below {}", self.samples.len())));
         };
@@ -118,7 +123,7 @@ impl Pictures for Shards {
         file.seek(SeekFrom::Start(sample.offset))
             .and_then(|_| file.read_exact(buffer))
             .map_err(|error| bad(format!("the shard has changed since it was opened: {error}")))?;
-        self.decoder.decode(buffer, self.name(index))
+        Ok(Some(self.decoder))
     }
 }
 

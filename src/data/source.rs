@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use crate::data::decode::{Decoder, Image};
 use crate::data::folder::Folder;
+use crate::data::jpeg::Part;
 use crate::data::shards::{self, Shards};
 use crate::data::synthetic::{SYNTHETIC_COUNT, Synthetic};
+use crate::data::transform::CropBox;
 use crate::{Error, Result};
 
 /// Most scenes of a set: their order is drawn in memory, and nobody trains on more.
@@ -47,6 +49,16 @@ pub trait Pictures: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`Error::Picture`] for a bad picture, which the loader skips. Any other error stops it.
     fn read(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Image>;
+
+    /// Reads the file of one picture into `buffer` and says what decodes it, so that a loader can decode no more of it than a
+    /// crop shows. `None`, where pictures are not files: then they are read with [`Pictures::read`].
+    ///
+    /// # Errors
+    /// As [`Pictures::read`].
+    fn read_file(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Option<Decoder>> {
+        let _ = (index, buffer);
+        Ok(None)
+    }
 }
 
 /// What a source needs to know.
@@ -247,14 +259,33 @@ impl Source {
     /// # Errors
     /// [`Error::Picture`] when it is bad, [`Error::Value`] when there is no such index.
     pub fn read(&self, index: usize) -> Result<Image> {
-        self.read_with(index, &mut Vec::new())
+        self.check_index(index)?;
+        self.pictures.read(index, &mut Vec::new())
     }
 
-    pub(crate) fn read_with(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Image> {
-        if index >= self.len() {
-            return Err(Error::value("picture index", format!("{index} is not below {}", self.len())));
+    /// Reads what `choose` wants of a picture of so many rows and columns, and perhaps more.
+    pub(crate) fn read_part(
+        &self,
+        index: usize,
+        buffer: &mut Vec<u8>,
+        choose: impl Fn(usize, usize) -> CropBox,
+        part: &mut Part,
+    ) -> Result<()> {
+        self.check_index(index)?;
+        match self.pictures.read_file(index, buffer)? {
+            Some(decoder) => decoder.decode_part(buffer, || self.name(index), choose, part),
+            None => {
+                *part = self.pictures.read(index, buffer)?.into();
+                Ok(())
+            }
         }
-        self.pictures.read(index, buffer)
+    }
+
+    fn check_index(&self, index: usize) -> Result<()> {
+        if index < self.len() {
+            return Ok(());
+        }
+        Err(Error::value("picture index", format!("{index} is not below {}", self.len())))
     }
 
     /// What was asked for, for messages and records.

@@ -2,6 +2,7 @@
 
 use crate::data::ImageProcessor;
 use crate::data::decode::Image;
+use crate::data::jpeg::Part;
 use crate::data::random::{below, unit, words};
 use crate::data::resample::{Pixels, Resampler, divide_alpha, multiply_alpha};
 use crate::ops::philox::AUGMENTATION_STREAM;
@@ -263,6 +264,14 @@ impl Transform {
         }
     }
 
+    /// What is seen of a picture of `height x width` pixels, and whether it is mirrored.
+    pub(crate) fn region(&self, height: usize, width: usize, keys: (u64, u32, u64)) -> (CropBox, bool) {
+        match self {
+            Self::Training(training) => training.draw(height, width, keys.0, keys.1, keys.2),
+            Self::Inference(_) => (CropBox { top: 0, left: 0, height, width }, false),
+        }
+    }
+
     /// Writes the picture to `out` `[height, width, channels]`.
     ///
     /// # Errors
@@ -271,14 +280,36 @@ impl Transform {
         &self,
         out: &mut [u8],
         image: &Image,
-        (seed, epoch, sample): (u64, u32, u64),
+        keys: (u64, u32, u64),
+        resizer: &mut Resizer,
+    ) -> Result<()> {
+        let region = self.region(image.height, image.width, keys);
+        self.apply_region(out, image, region, resizer)
+    }
+
+    /// The same for a picture of which no more was read than its region.
+    pub(crate) fn apply_part(
+        &self,
+        out: &mut [u8],
+        part: &Part,
+        keys: (u64, u32, u64),
+        resizer: &mut Resizer,
+    ) -> Result<()> {
+        let (crop, mirrored) = self.region(part.height, part.width, keys);
+        self.apply_region(out, &part.image, (part.inside(crop), mirrored), resizer)
+    }
+
+    fn apply_region(
+        &self,
+        out: &mut [u8],
+        image: &Image,
+        (crop, mirrored): (CropBox, bool),
         resizer: &mut Resizer,
     ) -> Result<()> {
         match self {
             Self::Training(training) => {
-                let (crop, flip) = training.draw(image.height, image.width, seed, epoch, sample);
                 let size = (training.height, training.width);
-                resizer.resize_mirrored(out, size, image, crop, training.resample, flip)
+                resizer.resize_mirrored(out, size, image, crop, training.resample, mirrored)
             }
             Self::Inference(processor) => processor.apply(out, image, resizer),
         }
