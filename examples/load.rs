@@ -30,9 +30,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         pictures += loader.next_batch()?.map_or(0, |batch| batch.len());
     }
     let (seconds, used) = (started.elapsed().as_secs_f64(), processor_seconds() - used);
-    let decoder = if cfg!(feature = "turbojpeg") { "libjpeg-turbo" } else { "zune-jpeg" };
+    let decoder = if cfg!(feature = "turbojpeg") { ", with libjpeg-turbo" } else { "" };
     println!(
-        "{{\"implementation\": \"vitmae, {decoder}\", \"pictures\": {pictures}, \"per_processor_second\": {:.1}, \
+        "{{\"implementation\": \"vitmae{decoder}\", \"pictures\": {pictures}, \"per_processor_second\": {:.1}, \
          \"per_second\": {:.1}}}",
         pictures as f64 / used,
         pictures as f64 / seconds
@@ -47,5 +47,9 @@ fn processor_seconds() -> f64 {
         .filter_map(|task| std::fs::read_to_string(task.path().join("schedstat")).ok())
         .filter_map(|text| text.split_whitespace().next()?.parse::<f64>().ok())
         .sum();
-    if nanoseconds == 0.0 { std::time::UNIX_EPOCH.elapsed().map_or(0.0, |t| t.as_secs_f64()) } else { nanoseconds / 1e9 }
+    if nanoseconds == 0.0 {
+        std::time::UNIX_EPOCH.elapsed().map_or(0.0, |t| t.as_secs_f64())
+    } else {
+        nanoseconds / 1e9
+    }
 }

@@ -2,8 +2,9 @@
 //!
 //! The format is told from the content, never from the name. Differences to Pillow's `Image.open(..).convert(..)`:
 //! 16-bit samples are rounded to 8 bits (Pillow cuts colour, which may be one level less, and clips 16-bit grey at 255,
-//! which turns it white); the EXIF orientation is applied (`ImageOps.exif_transpose`); and JPEG is decoded by another
-//! library, whose chroma upsampling and rounding differ by a few levels.
+//! which turns it white); the EXIF orientation is applied (`ImageOps.exif_transpose`); and JPEG files of
+//! rare kinds (progressive, unusual chroma) differ by a few levels in builds without the feature `turbojpeg`. The usual JPEG
+//! files give the same bytes.
 
 use std::io::{Cursor, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -136,37 +137,75 @@ impl Decoder {
     /// # Errors
     /// [`Error::Picture`] for empty, truncated, damaged, unsupported or too large pictures.
     pub fn decode(&self, bytes: &[u8], name: impl AsRef<Path>) -> Result<Image> {
-        guarded(|| self.decode_inner(bytes)).map_err(|problem| picture(name.as_ref(), problem))
+        let whole = |height, width| CropBox { top: 0, left: 0, height, width };
+        let mut part = Part::default();
+        self.decode_part(bytes, || name.as_ref().to_path_buf(), whole, &mut part)?;
+        Ok(part.image)
     }
 
     /// Decodes a box of a picture, and perhaps more of it, into `part`, whose memory is used again. `choose` gets the numbers
-    /// of rows and columns and says which box. The bytes are as before afterwards.
+    /// of rows and columns and says which box.
     ///
     /// # Errors
     /// As [`Decoder::decode`]; damage outside the box may go unnoticed.
     pub(crate) fn decode_part(
         &self,
-        bytes: &mut [u8],
+        bytes: &[u8],
         name: impl FnOnce() -> PathBuf,
         choose: impl Fn(usize, usize) -> CropBox,
         part: &mut Part,
     ) -> Result<()> {
-        let decoded = guarded(|| {
-            if jpeg_is_complete(bytes) && jpeg::decode_part(bytes, self.max_pixels, choose, part) {
-                let Image { channels, pixels, .. } = &mut part.image;
-                if *channels != self.channels {
-                    *pixels = with_channels(std::mem::take(pixels), *channels, self.channels);
-                    *channels = self.channels;
-                }
-            } else {
-                *part = self.decode_inner(bytes)?.into();
-            }
-            Ok(())
-        });
-        decoded.map_err(|problem| picture(&name(), problem))
+        guarded(|| self.decode_inner(bytes, choose, part)).map_err(|problem| picture(&name(), problem))
     }
 
-    fn decode_inner(&self, bytes: &[u8]) -> std::result::Result<Image, String> {
+    fn decode_inner(
+        &self,
+        bytes: &[u8],
+        choose: impl Fn(usize, usize) -> CropBox,
+        part: &mut Part,
+    ) -> std::result::Result<(), String> {
+        if !self.decode_jpeg(bytes, choose, part) {
+            *part = self.decode_any(bytes)?.into();
+        }
+        Ok(())
+    }
+
+    /// The usual kinds of JPEG, of which only what is needed is decoded; whether this was one.
+    fn decode_jpeg(&self, bytes: &[u8], choose: impl Fn(usize, usize) -> CropBox, part: &mut Part) -> bool {
+        let Some(header) = jpeg::header(bytes) else { return false };
+        let (height, width) = (header.height, header.width);
+        if height as u64 * width as u64 > self.max_pixels || !jpeg_is_complete(bytes) {
+            return false;
+        }
+        let upright = header.orientation == Orientation::NoTransforms;
+        let whole = CropBox { top: 0, left: 0, height, width };
+        let crop = if upright { choose(height, width) } else { whole };
+        if !jpeg::decode(bytes, &header, crop, part) {
+            return false;
+        }
+        let Image { channels, pixels, .. } = &mut part.image;
+        if !upright {
+            let (pixels, width, height) = (std::mem::take(pixels), width as u32, height as u32);
+            let turned = if *channels == 1 {
+                image::GrayImage::from_raw(width, height, pixels).map(DynamicImage::ImageLuma8)
+            } else {
+                image::RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8)
+            };
+            let Some(mut turned) = turned else { return false };
+            turned.apply_orientation(header.orientation);
+            let (width, height) = (turned.width() as usize, turned.height() as usize);
+            part.image = Image { width, height, channels: *channels, pixels: turned.into_bytes() };
+            (part.height, part.width) = (height, width);
+        }
+        let Image { channels, pixels, .. } = &mut part.image;
+        if *channels != self.channels {
+            *pixels = with_channels(std::mem::take(pixels), *channels, self.channels);
+            *channels = self.channels;
+        }
+        true
+    }
+
+    fn decode_any(&self, bytes: &[u8]) -> std::result::Result<Image, String> {
         if bytes.is_empty() {
             return Err("the file is empty".to_owned());
         }

@@ -1,37 +1,33 @@
 //! JPEG files by parts: what of a picture a crop does not show is decoded only as far as the format demands.
 //!
-//! The pure-Rust decoder starts at the top and stops below the crop. libjpeg-turbo (feature `turbojpeg`) only unpacks what lies
-//! above and beside the crop, without transforming and colouring it. What is decoded is what the whole picture would show
-//! there; but damage behind the last row that is needed goes unnoticed.
+//! The usual kind is decoded here ([`baseline`]). With the feature `turbojpeg`, libjpeg-turbo decodes the others; without, they
+//! are decoded whole by another library. Damage behind the last row that is needed goes unnoticed.
 
 use image::metadata::Orientation;
 
 use crate::data::decode::Image;
 use crate::data::transform::CropBox;
 
+mod baseline;
+mod colour;
+mod huffman;
+mod idct;
 #[cfg(feature = "turbojpeg")]
 mod turbo;
-#[cfg(not(feature = "turbojpeg"))]
-mod zune;
-
-#[cfg(feature = "turbojpeg")]
-use turbo as decoder;
-#[cfg(not(feature = "turbojpeg"))]
-use zune as decoder;
 
 /// What the segments before the pixels say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Header {
-    height: usize,
-    width: usize,
+pub(super) struct Header {
+    pub(super) height: usize,
+    pub(super) width: usize,
+    /// How it is to be turned when it is shown.
+    pub(super) orientation: Orientation,
     /// 1 or 3.
     components: usize,
     /// Rows and columns of the blocks that are coded together.
     unit: (usize, usize),
-    /// Where the file says how many rows there are.
-    height_at: usize,
-    /// Whether all of a row's data come before the next row's.
-    by_rows: bool,
+    /// Whether all data come in one pass.
+    baseline: bool,
 }
 
 /// The part of a picture that was decoded.
@@ -47,6 +43,7 @@ pub(crate) struct Part {
     pub(crate) height: usize,
     /// Columns of the whole picture.
     pub(crate) width: usize,
+    scratch: baseline::Scratch,
 }
 
 impl Part {
@@ -58,29 +55,22 @@ impl Part {
 
 impl From<Image> for Part {
     fn from(image: Image) -> Self {
-        Self { top: 0, left: 0, height: image.height, width: image.width, image }
+        Self { height: image.height, width: image.width, image, ..Self::default() }
     }
 }
 
-/// Decodes what `choose` wants of a picture of so many rows and columns, and perhaps more, into `part`, with 1 or 3
-/// channels. Whether it could: other kinds, pictures that EXIF turns, pictures of more than `max_pixels`, and damaged files
-/// are left to the decoder of whole pictures, which knows what to say of them. The bytes are as before afterwards.
-pub(super) fn decode_part(
-    bytes: &mut [u8],
-    max_pixels: u64,
-    choose: impl FnOnce(usize, usize) -> CropBox,
-    part: &mut Part,
-) -> bool {
-    let Some(header) = header(bytes) else { return false };
-    let Header { height, width, .. } = header;
-    if height as u64 * width as u64 > max_pixels {
-        return false;
-    }
-    let crop = choose(height, width);
-    part.height = height;
-    part.width = width;
+/// Decodes `crop` of a picture with this header, and perhaps more of it, into `part`, with 1 or 3 channels, not turned. Whether
+/// it could: damaged files and rare kinds are left to the decoder of whole pictures, which knows what to say of them.
+pub(super) fn decode(bytes: &[u8], header: &Header, crop: CropBox, part: &mut Part) -> bool {
+    (part.height, part.width) = (header.height, header.width);
     part.image.channels = header.components;
-    decoder::decode(bytes, &header, window(&header, crop), part)
+    let window = window(header, crop);
+    let mut scratch = std::mem::take(&mut part.scratch);
+    let decoded = header.baseline && baseline::decode(bytes, header, window, part, &mut scratch);
+    part.scratch = scratch;
+    #[cfg(feature = "turbojpeg")]
+    let decoded = decoded || turbo::decode(bytes, header, window, part);
+    decoded
 }
 
 /// The blocks that a crop needs: those it lies in, and one more to each side where the chroma of a pixel depends on its
@@ -97,9 +87,9 @@ fn window(header: &Header, crop: CropBox) -> CropBox {
     CropBox { top, left, height, width }
 }
 
-/// Reads the segments up to the first pixels; `None` for anything but upright 8-bit grey or three-component pictures.
-fn header(bytes: &[u8]) -> Option<Header> {
-    let mut header = None::<Header>;
+/// Reads the segments up to the first pixels; `None` for anything but 8-bit pictures of one or three channels.
+pub(super) fn header(bytes: &[u8]) -> Option<Header> {
+    let (mut header, mut orientation) = (None::<Header>, None);
     let mut rest = bytes.strip_prefix(&[0xff, 0xd8])?;
     loop {
         // Any number of fill bytes before a marker.
@@ -113,7 +103,6 @@ fn header(bytes: &[u8]) -> Option<Header> {
             _ => return None,
         };
         let length = usize::from(u16::from_be_bytes(*rest.first_chunk()?));
-        let at = bytes.len() - rest.len();
         let segment = rest.get(2..length)?;
         rest = rest.get(length..)?;
         match marker {
@@ -133,21 +122,20 @@ fn header(bytes: &[u8]) -> Option<Header> {
                     width: width.into(),
                     components: count,
                     unit,
-                    height_at: at + 3,
-                    by_rows: marker != 0xc2,
+                    orientation: Orientation::NoTransforms,
+                    baseline: marker != 0xc2,
                 });
             }
             0xc3 | 0xc5..=0xc7 | 0xc9..=0xcb | 0xcd..=0xcf => return None,
             0xe1 => {
-                let exif = segment.strip_prefix(b"Exif\0\0").and_then(Orientation::from_exif_chunk);
-                if exif.is_some_and(|orientation| orientation != Orientation::NoTransforms) {
-                    return None;
-                }
+                let exif = || segment.strip_prefix(b"Exif\0\0").and_then(Orientation::from_exif_chunk);
+                orientation = orientation.or_else(exif);
             }
             // The first scan.
             0xda => {
                 let mut header = header?;
-                header.by_rows &= segment.first().is_some_and(|count| usize::from(*count) == header.components);
+                header.baseline &= segment.first().is_some_and(|count| usize::from(*count) == header.components);
+                header.orientation = orientation.unwrap_or(Orientation::NoTransforms);
                 return Some(header);
             }
             _ => (),
@@ -170,8 +158,7 @@ mod tests {
     fn headers_say_what_is_there_and_cut_ones_nothing() {
         let bytes = jpeg(40, 30);
         let found = header(&bytes).unwrap();
-        assert_eq!((found.height, found.width, found.components, found.by_rows), (30, 40, 3, true));
-        assert_eq!(bytes[found.height_at..found.height_at + 4], [0, 30, 0, 40]);
+        assert_eq!((found.height, found.width, found.components, found.baseline), (30, 40, 3, true));
         let pixels = bytes.windows(2).position(|two| two == [0xff, 0xda]).unwrap();
         for length in 0..pixels + 2 {
             assert_eq!(header(&bytes[..length]), None, "cut to {length}");
@@ -180,8 +167,8 @@ mod tests {
 
     #[test]
     fn windows_cover_crops_in_whole_blocks() {
-        let header =
-            Header { height: 100, width: 50, components: 3, unit: (8, 8), height_at: 0, by_rows: true };
+        let orientation = Orientation::NoTransforms;
+        let header = Header { height: 100, width: 50, orientation, components: 3, unit: (8, 8), baseline: true };
         let crop = CropBox { top: 9, left: 16, height: 7, width: 34 };
         assert_eq!(window(&header, crop), CropBox { top: 8, left: 16, height: 8, width: 34 });
         let header = Header { unit: (16, 16), ..header };

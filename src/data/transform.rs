@@ -276,13 +276,7 @@ impl Transform {
     ///
     /// # Errors
     /// [`Error::Shape`] when `out` has another length.
-    pub fn apply(
-        &self,
-        out: &mut [u8],
-        image: &Image,
-        keys: (u64, u32, u64),
-        resizer: &mut Resizer,
-    ) -> Result<()> {
+    pub fn apply(&self, out: &mut [u8], image: &Image, keys: (u64, u32, u64), resizer: &mut Resizer) -> Result<()> {
         let region = self.region(image.height, image.width, keys);
         self.apply_region(out, image, region, resizer)
     }

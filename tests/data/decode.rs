@@ -42,6 +42,25 @@ fn files_of_every_kind_decode_as_the_reference_does() {
     }
 }
 
+/// Progressive files are decoded by other people's code, which without libjpeg-turbo is not Pillow's.
+#[test]
+fn jpeg_files_decode_as_in_pillow_byte_for_byte() {
+    let bytes = fs::read(golden("jpeg").join("expected.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut count = 0;
+    for (name, expected) in file.iter() {
+        let channels = expected.shape()[2];
+        let found = Decoder::new(channels).unwrap().open(golden("jpeg").join(format!("{name}.jpg"))).unwrap();
+        assert_eq!([found.height, found.width, channels], *expected.shape(), "{name}");
+        let difference = difference(&found.pixels, expected.data());
+        println!("{name}: {difference}");
+        let exact = cfg!(feature = "turbojpeg") || !(name.contains("progressive") || name.contains("small"));
+        assert!(difference <= if exact { 0 } else { 24 }, "{name}: {difference}");
+        count += 1;
+    }
+    assert_eq!(count, 30);
+}
+
 #[test]
 fn grey_is_the_luma_of_pillow() {
     // Image.convert("L") of these colours.

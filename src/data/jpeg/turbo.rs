@@ -35,7 +35,7 @@ impl Decompressor {
 }
 
 /// Decodes `window`; whether it could.
-pub(super) fn decode(bytes: &mut [u8], header: &Header, window: CropBox, part: &mut Part) -> bool {
+pub(super) fn decode(bytes: &[u8], header: &Header, window: CropBox, part: &mut Part) -> bool {
     let Some(decompressor) = Decompressor::new() else { return false };
     let handle = decompressor.0;
     let format = if header.components == 1 { tj::TJPF_TJPF_GRAY } else { tj::TJPF_TJPF_RGB };
