@@ -34,16 +34,21 @@ impl Table {
         let scale = from as f64 / to as f64;
         let stretch = scale.max(1.0);
         let support = support * stretch;
-        self.taps = (support.ceil() as usize * 2 + 1).min(from);
+        // Truncated towards zero as a cast does, which also takes what is below it.
+        let covered = |center: f64| {
+            let low = (center - support + 0.5) as usize;
+            (low, ((center + support + 0.5) as usize).clamp(low + 1, from.max(low + 1)))
+        };
+        let center = |place: usize| (place as f64 + 0.5) * scale;
+        let counts = (0..to).map(|place| covered(center(place))).map(|(low, high)| high - low);
+        self.taps = counts.max().unwrap_or(1).min(from);
         self.first.clear();
         self.first.resize(to, 0);
         self.weights.clear();
         self.weights.resize(to * self.taps, 0);
         for place in 0..to {
-            let center = (place as f64 + 0.5) * scale;
-            // Truncated towards zero as a cast does, which also takes what is below it.
-            let low = (center - support + 0.5) as usize;
-            let high = ((center + support + 0.5) as usize).clamp(low + 1, from.max(low + 1));
+            let center = center(place);
+            let (low, high) = covered(center);
             self.exact.clear();
             self.exact.extend((low..high).map(|x| filter((x as f64 - center + 0.5) * (1.0 / stretch))));
             let sum: f64 = self.exact.iter().sum();
@@ -124,6 +129,7 @@ pub(crate) struct Resampler {
     rows: Table,
     columns: Table,
     interleaved: Vec<[u8; 4 * ROWS]>,
+    results: Vec<[u8; 4 * ROWS]>,
     between: Vec<u8>,
 }
 
@@ -146,9 +152,10 @@ impl Resampler {
             // Pixels are written four bytes at a time, rows four at a time.
             let stride = width * C + 4 - C;
             self.between.resize(stride * source.height.next_multiple_of(ROWS), 0);
-            let Self { rows, interleaved, between, .. } = self;
+            let Self { rows, interleaved, results, between, .. } = self;
             interleaved.resize(source.width, [0; 4 * ROWS]);
-            dispatch(RowPass::<C> { out: between, stride, source, table: rows, interleaved });
+            results.resize(width, [0; 4 * ROWS]);
+            dispatch(RowPass::<C> { out: between, stride, source, table: rows, interleaved, results });
             Pixels { bytes: &self.between, stride, height: source.height, width }
         } else {
             source
@@ -183,6 +190,16 @@ fn level(sum: i32) -> u8 {
     (sum >> BITS).clamp(0, 255) as u8
 }
 
+/// The same of many. (A closure given to `map` would be compiled for narrow vectors.)
+#[inline(always)]
+fn levels<const N: usize>(sums: &[i32; N]) -> [u8; N] {
+    let mut levels = [0; N];
+    for (to, sum) in levels.iter_mut().zip(sums) {
+        *to = level(*sum);
+    }
+    levels
+}
+
 /// Filters rows. Four of them are first laid side by side, a pixel of each in four bytes, so that a weight meets sixteen
 /// bytes that follow each other.
 struct RowPass<'a, const C: usize> {
@@ -191,6 +208,7 @@ struct RowPass<'a, const C: usize> {
     source: Pixels<'a>,
     table: &'a Table,
     interleaved: &'a mut [[u8; 4 * ROWS]],
+    results: &'a mut [[u8; 4 * ROWS]],
 }
 
 impl<const C: usize> pulp::WithSimd for RowPass<'_, C> {
@@ -198,23 +216,29 @@ impl<const C: usize> pulp::WithSimd for RowPass<'_, C> {
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, _: S) {
-        let Self { out, stride, source, table, interleaved } = self;
+        let Self { out, stride, source, table, interleaved, results } = self;
         for (group, out) in out.chunks_exact_mut(stride * ROWS).enumerate() {
-            for row in 0..ROWS {
-                // The last ones once more where there are no more.
+            // The last row once more where there are no more.
+            let mut rows = [&source.bytes[..0]; ROWS];
+            for (row, bytes) in rows.iter_mut().enumerate() {
                 let y = (group * ROWS + row).min(source.height - 1);
-                interleave::<C>(interleaved, row, &source.bytes[y * source.stride..][..source.width * C]);
+                *bytes = &source.bytes[y * source.stride..][..source.width * C];
             }
-            for (place, (first, weights)) in table.iter().enumerate() {
+            interleave::<C>(interleaved, rows);
+            // Taken apart in a loop of its own: four small stores would break the sixteen sums into as many vectors.
+            for ((first, weights), result) in table.iter().zip(results.iter_mut()) {
                 let mut sums = [HALF; 4 * ROWS];
                 for (pixels, weight) in interleaved[first..].iter().zip(weights) {
                     for (sum, byte) in sums.iter_mut().zip(pixels) {
                         *sum += i32::from(*byte) * weight;
                     }
                 }
-                let levels = sums.map(level);
-                for (row, levels) in out.chunks_exact_mut(stride).zip(levels.as_chunks::<4>().0) {
-                    row[place * C..place * C + 4].copy_from_slice(levels);
+                *result = levels(&sums);
+            }
+            for (row, out) in out.chunks_exact_mut(stride).enumerate() {
+                for (place, result) in results.iter().enumerate() {
+                    let Some(to) = out.get_mut(place * C..).and_then(<[u8]>::first_chunk_mut) else { return };
+                    *to = result.as_chunks::<4>().0[row];
                 }
             }
         }
@@ -222,15 +246,27 @@ impl<const C: usize> pulp::WithSimd for RowPass<'_, C> {
 }
 
 #[inline(always)]
-fn interleave<const C: usize>(interleaved: &mut [[u8; 4 * ROWS]], row: usize, bytes: &[u8]) {
-    let last = interleaved.len() - 1;
+fn interleave<const C: usize>(interleaved: &mut [[u8; 4 * ROWS]], rows: [&[u8]; ROWS]) {
     // Four bytes are read of each pixel but the last ones, behind which nothing may be.
-    let whole = last.saturating_sub(3);
+    let whole = interleaved.len().saturating_sub(4);
     for (x, to) in interleaved[..whole].iter_mut().enumerate() {
-        to[row * 4..row * 4 + 4].copy_from_slice(&bytes[x * C..x * C + 4]);
+        // Put together in registers: small stores that a large load follows at once would make it wait.
+        let mut pixels = [0_u64; ROWS / 2];
+        for (pair, rows) in pixels.iter_mut().zip(rows.as_chunks::<2>().0) {
+            for (half, row) in rows.iter().enumerate() {
+                // Never taken, and it keeps compilers from gathering, which is slower.
+                let Some(bytes) = row.get(x * C..).and_then(<[u8]>::first_chunk) else { return };
+                *pair |= u64::from(u32::from_le_bytes(*bytes)) << (32 * half);
+            }
+        }
+        for (to, pair) in to.as_chunks_mut::<8>().0.iter_mut().zip(pixels) {
+            *to = pair.to_le_bytes();
+        }
     }
     for (x, to) in interleaved.iter_mut().enumerate().skip(whole) {
-        to[row * 4..row * 4 + C].copy_from_slice(&bytes[x * C..x * C + C]);
+        for (to, row) in to.as_chunks_mut::<4>().0.iter_mut().zip(rows) {
+            to[..C].copy_from_slice(&row[x * C..x * C + C]);
+        }
     }
 }
 
@@ -263,7 +299,7 @@ impl pulp::WithSimd for ColumnPass<'_> {
                                 *sum += i32::from(*byte) * weight;
                             }
                         }
-                        *to = sums.map(level);
+                        *to = levels(&sums);
                     }
                     None => {
                         for (x, to) in out.iter_mut().enumerate() {

@@ -4,7 +4,7 @@
 //! Codes have no places to go to, so all blocks up to the last one that is needed are read; but only those of the window are
 //! kept, transformed, and coloured.
 
-use super::huffman::{Bits, Code};
+use super::huffman::{Bits, Code, LOOKS};
 use super::{Header, Part, colour, idct};
 use crate::data::transform::CropBox;
 
@@ -205,7 +205,7 @@ impl pulp::WithSimd for Work<'_, '_> {
         let (mut row, mut column) = (units.start / across, units.start % across);
         for _ in units {
             let kept = rows.contains(&row) && columns.contains(&column);
-            for (channel, component) in tables.components.iter().enumerate() {
+            for ((component, mean), plane) in tables.components.iter().zip(&mut means).zip(planes.iter_mut()) {
                 let (Some(steps), Some(direct), Some(alternating)) = (
                     &tables.steps[component.steps],
                     &tables.direct[component.direct],
@@ -214,22 +214,25 @@ impl pulp::WithSimd for Work<'_, '_> {
                     return;
                 };
                 let (down, wide) = component.blocks;
-                for block in 0..down * wide {
-                    means[channel] = means[channel].wrapping_add(direct.next(&mut bits, true).0);
-                    if !kept {
-                        skip(&mut bits, alternating);
-                        continue;
-                    }
-                    let stride = columns.len() * wide * 8;
-                    let y = ((row - rows.start) * down + block / wide) * 8;
-                    let x = ((column - columns.start) * wide + block % wide) * 8;
-                    let Some(out) = planes[channel].get_mut(y * stride + x..) else { return };
-                    coefficients[0] = (means[channel] as i16).wrapping_mul(steps[0]);
-                    if read(&mut bits, alternating, steps, &mut coefficients) {
-                        idct::block(&coefficients, out, stride);
-                        coefficients = [0; 64];
-                    } else {
-                        idct::flat(coefficients[0], out, stride);
+                let stride = columns.len() * wide * 8;
+                for y in 0..down {
+                    for x in 0..wide {
+                        bits.refill();
+                        *mean = mean.wrapping_add(direct.next(&mut bits, true).0);
+                        if !kept {
+                            skip(&mut bits, alternating);
+                            continue;
+                        }
+                        let place =
+                            ((row - rows.start) * down + y) * 8 * stride + ((column - columns.start) * wide + x) * 8;
+                        let Some(out) = plane.get_mut(place..) else { return };
+                        coefficients[0] = (*mean as i16).wrapping_mul(steps[0]);
+                        if read(&mut bits, alternating, steps, &mut coefficients) {
+                            idct::block(&coefficients, out, stride);
+                            coefficients = [0; 64];
+                        } else {
+                            idct::flat(coefficients[0], out, stride);
+                        }
                     }
                 }
             }
@@ -246,13 +249,16 @@ impl pulp::WithSimd for Work<'_, '_> {
 fn read(bits: &mut Bits<'_>, code: &Code, steps: &[i16; 64], coefficients: &mut [i16; 64]) -> bool {
     let (mut place, mut any) = (0, false);
     loop {
-        let (number, step) = code.next(bits, false);
-        place += step as usize;
-        let (Some(step), Some(at)) = (steps.get(place), ORDER.get(place)) else { return any };
-        coefficients[usize::from(*at & 63)] = (number as i16).wrapping_mul(*step);
-        any = true;
-        if place == 63 {
-            return any;
+        bits.refill();
+        for _ in 0..LOOKS {
+            let (number, step) = code.next(bits, false);
+            place += step as usize;
+            let (Some(step), Some(at)) = (steps.get(place), ORDER.get(place)) else { return any };
+            coefficients[usize::from(*at & 63)] = (number as i16).wrapping_mul(*step);
+            any = true;
+            if place == 63 {
+                return any;
+            }
         }
     }
 }
@@ -261,8 +267,14 @@ fn read(bits: &mut Bits<'_>, code: &Code, steps: &[i16; 64], coefficients: &mut 
 #[inline(always)]
 fn skip(bits: &mut Bits<'_>, code: &Code) {
     let mut place = 0;
-    while place < 63 {
-        place += code.next(bits, false).1;
+    loop {
+        bits.refill();
+        for _ in 0..LOOKS {
+            place += code.next(bits, false).1;
+            if place >= 63 {
+                return;
+            }
+        }
     }
 }
 

@@ -1,9 +1,11 @@
 //! Huffman's codes of baseline JPEG: what the next bits mean, mostly from one look into a table.
 
 /// Bits that a look takes in.
-const LOOK: u32 = 11;
+const LOOK: u32 = 12;
 /// Marks a look that found the code but not all of the number behind it.
 const PARTLY: u32 = 0x80;
+/// Looks for which one refill is enough.
+pub(super) const LOOKS: usize = (56 / LOOK) as usize;
 /// A step beyond the end of any block.
 const END: u32 = 0x7f;
 
@@ -21,17 +23,14 @@ impl<'a> Bits<'a> {
         Self { data, at: 0, buffer: 0, count: 0 }
     }
 
-    /// Behind this there are at least 32 bits; zeros where the data have ended.
+    /// Behind this there are at least 56 bits; zeros where the data have ended.
     #[inline(always)]
-    fn refill(&mut self) {
-        if self.count < 32 {
-            let next =
-                self.data.get(self.at..).and_then(<[u8]>::first_chunk::<8>).map_or(0, |b| u64::from_be_bytes(*b));
-            self.buffer |= next >> self.count;
-            // Whole bytes only: those that are not counted come again, in the same place.
-            self.at += ((63 - self.count) >> 3) as usize;
-            self.count |= 56;
-        }
+    pub(super) fn refill(&mut self) {
+        let next = self.data.get(self.at..).and_then(<[u8]>::first_chunk::<8>).map_or(0, |b| u64::from_be_bytes(*b));
+        self.buffer |= next >> self.count;
+        // Whole bytes only: those that are not counted come again, in the same place.
+        self.at += ((63 - self.count) >> 3) as usize;
+        self.count |= 56;
     }
 
     #[inline(always)]
@@ -61,7 +60,7 @@ fn extend(bits: i32, size: u32) -> i32 {
 #[derive(Clone, Debug)]
 pub(super) struct Code {
     /// By the next bits: number << 16 | step << 8 | bits of both; or size << 16 | step << 8 | PARTLY | bits of the code; or 0.
-    look: Vec<u32>,
+    look: Box<[u32; 1 << LOOK]>,
     /// By length, the first code that is longer, at the top of 16 bits.
     limits: [u32; 17],
     /// By length, what to add to a code for its place in `symbols`.
@@ -75,7 +74,7 @@ impl Code {
     pub(super) fn new(counts: &[u8; 16], symbols: &[u8], direct: bool) -> Option<Self> {
         let mut all = [0; 256];
         all.get_mut(..symbols.len())?.copy_from_slice(symbols);
-        let mut code = Self { look: vec![0; 1 << LOOK], limits: [0; 17], places: [0; 17], symbols: all };
+        let mut code = Self { look: Box::new([0; 1 << LOOK]), limits: [0; 17], places: [0; 17], symbols: all };
         let (mut next, mut place) = (0_u32, 0_usize);
         for length in 1..=16_u32 {
             let count = usize::from(counts[length as usize - 1]);
@@ -111,10 +110,9 @@ impl Code {
         }
     }
 
-    /// The next number, and how many places it is on.
+    /// The next number, and how many places it is on. Needs a refill before it, or one before the last [`LOOKS`] of these.
     #[inline(always)]
     pub(super) fn next(&self, bits: &mut Bits<'_>, direct: bool) -> (i32, u32) {
-        bits.refill();
         let entry = self.look[(bits.buffer >> (64 - LOOK)) as usize];
         if entry & 0xff == 0 || entry & PARTLY != 0 {
             return self.long(bits, entry, direct);
@@ -123,23 +121,30 @@ impl Code {
         ((entry as i32) >> 16, entry >> 8 & 0xff)
     }
 
-    #[cold]
+    /// What one look does not find. As full of bits afterwards as before.
+    #[inline(never)]
     fn long(&self, bits: &mut Bits<'_>, entry: u32, direct: bool) -> (i32, u32) {
+        bits.refill();
         if entry != 0 {
             bits.drop(entry & 0x7f);
-            return (bits.number(entry >> 16), entry >> 8 & 0xff);
+            let number = bits.number(entry >> 16);
+            bits.refill();
+            return (number, entry >> 8 & 0xff);
         }
         let next = (bits.buffer >> 48) as u32;
         let Some(length) = (LOOK + 1..=16).find(|length| next < self.limits[*length as usize]) else {
             // No such code: damage.
             bits.drop(16);
+            bits.refill();
             return (0, END);
         };
         let place = (next >> (16 - length)) as i32 + self.places[length as usize];
         let symbol = self.symbols.get(place as usize).copied().unwrap_or(0);
         bits.drop(length);
         let (size, step) = meaning(symbol, direct);
-        (bits.number(size), step)
+        let number = bits.number(size);
+        bits.refill();
+        (number, step)
     }
 }
 

@@ -36,8 +36,11 @@ fn line(x: [i32; 8]) -> [i32; 8] {
 pub(super) fn block(coefficients: &[i16; 64], out: &mut [u8], stride: usize) {
     let mut columns = [0_i16; 64];
     for x in 0..8 {
-        let result = line(std::array::from_fn(|y| i32::from(coefficients[y * 8 + x])));
-        for (y, value) in result.into_iter().enumerate() {
+        let mut column = [0; 8];
+        for (y, value) in column.iter_mut().enumerate() {
+            *value = i32::from(coefficients[y * 8 + x]);
+        }
+        for (y, value) in line(column).into_iter().enumerate() {
             let shift = const { BITS - BETWEEN };
             columns[y * 8 + x] = ((value + (1 << (shift - 1))) >> shift) as i16;
         }
@@ -45,8 +48,11 @@ pub(super) fn block(coefficients: &[i16; 64], out: &mut [u8], stride: usize) {
     let rows = transposed(&columns);
     let mut levels = [0_u8; 64];
     for y in 0..8 {
-        let result = line(std::array::from_fn(|x| i32::from(rows[x * 8 + y])));
-        for (x, value) in result.into_iter().enumerate() {
+        let mut row = [0; 8];
+        for (x, value) in row.iter_mut().enumerate() {
+            *value = i32::from(rows[x * 8 + y]);
+        }
+        for (x, value) in line(row).into_iter().enumerate() {
             let shift = const { BITS + BETWEEN + 3 };
             levels[x * 8 + y] = (((value + (1 << (shift - 1))) >> shift) + 128).clamp(0, 255) as u8;
         }
