@@ -249,7 +249,7 @@ impl Decoder {
 
 /// The decoders are other people's code over bytes from anywhere, with `unwrap`s and slices in it. Millions of damaged files
 /// did not make them panic; should one do so all the same, it must not end a run of days.
-fn guarded<T>(decode: impl FnOnce() -> std::result::Result<T, String>) -> std::result::Result<T, String> {
+pub(crate) fn guarded<T>(decode: impl FnOnce() -> std::result::Result<T, String>) -> std::result::Result<T, String> {
     catch_unwind(AssertUnwindSafe(decode))
         .unwrap_or_else(|_| Err("the decoder failed on it; the file is most likely damaged".to_owned()))
 }

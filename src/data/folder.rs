@@ -37,7 +37,7 @@ impl Folder {
             let found = if others.is_empty() { "nothing".to_owned() } else { others.join(", ") };
             return Err(refuse(format!(
                 "no pictures in this folder or below; looked for .{} in upper or lower case, found {found}. \
-                 Hidden names are skipped; parquet files are not read yet",
+                 Hidden names are skipped",
                 PICTURE_EXTENSIONS.join(", .")
             )));
         }

@@ -16,6 +16,7 @@ mod folder;
 mod jpeg;
 mod loader;
 mod order;
+mod parquet;
 mod processor;
 mod random;
 mod resample;

@@ -3,6 +3,7 @@
 //! The headers are read once, when the set is opened; afterwards every picture is a read of its own at a known place. So an
 //! epoch is shuffled as a whole, not through a window, and a picture's number does not depend on who reads which shard.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -240,23 +241,84 @@ pub(crate) fn expand(pattern: &str) -> Result<Vec<PathBuf>> {
             .collect();
         rest = &rest[close + 1..];
     }
-    Ok(names.into_iter().map(|name| PathBuf::from(name + rest)).collect())
+    let mut paths = Vec::new();
+    for path in names.into_iter().map(|name| PathBuf::from(name + rest)) {
+        match path.file_name().map(|name| name.to_string_lossy().into_owned()) {
+            Some(name) if name.contains(['*', '?']) && !path.exists() => {
+                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+                let before = paths.len();
+                paths.extend(listed(folder, |found| matches(name.as_bytes(), found.as_encoded_bytes()))?);
+                if paths.len() == before {
+                    return Err(refuse(&format!("nothing in {} is called {name}", folder.display())));
+                }
+            }
+            _ => paths.push(path),
+        }
+    }
+    Ok(paths)
 }
 
-/// The tar files of a folder, sorted, if it has any.
-pub(crate) fn in_folder(folder: &Path) -> Result<Vec<PathBuf>> {
+/// Whether a name is one that `*` (anything) and `?` (one byte) stand for.
+fn matches(pattern: &[u8], name: &[u8]) -> bool {
+    // Where to go on when a star should have stood for one byte more.
+    let (mut at, mut place, mut star) = (0, 0, None);
+    while place < name.len() {
+        match pattern.get(at) {
+            Some(b'*') => {
+                star = Some((at + 1, place));
+                at += 1;
+            }
+            Some(byte) if *byte == b'?' || *byte == name[place] => (at, place) = (at + 1, place + 1),
+            _ => match star {
+                Some((behind, from)) => {
+                    star = Some((behind, from + 1));
+                    (at, place) = (behind, from + 1);
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern[at..].iter().all(|byte| *byte == b'*')
+}
+
+/// The files of a folder whose names end like this, sorted, if it has any.
+pub(crate) fn in_folder(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
+    listed(folder, |name| Path::new(name).extension().is_some_and(|found| found.eq_ignore_ascii_case(extension)))
+}
+
+/// The files of a folder with such names, sorted.
+fn listed(folder: &Path, wanted: impl Fn(&OsStr) -> bool) -> Result<Vec<PathBuf>> {
     let unreadable = |error: std::io::Error| Error::io("listing", folder, error);
-    let mut shards = Vec::new();
+    let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
-        let is_tar = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("tar"));
+        let name = path.file_name().unwrap_or_default();
+        if name.as_encoded_bytes().starts_with(b".") || !wanted(name) {
+            continue;
+        }
         match std::fs::metadata(&path) {
-            Ok(data) if is_tar && data.is_file() => shards.push(path),
+            Ok(data) if data.is_file() => files.push(path),
             Ok(_) => (),
             Err(error) if error.kind() == ErrorKind::NotFound => (),
             Err(error) => return Err(Error::io("reading", &path, error)),
         }
     }
-    shards.sort();
-    Ok(shards)
+    files.sort();
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::matches;
+
+    #[test]
+    fn stars_and_question_marks_stand_for_what_is_there() {
+        let is = |pattern: &str, name: &str| matches(pattern.as_bytes(), name.as_bytes());
+        for (pattern, name) in [("*", ""), ("*", "a"), ("a*c", "abbc"), ("a*bc", "abbc"), ("?b*", "ab"), ("**a", "a")] {
+            assert!(is(pattern, name), "{pattern} {name}");
+        }
+        for (pattern, name) in [("", "a"), ("?", ""), ("a*c", "abcd"), ("a*b*c", "acb"), ("ab", "a"), ("a", "ab")] {
+            assert!(!is(pattern, name), "{pattern} {name}");
+        }
+    }
 }

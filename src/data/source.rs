@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::data::decode::{Decoder, Image};
 use crate::data::folder::Folder;
 use crate::data::jpeg::Part;
+use crate::data::parquet::{self, Request};
 use crate::data::shards::{self, Shards};
 use crate::data::synthetic::{SYNTHETIC_COUNT, Synthetic};
 use crate::data::transform::CropBox;
@@ -109,7 +110,13 @@ impl Source {
     ///   are the classes. Symbolic links are followed; names that start with a dot are not looked at;
     /// - tar shards in WebDataset's layout: `train-{000..146}.tar`, one such file, or a folder with nothing but tar files. The
     ///   class is the number in the `.cls` file beside a picture. Compressed shards are not read: they have no places to go to;
+    /// - parquet files as Hugging Face's data sets have them (with the feature `parquet`): one file, a pattern, or a folder with
+    ///   nothing but such files. Pictures are in the column `image`, or the only one that can hold them, as bytes or in a group
+    ///   with `bytes`; the class is a number in `label`, and its name is what the file says. `FILE.parquet#IMAGE,LABEL` names
+    ///   other columns;
     /// - a file: that one picture.
+    ///
+    /// In a pattern `{000..146}` counts and `{a,b}` chooses; `*` and `?` in the last part stand for what is there.
     ///
     /// # Errors
     /// [`Error::Data`] when there is no such thing, no picture in it, or it is of a kind that is not read.
@@ -136,7 +143,7 @@ impl Source {
         }
         let lower = text.to_ascii_lowercase();
         let ends = |ends: &[&str]| ends.iter().any(|end| lower.ends_with(end));
-        let supported = "give a folder of pictures, tar shards, one picture, or synthetic[:COUNT]";
+        let supported = "give a folder of pictures, tar shards, parquet files, one picture, or synthetic[:COUNT]";
         if !path.is_dir() {
             if ends(&[".tar"]) {
                 // A name with braces in it is that file, if there is one.
@@ -146,16 +153,35 @@ impl Source {
             if ends(&[".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"]) {
                 return refuse("compressed shards are not read: uncompress them, pictures hardly shrink".to_owned());
             }
-            if ends(&[".parquet"]) {
-                return refuse(format!("parquet files are not read yet; export them to a folder, or {supported}"));
+            let (file, columns) = text.rsplit_once('#').filter(|(file, _)| file.ends_with(".parquet")).unzip();
+            if ends(&[".parquet"]) || file.is_some() {
+                let pattern = if path.exists() { &*text } else { file.unwrap_or(&text) };
+                let mut columns = columns.filter(|_| !path.exists()).unwrap_or_default().split(',').map(str::to_owned);
+                let mut column = || columns.next().filter(|name| !name.is_empty());
+                let (picture, label) = (column(), column());
+                let literal = Path::new(pattern).exists();
+                let files = if path.exists() {
+                    vec![path.to_path_buf()]
+                } else if literal {
+                    vec![PathBuf::from(pattern)]
+                } else {
+                    shards::expand(pattern)?
+                };
+                return Self::parquet(Request { description: text.into_owned(), files, picture, label }, options);
             }
         }
         match std::fs::metadata(path) {
             Ok(data) if data.is_dir() => match Self::folder(path, options) {
-                Err(error @ Error::Data { .. }) => match shards::in_folder(path)? {
-                    none if none.is_empty() => Err(error),
-                    found => Self::shards(found, text.into_owned(), options),
-                },
+                Err(error @ Error::Data { .. }) => {
+                    let (description, shards) = (text.into_owned(), shards::in_folder(path, "tar")?);
+                    if !shards.is_empty() {
+                        return Self::shards(shards, description, options);
+                    }
+                    match shards::in_folder(path, "parquet")? {
+                        none if none.is_empty() => Err(error),
+                        files => Self::parquet(Request { description, files, ..Request::default() }, options),
+                    }
+                }
                 folder => folder,
             },
             Ok(_) => Self::file(path, options),
@@ -181,6 +207,12 @@ impl Source {
         // Shards may move as folders may: only their own names count.
         let root = paths.first().and_then(|path| path.parent()).unwrap_or(Path::new("")).to_path_buf();
         Ok(Self { root, ..Self::from_pictures(Shards::open(paths, options)?, description) })
+    }
+
+    /// The pictures of parquet files, in this order.
+    fn parquet(request: Request, options: &SourceOptions) -> Result<Self> {
+        let root = request.files.first().and_then(|path| path.parent()).unwrap_or(Path::new("")).to_path_buf();
+        Ok(Self { pictures: parquet::open(&request, options)?, description: request.description, root })
     }
 
     /// One picture file, whatever its name.

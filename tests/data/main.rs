@@ -3,6 +3,8 @@
 mod common;
 mod decode;
 mod loader;
+#[cfg(feature = "parquet")]
+mod parquet;
 mod picture;
 mod shards;
 mod source;

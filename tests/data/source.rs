@@ -124,7 +124,10 @@ fn one_file_is_a_source_whatever_its_name() {
 fn what_is_not_read_is_said() {
     for (spec, wanted) in [
         ("train.tar.gz", "compressed shards are not read"),
-        ("/data/train.parquet", "parquet files are not read yet"),
+        #[cfg(not(feature = "parquet"))]
+        ("/data/train.parquet", "--features parquet"),
+        #[cfg(feature = "parquet")]
+        ("/data/train.parquet", "No such file"),
         ("/no/such/folder", "synthetic[:COUNT]"),
         ("synthetic:", "COUNT"),
         ("synthetic:0", "COUNT"),
