@@ -30,9 +30,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         pictures += loader.next_batch()?.map_or(0, |batch| batch.len());
     }
     let (seconds, used) = (started.elapsed().as_secs_f64(), processor_seconds() - used);
-    let decoder = if cfg!(feature = "turbojpeg") { ", with libjpeg-turbo" } else { "" };
+    let decoder = if cfg!(feature = "turbojpeg") { "libjpeg-turbo" } else { "zune-jpeg" };
     println!(
-        "{{\"implementation\": \"vitmae{decoder}\", \"pictures\": {pictures}, \"per_processor_second\": {:.1}, \
+        "{{\"implementation\": \"vitmae, {decoder}\", \"pictures\": {pictures}, \"per_processor_second\": {:.1}, \
          \"per_second\": {:.1}}}",
         pictures as f64 / used,
         pictures as f64 / seconds

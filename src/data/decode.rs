@@ -2,9 +2,8 @@
 //!
 //! The format is told from the content, never from the name. Differences to Pillow's `Image.open(..).convert(..)`:
 //! 16-bit samples are rounded to 8 bits (Pillow cuts colour, which may be one level less, and clips 16-bit grey at 255,
-//! which turns it white); the EXIF orientation is applied (`ImageOps.exif_transpose`); and JPEG files of
-//! rare kinds (progressive, unusual chroma) differ by a few levels in builds without the feature `turbojpeg`. The usual JPEG
-//! files give the same bytes.
+//! which turns it white); the EXIF orientation is applied (`ImageOps.exif_transpose`); and JPEG files
+//! differ by a few levels in builds without the feature `turbojpeg`, with which they give the same bytes.
 
 use std::io::{Cursor, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};

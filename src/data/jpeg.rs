@@ -1,19 +1,23 @@
 //! JPEG files by parts: what of a picture a crop does not show is decoded only as far as the format demands.
 //!
-//! The usual kind is decoded here ([`baseline`]). With the feature `turbojpeg`, libjpeg-turbo decodes the others; without, they
-//! are decoded whole by another library. Damage behind the last row that is needed goes unnoticed.
+//! The pure-Rust decoder starts at the top and stops below the crop. libjpeg-turbo (feature `turbojpeg`) only unpacks what lies
+//! above and beside the crop, without transforming and colouring it. What is decoded is what the whole picture would show
+//! there; but damage behind the last row that is needed goes unnoticed.
 
 use image::metadata::Orientation;
 
 use crate::data::decode::Image;
 use crate::data::transform::CropBox;
 
-mod baseline;
-mod colour;
-mod huffman;
-mod idct;
 #[cfg(feature = "turbojpeg")]
 mod turbo;
+#[cfg(not(feature = "turbojpeg"))]
+mod zune;
+
+#[cfg(feature = "turbojpeg")]
+use turbo as decoder;
+#[cfg(not(feature = "turbojpeg"))]
+use zune as decoder;
 
 /// What the segments before the pixels say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,8 +30,12 @@ pub(super) struct Header {
     components: usize,
     /// Rows and columns of the blocks that are coded together.
     unit: (usize, usize),
-    /// Whether all data come in one pass.
-    baseline: bool,
+    /// Where the file says how many rows there are.
+    #[cfg_attr(feature = "turbojpeg", expect(dead_code, reason = "only the other decoder needs it"))]
+    height_at: usize,
+    /// Whether all of a row's data come before the next row's.
+    #[cfg_attr(feature = "turbojpeg", expect(dead_code, reason = "only the other decoder needs it"))]
+    by_rows: bool,
 }
 
 /// The part of a picture that was decoded.
@@ -43,7 +51,9 @@ pub(crate) struct Part {
     pub(crate) height: usize,
     /// Columns of the whole picture.
     pub(crate) width: usize,
-    scratch: baseline::Scratch,
+    /// A decoder's own memory.
+    #[cfg(not(feature = "turbojpeg"))]
+    scratch: Vec<u8>,
 }
 
 impl Part {
@@ -64,13 +74,7 @@ impl From<Image> for Part {
 pub(super) fn decode(bytes: &[u8], header: &Header, crop: CropBox, part: &mut Part) -> bool {
     (part.height, part.width) = (header.height, header.width);
     part.image.channels = header.components;
-    let window = window(header, crop);
-    let mut scratch = std::mem::take(&mut part.scratch);
-    let decoded = header.baseline && baseline::decode(bytes, header, window, part, &mut scratch);
-    part.scratch = scratch;
-    #[cfg(feature = "turbojpeg")]
-    let decoded = decoded || turbo::decode(bytes, header, window, part);
-    decoded
+    decoder::decode(bytes, header, window(header, crop), part)
 }
 
 /// The blocks that a crop needs: those it lies in, and one more to each side where the chroma of a pixel depends on its
@@ -103,6 +107,7 @@ pub(super) fn header(bytes: &[u8]) -> Option<Header> {
             _ => return None,
         };
         let length = usize::from(u16::from_be_bytes(*rest.first_chunk()?));
+        let at = bytes.len() - rest.len();
         let segment = rest.get(2..length)?;
         rest = rest.get(length..)?;
         match marker {
@@ -123,7 +128,8 @@ pub(super) fn header(bytes: &[u8]) -> Option<Header> {
                     components: count,
                     unit,
                     orientation: Orientation::NoTransforms,
-                    baseline: marker != 0xc2,
+                    height_at: at + 3,
+                    by_rows: marker != 0xc2,
                 });
             }
             0xc3 | 0xc5..=0xc7 | 0xc9..=0xcb | 0xcd..=0xcf => return None,
@@ -134,7 +140,7 @@ pub(super) fn header(bytes: &[u8]) -> Option<Header> {
             // The first scan.
             0xda => {
                 let mut header = header?;
-                header.baseline &= segment.first().is_some_and(|count| usize::from(*count) == header.components);
+                header.by_rows &= segment.first().is_some_and(|count| usize::from(*count) == header.components);
                 header.orientation = orientation.unwrap_or(Orientation::NoTransforms);
                 return Some(header);
             }
@@ -158,7 +164,7 @@ mod tests {
     fn headers_say_what_is_there_and_cut_ones_nothing() {
         let bytes = jpeg(40, 30);
         let found = header(&bytes).unwrap();
-        assert_eq!((found.height, found.width, found.components, found.baseline), (30, 40, 3, true));
+        assert_eq!((found.height, found.width, found.components), (30, 40, 3));
         let pixels = bytes.windows(2).position(|two| two == [0xff, 0xda]).unwrap();
         for length in 0..pixels + 2 {
             assert_eq!(header(&bytes[..length]), None, "cut to {length}");
@@ -168,7 +174,8 @@ mod tests {
     #[test]
     fn windows_cover_crops_in_whole_blocks() {
         let orientation = Orientation::NoTransforms;
-        let header = Header { height: 100, width: 50, orientation, components: 3, unit: (8, 8), baseline: true };
+        let header =
+            Header { height: 100, width: 50, orientation, components: 3, unit: (8, 8), height_at: 0, by_rows: true };
         let crop = CropBox { top: 9, left: 16, height: 7, width: 34 };
         assert_eq!(window(&header, crop), CropBox { top: 8, left: 16, height: 8, width: 34 });
         let header = Header { unit: (16, 16), ..header };
