@@ -262,8 +262,8 @@ impl<'s, B: Backend> Run<'s, B> {
             history = kept;
         }
         processes.ready()?;
-        trainer.start_together(processes)?;
         let done = processes.share_number(done)?;
+        trainer.start_together(processes, done > 0)?;
 
         let (batches, seen) = (batches_per_epoch as u64, done * *accumulate as u64);
         let position = Position { epoch: (seen / batches) as u32, batch: (seen % batches) as usize };
@@ -321,6 +321,14 @@ impl<'s, B: Backend> Run<'s, B> {
             self.history.push(metrics);
             let last = self.done == total;
             if last || !go_on || (self.done.is_multiple_of(checkpoints) && !skipped) {
+                let same = self.trainer.stay_together(&self.processes).map_err(|error| self.rescue(error, watch))?;
+                if !same && self.processes.is_chief() {
+                    tracing::warn!(
+                        "step {}: the weights of the processes had drifted apart, as on processors of different kinds; all have \
+                         those of process 0 now",
+                        self.done
+                    );
+                }
                 self.save(watch).map_err(|error| self.explain(error))?;
             }
             if last || self.done.is_multiple_of(pictures) {

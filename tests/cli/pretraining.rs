@@ -214,7 +214,8 @@ fn a_run_can_be_watched_in_tensorboard() {
     run(&format!("{line} 4 --picture-every 10 --resume"), &[&out, &model]).succeeded();
     let mut names = place.list("run");
     names.retain(|name| name.starts_with("events.out.tfevents."));
-    names.sort();
+    // Not by name: process numbers start over, and both may be of one second.
+    names.sort_by_key(|name| fs::metadata(out.join(name)).unwrap().modified().unwrap());
     let [first, second] = &names[..] else { panic!("{names:?}") };
     // Version, pictures of steps 0 and 3, three steps; version, start, one step and its picture.
     for (name, count) in [(first, 6), (second, 4)] {
