@@ -251,7 +251,7 @@ weights_average(float* __restrict__ average, const float* __restrict__ master, f
     const auto vector = [=](u64 start) {
         float averages[VECTOR];
         float masters[VECTOR];
-        Element<float>::unpack(load_16(average + start), averages);
+        Element<float>::unpack(load_own_16(average + start), averages);
         Element<float>::unpack(load_16(master + start), masters);
         UNROLL
         for (u32 k = 0; k < VECTOR; ++k) averages[k] = multiply_add_rn(share, masters[k] - averages[k], averages[k]);

@@ -54,13 +54,23 @@ void Emulator::run_block() {
 
 // Passes the block barrier if every thread that is left waits at it. False: nothing is left to run.
 bool Emulator::release_waiting() {
-    bool at_barrier = false, stuck = false;
-    for (u32 i = 0; i < thread_count; ++i) {
-        at_barrier |= threads[i].state == State::AT_BLOCK_BARRIER;
+    bool stuck = false;
+    u32 waiting = thread_count;
+    for (u32 i = thread_count; i-- > 0;) {
+        if (threads[i].state == State::AT_BLOCK_BARRIER) waiting = i;
         stuck |= threads[i].state == State::AT_COLLECTIVE;
     }
     if (stuck) report_deadlock();
-    if (stuck || !at_barrier) return false;
+    if (stuck || waiting == thread_count) return false;
+    for (u32 i = waiting; i < thread_count; ++i) {
+        if (threads[i].state != State::AT_BLOCK_BARRIER || same(threads[i].at, threads[waiting].at)) continue;
+        message = text_of("kernel %s, block %u, thread %u: it waits at the block barrier in %s while thread %u waits at "
+                          "the one in %s",
+                          entry->symbol, block, i, text_of(threads[i].at).c_str(), waiting,
+                          text_of(threads[waiting].at).c_str());
+        failed = true;
+        return false;
+    }
     ++block_epoch;
     for (u32 i = 0; i < thread_count; ++i) {
         if (threads[i].state != State::AT_BLOCK_BARRIER) continue;
@@ -134,7 +144,7 @@ void Emulator::load_matrices(u32 warp, bool transposed) {
         const u64 address = reinterpret_cast<u64>(lanes[lane].row);
         const u64 start = reinterpret_cast<u64>(shared);
         if (address % 16 != 0) fault("a matrix row at an address that is not a multiple of 16");
-        if (address - start >= shared_bytes && address - reinterpret_cast<u64>(shared_array.get()) >= 3 * SHARED_CAPACITY) {
+        if (!is_shared(address)) {
             fault("a matrix row at an address outside shared memory");
         }
         check(address, 16, false);
@@ -157,8 +167,9 @@ void Emulator::load_matrices(u32 warp, bool transposed) {
     }
 }
 
-u32 Emulator::collective(Collective kind, u32 operand, u32 selector) {
+u32 Emulator::collective(Collective kind, u32 operand, u32 selector, const Place& at) {
     Thread& thread = threads[current];
+    thread.at = at;
     thread.collective = kind;
     thread.operand = operand;
     thread.selector = selector;
@@ -178,6 +189,10 @@ void Emulator::complete(u32 warp) {
         if (lanes[lane].collective != kind) {
             fault("lane %u is at %s while lane %u is at %s", current % WARP, name_of(kind), lane,
                   name_of(lanes[lane].collective));
+        }
+        if (!same(lanes[lane].at, threads[current].at)) {
+            fault("lane %u is at %s in %s while lane %u is at another one in %s", current % WARP, name_of(kind),
+                  text_of(threads[current].at).c_str(), lane, text_of(lanes[lane].at).c_str());
         }
         votes |= (lanes[lane].operand != 0 ? 1u : 0u) << lane;
     }
@@ -211,7 +226,7 @@ void Emulator::issue_copy(void* target, const void* source, bool valid) {
     const u64 start = reinterpret_cast<u64>(shared);
     if (to % 16 != 0 || from % 16 != 0) fault("copy_async_16 between addresses that are not multiples of 16");
     if (to < start || to + 16 > start + shared_bytes) fault("copy_async_16 to an address outside shared memory");
-    if (from - reinterpret_cast<u64>(region) >= region_bytes) fault("copy_async_16 from an address outside global memory");
+    if (!is_global(from)) fault("copy_async_16 from an address outside global memory");
     if (valid) check(from, 16, false);
     check(to, 16, true);
     Thread& thread = threads[current];

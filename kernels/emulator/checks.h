@@ -22,19 +22,40 @@ void Emulator::fault(const char* format, ...) {
 
 void Emulator::check(u64 address, u64 bytes, bool write) {
     const u64 shared_start = reinterpret_cast<u64>(shared);
-    const u64 array_start = reinterpret_cast<u64>(shared_array.get());
-    if (address >= array_start && address < array_start + 3 * SHARED_CAPACITY) {
+    if (is_shared(address)) {
         if (address < shared_start || address + bytes > shared_start + shared_bytes) {
             fault("%s of %llu bytes at byte %lld of shared memory, which has %llu bytes", write ? "write" : "read", bytes,
                   static_cast<i64>(address - shared_start), shared_bytes);
         }
         check_shared(address - shared_start, bytes, write);
-    } else if (address - reinterpret_cast<u64>(region) < region_bytes) {
+    } else if (is_global(address)) {
         check_global(address, bytes, write);
     } else if (address < GUARD_BYTES) {
         fault("%s of %llu bytes at address %#llx, a null pointer", write ? "write" : "read", bytes, address);
     }
     // Everything else is the thread's own stack, a constant, or an argument.
+}
+
+// Every access at a multiple of its size, as a GPU wants it. Only for what the compiler takes to be one access: of a structure
+// that may lie anywhere it reports the bytes.
+void Emulator::check_alignment(u64 address, u64 bytes, bool write) {
+    if (address % bytes != 0) {
+        fault("%s of %llu bytes at an address that is not a multiple of %llu", write ? "write" : "read", bytes, bytes);
+    }
+}
+
+// A read through the read-only path, of memory that nothing writes while the launch runs.
+void Emulator::check_constant(u64 address, u64 bytes) {
+    if (!is_global(address)) fault("load_16 of an address outside global memory");
+    check(address, bytes, false);
+    Buffer* buffer = buffer_at(address, 0);
+    const u64 offset = address - buffer->start;
+    for (u64 i = offset; i < offset + bytes; ++i) {
+        if (buffer->writer[i] != 0) {
+            fault("load_16 of what the same launch wrote: %s", describe(*buffer, buffer->start + i).c_str());
+        }
+        buffer->constant[i] = 1;
+    }
 }
 
 // Whether what `thread` did at these epochs comes before what the current thread does now.
@@ -106,6 +127,7 @@ void Emulator::check_global(u64 address, u64 bytes, bool write) {
         buffer->touched = true;
         buffer->writer.assign(buffer->bytes, 0);
         buffer->reader.assign(buffer->bytes, 0);
+        buffer->constant.assign(buffer->bytes, 0);
     }
     const u32 me = block + 1;
     for (u64 i = address - buffer->start; i < address - buffer->start + bytes; ++i) {
@@ -122,6 +144,9 @@ void Emulator::check_global(u64 address, u64 bytes, bool write) {
             if (reader != 0 && reader != me) {
                 fault("write of what another block read in the same launch: %s",
                       describe(*buffer, buffer->start + i).c_str());
+            }
+            if (buffer->constant[i] != 0) {
+                fault("write of what load_16 read in the same launch: %s", describe(*buffer, buffer->start + i).c_str());
             }
             buffer->writer[i] = me;
             buffer->written[i] = 1;

@@ -44,6 +44,13 @@ fault_none_copy(u32* out, const u32* in) {
     store_16(out + 4 * global_index(), shared[block_threads() - 1 - thread_index()]);
 }
 
+// Four rows of 16 bytes per thread group: the matrices of each warp come back as fragments, straight or transposed.
+DEVICE u32x4* matrix_rows(const u32* in) {
+    u32x4* shared = shared_memory<u32x4>();
+    shared[thread_index()] = load_16(in + 4 * global_index());
+    return shared + 32 * warp_index();
+}
+
 KERNEL(128)
 fault_race_in_shared_memory(u32* out, const u32* in) {
     u32* shared = shared_memory<u32>();
@@ -167,6 +174,97 @@ fault_misaligned_vector(u32* out, const u32* in) {
     out[global_index()] = value.x;
 }
 
+KERNEL(128)
+fault_misaligned_pair(u32* out, const u32* in) {
+    out[global_index()] = *reinterpret_cast<const u16*>(reinterpret_cast<const u8*>(in) + 1);
+}
+
+KERNEL(128)
+fault_misaligned_word(u32* out, const u32* in) {
+    out[global_index()] = *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(in) + 2);
+}
+
+KERNEL(128)
+fault_misaligned_double_word(u32* out, const u32* in) {
+    out[global_index()] = static_cast<u32>(*reinterpret_cast<const u64*>(in + 1));
+}
+
+KERNEL(128)
+fault_misaligned_write(u32* out, const u32* in) {
+    u8* shared = shared_memory<u8>();
+    *reinterpret_cast<u16*>(shared + 3) = static_cast<u16>(in[global_index()]);
+    out[global_index()] = 0;
+}
+
+// All lanes shuffle, but not all in the same place.
+KERNEL(128)
+fault_shuffles_in_two_places(u32* out, const u32* in) {
+    u32 value = in[global_index()];
+    if (lane_index() < 16) {
+        value = shuffle_xor(value, 1) + 1;
+    } else {
+        value = shuffle_xor(value, 1) * 3;
+    }
+    out[global_index()] = value;
+}
+
+KERNEL(128)
+fault_products_in_two_places(u32* out, const u32* in) {
+    const u32x4 a = load_16(in + 4 * global_index());
+    f32x4 sum = {0, 0, 0, 0};
+    if (lane_index() % 2 == 0) {
+        sum = multiply_matrices(a, a.x, a.y, sum);
+    } else {
+        sum = multiply_matrices(a, a.y, a.x, sum);
+    }
+    out[global_index()] = float_bits(sum.x);
+}
+
+KERNEL(128)
+fault_barriers_in_two_places(u32* out, const u32* in) {
+    u32* shared = shared_memory<u32>();
+    shared[thread_index()] = in[global_index()];
+    if (thread_index() < 40) {
+        block_barrier();
+        out[global_index()] = shared[thread_index() + 1];
+    } else {
+        block_barrier();
+        out[global_index()] = shared[thread_index() - 1];
+    }
+}
+
+KERNEL(128)
+fault_global_load_of_shared_memory(u32* out, const u32* in) {
+    const u32x4* rows = matrix_rows(in);
+    block_barrier();
+    out[global_index()] = load_16(rows + lane_index()).x;
+}
+
+KERNEL(128)
+fault_own_load_of_shared_memory(u32* out, const u32* in) {
+    const u32x4* rows = matrix_rows(in);
+    block_barrier();
+    out[global_index()] = load_own_16(rows + lane_index()).x;
+}
+
+KERNEL(128)
+fault_shared_load_of_global_memory(u32* out, const u32* in) {
+    out[global_index()] = load_shared_16(in + 4 * global_index()).x;
+}
+
+// In place through the read-only path: the cache may be older than the memory.
+KERNEL(128)
+fault_read_only_load_of_a_result(u32* out, const u32* in) {
+    store_16(out + 4 * global_index(), load_16(in + 4 * global_index()));
+    out[4 * global_index()] = load_16(out + 4 * global_index()).y;
+}
+
+KERNEL(128)
+fault_write_after_a_read_only_load(u32* out, const u32* in) {
+    const u32x4 value = load_16(out + 4 * global_index());
+    out[4 * global_index()] = value.x + in[global_index()];
+}
+
 // Thread 0 of every block writes the same element.
 KERNEL(128)
 fault_two_blocks_write(u32* out, const u32* in) {
@@ -179,13 +277,6 @@ fault_block_reads_another(u32* out, const u32* in) {
     out[global_index()] = in[global_index()];
     block_barrier();
     if (block_index() > 0) out[global_index()] = out[global_index() - block_threads()];
-}
-
-// Four rows of 16 bytes per thread group: the matrices of each warp come back as fragments, straight or transposed.
-DEVICE u32x4* matrix_rows(const u32* in) {
-    u32x4* shared = shared_memory<u32x4>();
-    shared[thread_index()] = load_16(in + 4 * global_index());
-    return shared + 32 * warp_index();
 }
 
 KERNEL(128)

@@ -8,6 +8,7 @@
 #define VITMAE_EMULATOR_HOST_H
 
 #include <cstddef>
+#include <source_location>
 #include <type_traits>
 #include <utility>
 
@@ -21,13 +22,19 @@ u32 block_threads();
 u32 lane_index();
 u32 warp_index();
 
-void block_barrier();
-void warp_barrier();
-u32 shuffle(u32 value, u32 lane);
-float shuffle(float value, u32 lane);
-u32 shuffle_xor(u32 value, u32 mask);
-float shuffle_xor(float value, u32 mask);
-u32 ballot(bool predicate);
+// What all threads must call together takes down where it is called, which must be the same place for all. A return address
+// would not do: the compiler may make two calls of one.
+namespace emulator {
+using Place = std::source_location;
+}
+
+void block_barrier(emulator::Place at = emulator::Place::current());
+void warp_barrier(emulator::Place at = emulator::Place::current());
+u32 shuffle(u32 value, u32 lane, emulator::Place at = emulator::Place::current());
+float shuffle(float value, u32 lane, emulator::Place at = emulator::Place::current());
+u32 shuffle_xor(u32 value, u32 mask, emulator::Place at = emulator::Place::current());
+float shuffle_xor(float value, u32 mask, emulator::Place at = emulator::Place::current());
+u32 ballot(bool predicate, emulator::Place at = emulator::Place::current());
 
 u32x4 load_16(const void* address);
 // By reference: the compiler does not report reads of structures that it passes by value.
@@ -38,9 +45,9 @@ void copy_async_16(void* shared, const void* global);
 void copy_async_16_or_zero(void* shared, const void* global, bool valid);
 void copy_async_commit();
 void copy_async_wait();
-u32x4 load_matrices(const void* row);
-u32x4 load_matrices_transposed(const void* row);
-f32x4 multiply_matrices(const u32x4& a, u32 b_0, u32 b_1, const f32x4& sum);
+u32x4 load_matrices(const void* row, emulator::Place at = emulator::Place::current());
+u32x4 load_matrices_transposed(const void* row, emulator::Place at = emulator::Place::current());
+f32x4 multiply_matrices(const u32x4& a, u32 b_0, u32 b_1, const f32x4& sum, emulator::Place at = emulator::Place::current());
 float exp2_approximate(float x);
 float natural_logarithm(float x);
 

@@ -1,14 +1,18 @@
 // Runs kernels on the CPU, one fibre per CUDA thread and one block at a time, and checks every access to memory.
 //
 // What is caught, always with kernel, block and thread: an access outside a buffer, to a released one, or to an address near
-// null; a misaligned 128-bit access; a read of memory that nothing wrote; two threads of a block that touch the same byte of
-// shared memory, one of them writing, with no barrier between; two blocks that do so in global memory in one launch; a
-// lane that never arrives at a warp collective, or arrives at another one; a barrier that cannot be passed; a read of an
-// asynchronous copy before its wait; arguments of the wrong number or size; a block larger than the kernel allows.
+// null; an access at an address that is no multiple of its size; a read of memory that nothing wrote; two threads of a block
+// that touch the same byte of shared memory, one of them writing, with no barrier between; two blocks that do so in global memory
+// in one launch; a lane that never arrives at a warp collective, or arrives at another one or at one in another place of the
+// source; a barrier that cannot be passed, or that threads reach in different places; a read of an asynchronous copy before its
+// wait; a load, matrix or copy from the wrong kind of memory, or through the read-only path of what the launch writes;
+// arguments of the wrong number or size; a block larger than the kernel allows.
 //
 // Blocks and threads run in an order drawn from the seed. Seed 0 runs them in order, seed 1 backwards.
 //
-// What it cannot see: bank conflicts, weak memory ordering, speed, and mistakes in the PTX half of ptx.cuh.
+// What it cannot see: bank conflicts, weak memory ordering, speed, and mistakes in the PTX half of ptx.cuh; lanes that reach one
+// line of a helper from different callers; threads of one block that share global memory without a barrier, and so also
+// load_own_16 of what another thread of the block wrote.
 //
 // The interface for the Rust side (src/cuda/emulator.rs) is the extern "C" block at the end. One emulator serves one caller at
 // a time; several emulators in several threads do not know of each other.
@@ -71,14 +75,13 @@ bool Emulator::launch(const char* symbol, u32 blocks, u32 thread_count_, u32 sha
         buffer.touched = false;
         buffer.writer = {};
         buffer.reader = {};
+        buffer.constant = {};
     }
     return !failed;
 }
 
 void check_vector(const void* address, bool write) {
-    if (reinterpret_cast<u64>(address) % 16 != 0) {
-        running->fault("128-bit %s at an address that is not a multiple of 16", write ? "write" : "read");
-    }
+    running->check_alignment(reinterpret_cast<u64>(address), 16, write);
     running->check(reinterpret_cast<u64>(address), 16, write);
 }
 
@@ -107,25 +110,37 @@ u32 warp_index() { return running->current / WARP; }
 
 void* emulator::shared_memory() { return running->shared; }
 
-void block_barrier() {
-    running->threads[running->current].state = State::AT_BLOCK_BARRIER;
+void block_barrier(Place at) {
+    Thread& thread = running->threads[running->current];
+    thread.at = at;
+    thread.state = State::AT_BLOCK_BARRIER;
     running->yield();
 }
 
-void warp_barrier() { running->collective(Collective::WARP_BARRIER, 0, 0); }
-u32 shuffle(u32 value, u32 lane) { return running->collective(Collective::SHUFFLE, value, lane); }
-float shuffle(float value, u32 lane) { return float_of(shuffle(bits_of(value), lane)); }
-u32 shuffle_xor(u32 value, u32 mask) { return running->collective(Collective::SHUFFLE_XOR, value, mask); }
-float shuffle_xor(float value, u32 mask) { return float_of(shuffle_xor(bits_of(value), mask)); }
-u32 ballot(bool predicate) { return running->collective(Collective::BALLOT, predicate, 0); }
+void warp_barrier(Place at) { running->collective(Collective::WARP_BARRIER, 0, 0, at); }
+u32 shuffle(u32 value, u32 lane, Place at) { return running->collective(Collective::SHUFFLE, value, lane, at); }
+float shuffle(float value, u32 lane, Place at) { return float_of(shuffle(bits_of(value), lane, at)); }
+u32 shuffle_xor(u32 value, u32 mask, Place at) { return running->collective(Collective::SHUFFLE_XOR, value, mask, at); }
+float shuffle_xor(float value, u32 mask, Place at) { return float_of(shuffle_xor(bits_of(value), mask, at)); }
+u32 ballot(bool predicate, Place at) { return running->collective(Collective::BALLOT, predicate, 0, at); }
 
 u32x4 load_16(const void* address) {
+    running->check_alignment(reinterpret_cast<u64>(address), 16, false);
+    running->check_constant(reinterpret_cast<u64>(address), 16);
+    return *static_cast<const u32x4*>(address);
+}
+
+u32x4 load_own_16(const void* address) {
+    if (!running->is_global(reinterpret_cast<u64>(address))) running->fault("load_own_16 of an address outside global memory");
     check_vector(address, false);
     return *static_cast<const u32x4*>(address);
 }
 
-u32x4 load_own_16(const void* address) { return load_16(address); }
-u32x4 load_shared_16(const void* address) { return load_16(address); }
+u32x4 load_shared_16(const void* address) {
+    if (!running->is_shared(reinterpret_cast<u64>(address))) running->fault("load_shared_16 of an address outside shared memory");
+    check_vector(address, false);
+    return *static_cast<const u32x4*>(address);
+}
 
 void store_16(void* address, const u32x4& value) {
     running->check(reinterpret_cast<u64>(&value), 16, false);
@@ -144,27 +159,27 @@ void copy_async_wait() {
     running->land_copies(0);
 }
 
-u32x4 load_matrices(const void* row) {
+u32x4 load_matrices(const void* row, Place at) {
     Thread& thread = running->threads[running->current];
     thread.row = row;
-    running->collective(Collective::LOAD_MATRICES, 0, 0);
+    running->collective(Collective::LOAD_MATRICES, 0, 0, at);
     return thread.loaded;
 }
 
-u32x4 load_matrices_transposed(const void* row) {
+u32x4 load_matrices_transposed(const void* row, Place at) {
     Thread& thread = running->threads[running->current];
     thread.row = row;
-    running->collective(Collective::LOAD_MATRICES_TRANSPOSED, 0, 0);
+    running->collective(Collective::LOAD_MATRICES_TRANSPOSED, 0, 0, at);
     return thread.loaded;
 }
 
-f32x4 multiply_matrices(const u32x4& a, u32 b_0, u32 b_1, const f32x4& sum) {
+f32x4 multiply_matrices(const u32x4& a, u32 b_0, u32 b_1, const f32x4& sum, Place at) {
     Thread& thread = running->threads[running->current];
     thread.a = a;
     thread.b[0] = b_0;
     thread.b[1] = b_1;
     thread.sum = sum;
-    running->collective(Collective::MULTIPLY_MATRICES, 0, 0);
+    running->collective(Collective::MULTIPLY_MATRICES, 0, 0, at);
     return thread.sum;
 }
 
@@ -206,15 +221,17 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-#define HOOKS(bytes)                                                                      \
-    void __tsan_read##bytes(void* address) {                                              \
-        if (running != nullptr) running->check(reinterpret_cast<u64>(address), bytes, false); \
-    }                                                                                     \
-    void __tsan_write##bytes(void* address) {                                             \
-        if (running != nullptr) running->check(reinterpret_cast<u64>(address), bytes, true);  \
-    }                                                                                     \
-    void __tsan_unaligned_read##bytes(void* address) { __tsan_read##bytes(address); }     \
-    void __tsan_unaligned_write##bytes(void* address) { __tsan_write##bytes(address); }
+static void on_access(void* address, u64 bytes, bool write, bool aligned) {
+    if (running == nullptr) return;
+    if (aligned) running->check_alignment(reinterpret_cast<u64>(address), bytes, write);
+    running->check(reinterpret_cast<u64>(address), bytes, write);
+}
+
+#define HOOKS(bytes)                                                                                  \
+    void __tsan_read##bytes(void* address) { on_access(address, bytes, false, true); }                \
+    void __tsan_write##bytes(void* address) { on_access(address, bytes, true, true); }                \
+    void __tsan_unaligned_read##bytes(void* address) { on_access(address, bytes, false, false); }     \
+    void __tsan_unaligned_write##bytes(void* address) { on_access(address, bytes, true, false); }
 
 HOOKS(1)
 HOOKS(2)

@@ -20,6 +20,7 @@
 namespace {
 
 using emulator::Entry;
+using emulator::Place;
 
 constexpr u32 WARP = 32;
 constexpr u32 MAX_THREADS = 1024;
@@ -43,6 +44,7 @@ struct Buffer {
     std::vector<u8> written;  // 1: something wrote this byte since the buffer was reserved
     std::vector<u32> writer;
     std::vector<u32> reader;  // MANY: several blocks
+    std::vector<u8> constant;  // 1: this launch read the byte through the read-only path
 };
 
 // Accesses to one byte of shared memory since the last write, and that write.
@@ -95,10 +97,21 @@ const char* name_of(Collective collective) {
     return "?";
 }
 
+bool same(const Place& a, const Place& b) {
+    return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+}
+
+// "attention.cuh:205".
+std::string text_of(const Place& at) {
+    const char* slash = std::strrchr(at.file_name(), '/');
+    return std::string(slash != nullptr ? slash + 1 : at.file_name()) + ":" + std::to_string(at.line());
+}
+
 struct Thread {
     Context context;
     State state;
     Collective collective;
+    Place at;      // where the collective or barrier is called
     u32 operand;   // of the collective: the value or predicate
     u32 selector;  // of the collective: lane or mask
     u32 result;    // of the collective
@@ -173,11 +186,15 @@ struct Emulator {
     void yield();
     [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 2, 3)));
     void check(u64 address, u64 bytes, bool write);
+    void check_alignment(u64 address, u64 bytes, bool write);
+    void check_constant(u64 address, u64 bytes);
+    bool is_global(u64 address) const { return address - reinterpret_cast<u64>(region) < region_bytes; }
+    bool is_shared(u64 address) const { return address - reinterpret_cast<u64>(shared_array.get()) < 3 * SHARED_CAPACITY; }
     void check_shared(u64 offset, u64 bytes, bool write);
     void check_global(u64 address, u64 bytes, bool write);
     bool ordered_after(u16 thread, u32 at_block_epoch, u32 at_warp_epoch) const;
     std::string describe(const Buffer& buffer, u64 address) const;
-    u32 collective(Collective kind, u32 operand, u32 selector);
+    u32 collective(Collective kind, u32 operand, u32 selector, const Place& at);
     void complete(u32 warp);
     void load_matrices(u32 warp, bool transposed);
     void issue_copy(void* target, const void* source, bool valid);

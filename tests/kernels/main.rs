@@ -170,7 +170,7 @@ fn the_emulator_catches_every_planted_fault() {
         "shared memory, which nothing wrote",
         "shared memory, where an asynchronous copy has not landed",
     ];
-    let faults: [(&str, usize, &[&str]); 26] = [
+    let faults: [(&str, usize, &[&str]); 38] = [
         ("fault_race_in_shared_memory", 1, &["wrote with no barrier between"]),
         ("fault_missing_barrier", 1, unordered),
         ("fault_missing_second_barrier", 1, unordered),
@@ -194,7 +194,19 @@ fn the_emulator_catches_every_planted_fault() {
         ("fault_matrices_overwritten", 4, &["read with no barrier between"]),
         ("fault_uninitialised_matrices", 4, &["byte 144 of shared memory, which nothing wrote"]),
         ("fault_misaligned_matrices", 4, &["a matrix row at an address that is not a multiple of 16"]),
-        ("fault_misaligned_vector", 1, &["not a multiple of 16"]),
+        ("fault_misaligned_vector", 1, &["read of 16 bytes at an address that is not a multiple of 16"]),
+        ("fault_misaligned_pair", 1, &["read of 2 bytes at an address that is not a multiple of 2"]),
+        ("fault_misaligned_word", 1, &["read of 4 bytes at an address that is not a multiple of 4"]),
+        ("fault_misaligned_double_word", 1, &["read of 8 bytes at an address that is not a multiple of 8"]),
+        ("fault_misaligned_write", 1, &["write of 2 bytes at an address that is not a multiple of 2"]),
+        ("fault_shuffles_in_two_places", 1, &["at another one in faults.cu:"]),
+        ("fault_products_in_two_places", 4, &["at another one in faults.cu:"]),
+        ("fault_barriers_in_two_places", 1, &["waits at the block barrier in faults.cu:"]),
+        ("fault_global_load_of_shared_memory", 4, &["load_16 of an address outside global memory"]),
+        ("fault_own_load_of_shared_memory", 4, &["load_own_16 of an address outside global memory"]),
+        ("fault_shared_load_of_global_memory", 4, &["load_shared_16 of an address outside shared memory"]),
+        ("fault_read_only_load_of_a_result", 4, &["load_16 of what the same launch wrote: byte"]),
+        ("fault_write_after_a_read_only_load", 4, &["write of what load_16 read in the same launch: byte"]),
         ("fault_two_blocks_write", 1, &["in the same launch"]),
         ("fault_block_reads_another", 1, &["in the same launch"]),
     ];
