@@ -80,17 +80,17 @@ pub(super) fn flat(mean: i16, out: &mut [u8], stride: usize) {
 #[inline(always)]
 fn transposed(block: &[i16; 64]) -> [i16; 64] {
     use std::arch::x86_64::*;
-    // All of it is in every x86-64 processor.
     let [r0, r1, r2, r3, r4, r5, r6, r7]: [__m128i; 8] = bytemuck::cast(*block);
-    let (a0, a1) = unsafe { (_mm_unpacklo_epi16(r0, r1), _mm_unpackhi_epi16(r0, r1)) };
-    let (a2, a3) = unsafe { (_mm_unpacklo_epi16(r2, r3), _mm_unpackhi_epi16(r2, r3)) };
-    let (a4, a5) = unsafe { (_mm_unpacklo_epi16(r4, r5), _mm_unpackhi_epi16(r4, r5)) };
-    let (a6, a7) = unsafe { (_mm_unpacklo_epi16(r6, r7), _mm_unpackhi_epi16(r6, r7)) };
-    let (b0, b1) = unsafe { (_mm_unpacklo_epi32(a0, a2), _mm_unpackhi_epi32(a0, a2)) };
-    let (b2, b3) = unsafe { (_mm_unpacklo_epi32(a1, a3), _mm_unpackhi_epi32(a1, a3)) };
-    let (b4, b5) = unsafe { (_mm_unpacklo_epi32(a4, a6), _mm_unpackhi_epi32(a4, a6)) };
-    let (b6, b7) = unsafe { (_mm_unpacklo_epi32(a5, a7), _mm_unpackhi_epi32(a5, a7)) };
+    // SAFETY: these instructions (SSE2) are in every x86-64 processor.
     let result = unsafe {
+        let (a0, a1) = (_mm_unpacklo_epi16(r0, r1), _mm_unpackhi_epi16(r0, r1));
+        let (a2, a3) = (_mm_unpacklo_epi16(r2, r3), _mm_unpackhi_epi16(r2, r3));
+        let (a4, a5) = (_mm_unpacklo_epi16(r4, r5), _mm_unpackhi_epi16(r4, r5));
+        let (a6, a7) = (_mm_unpacklo_epi16(r6, r7), _mm_unpackhi_epi16(r6, r7));
+        let (b0, b1) = (_mm_unpacklo_epi32(a0, a2), _mm_unpackhi_epi32(a0, a2));
+        let (b2, b3) = (_mm_unpacklo_epi32(a1, a3), _mm_unpackhi_epi32(a1, a3));
+        let (b4, b5) = (_mm_unpacklo_epi32(a4, a6), _mm_unpackhi_epi32(a4, a6));
+        let (b6, b7) = (_mm_unpacklo_epi32(a5, a7), _mm_unpackhi_epi32(a5, a7));
         [
             _mm_unpacklo_epi64(b0, b4),
             _mm_unpackhi_epi64(b0, b4),
@@ -111,6 +111,7 @@ fn transposed_bytes(block: &[u8; 64]) -> [u8; 64] {
     use std::arch::x86_64::*;
     // Rows 0 and 1, 2 and 3, and so on.
     let [r0, r1, r2, r3]: [__m128i; 4] = bytemuck::cast(*block);
+    // SAFETY: as above.
     unsafe {
         let (a0, a1) = (_mm_unpacklo_epi8(r0, r2), _mm_unpackhi_epi8(r0, r2));
         let (a2, a3) = (_mm_unpacklo_epi8(r1, r3), _mm_unpackhi_epi8(r1, r3));
