@@ -76,10 +76,11 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
             width: batch.width,
             values: ImageValues::Bytes { values: &batch.pixels, mean: &mean, deviation: &deviation },
         };
-        let workspace = match &mut workspace {
-            Some(workspace) => workspace,
-            none => none.insert(view.workspace(&images, Some(PositionInterpolation::Grid))?),
-        };
+        // The first batch may be smaller than those behind it: bad pictures are left out.
+        if workspace.as_ref().is_none_or(|(_, most)| *most < batch.len()) {
+            workspace = Some((view.workspace(&images, Some(PositionInterpolation::Grid))?, batch.len()));
+        }
+        let Some((workspace, _)) = &mut workspace else { continue };
         let encoded = view.encode_in(workspace, &images, &Masking::None, Extras::default())?;
         features.add(&encoded, arguments.pool);
         features.samples.extend(batch.samples.iter().map(|&sample| sample as i64));

@@ -5,6 +5,8 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use tracing::info;
+
 use crate::data::decode::{Decoder, Image};
 use crate::data::source::{PICTURE_EXTENSIONS, Pictures, SourceOptions};
 use crate::{Error, Result};
@@ -31,15 +33,20 @@ impl Folder {
         let mut scan = Scan::default();
         scan.visit(root, &mut Vec::new(), None)?;
         if scan.files.is_empty() {
-            let mut others: Vec<String> =
-                scan.others.iter().map(|(extension, count)| format!("{count} .{extension}")).collect();
-            others.truncate(8);
-            let found = if others.is_empty() { "nothing".to_owned() } else { others.join(", ") };
+            let found = if scan.others.is_empty() { "nothing".to_owned() } else { scan.others() };
             return Err(refuse(format!(
                 "no pictures in this folder or below; looked for .{} in upper or lower case, found {found}. \
                  Hidden names are skipped",
                 PICTURE_EXTENSIONS.join(", .")
             )));
+        }
+        if !scan.others.is_empty() {
+            let count: usize = scan.others.values().sum();
+            info!(
+                "{}: {count} files are left out, whose names are not those of pictures: {}",
+                root.display(),
+                scan.others()
+            );
         }
         let mut folder = Self { decoder: options.decoder, folders: scan.folders, files: scan.files, classes: None };
         // Pictures beside the sub-folders: those are not classes then.
@@ -147,6 +154,21 @@ struct Scan {
 }
 
 impl Scan {
+    /// What is not a picture, by the commonest extensions.
+    fn others(&self) -> String {
+        let mut others: Vec<(&String, &usize)> = self.others.iter().collect();
+        others.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+        let most = others.iter().take(8).map(|(extension, count)| match extension.as_str() {
+            "" => format!("{count} without an extension"),
+            extension => format!("{count} .{extension}"),
+        });
+        let mut text = most.collect::<Vec<_>>().join(", ");
+        if others.len() > 8 {
+            text.push_str(", …");
+        }
+        text
+    }
+
     /// `above` are the real paths of the folders that this one lies in: a link to one of them would never end.
     fn visit(&mut self, path: &Path, above: &mut Vec<PathBuf>, class: Option<u32>) -> Result<()> {
         let unreadable = |error| Error::io("listing", path, error);
@@ -169,7 +191,8 @@ impl Scan {
                 folders.push(name);
             } else if is_picture(&name) {
                 files.push(name);
-            } else if let Some(extension) = Path::new(&name).extension() {
+            } else {
+                let extension = Path::new(&name).extension().unwrap_or_default();
                 *self.others.entry(extension.to_string_lossy().into_owned()).or_default() += 1;
             }
         }

@@ -31,10 +31,8 @@ pub(super) struct Header {
     /// Rows and columns of the blocks that are coded together.
     unit: (usize, usize),
     /// Where the file says how many rows there are.
-    #[cfg_attr(feature = "turbojpeg", expect(dead_code, reason = "only the other decoder needs it"))]
     height_at: usize,
     /// Whether all of a row's data come before the next row's.
-    #[cfg_attr(feature = "turbojpeg", expect(dead_code, reason = "only the other decoder needs it"))]
     by_rows: bool,
 }
 

@@ -13,6 +13,7 @@
 
 mod decode;
 mod folder;
+mod health;
 mod jpeg;
 mod loader;
 mod order;

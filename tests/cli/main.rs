@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod commands;
+mod damage;
 mod pretraining;
 
 use std::collections::BTreeMap;

@@ -2,24 +2,21 @@
 //! is in, of which the latest are kept. So an epoch is shuffled as a whole, and memory does not grow with the files.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use parquet::basic::{LogicalType, Type as Physical};
 use parquet::column::page::{Page, PageMetadata, PageReader};
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::errors::Result as ParquetResult;
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 use parquet::file::page_index::offset_index::PageLocation;
-use parquet::file::reader::{ChunkReader, Length};
 use parquet::file::serialized_reader::SerializedPageReader;
-use parquet::schema::types::SchemaDescriptor;
 use tracing::warn;
 
 use super::Request;
+use super::columns::{MOST_CLASSES, assign, class_names, label_column, picture_column};
+use super::file::Positioned;
 use super::pages::{self, Place};
 use crate::data::decode::{Decoder, Image, guarded};
 use crate::data::source::{Pictures, SourceOptions};
@@ -27,12 +24,6 @@ use crate::{Error, Result};
 
 /// Bytes of pages that are kept.
 const KEPT_BYTES: usize = 64 << 20;
-/// Classes, at most.
-const MOST_CLASSES: i64 = 1_000_000;
-/// Names of columns that are taken for pictures, and for classes, in this order.
-const PICTURES: [&str; 8] = ["image", "img", "picture", "photo", "pixel_values", "jpg", "jpeg", "png"];
-const LABELS: [&str; 5] = ["label", "labels", "cls", "class", "fine_label"];
-
 /// Pictures in parquet files.
 #[derive(Debug)]
 struct Parquet {
@@ -136,80 +127,6 @@ fn metadata(path: &std::path::Path) -> std::result::Result<ParquetMetaData, Stri
     guarded(|| ParquetMetaDataReader::new().parse_and_finish(&file).map_err(|error| error.to_string()))
 }
 
-/// The columns as a person would list them.
-fn columns(schema: &SchemaDescriptor) -> String {
-    let fields = schema.root_schema().get_fields().iter().map(|field| {
-        let inside = if field.is_group() {
-            let names: Vec<&str> = field.get_fields().iter().map(|inner| inner.name()).collect();
-            format!("group of {}", names.join(", "))
-        } else {
-            format!("{:?}", field.get_physical_type())
-        };
-        format!("{} ({inside})", field.name())
-    });
-    let all: Vec<String> = fields.collect();
-    if all.is_empty() { "none".to_owned() } else { all.join(", ") }
-}
-
-/// The leaf with the bytes of pictures: `bytes` of a group, or a column of bytes that is no text.
-fn picture_column(schema: &SchemaDescriptor, wanted: Option<&str>) -> std::result::Result<usize, String> {
-    let mut candidates = Vec::new();
-    for (at, column) in schema.columns().iter().enumerate() {
-        let bytes = column.physical_type() == Physical::BYTE_ARRAY && column.max_rep_level() == 0;
-        match column.path().parts() {
-            [name, inner] if bytes && inner == "bytes" => candidates.push((name.as_str(), at, true)),
-            [name] if bytes && !matches!(column.logical_type_ref(), Some(LogicalType::String | LogicalType::Json)) => {
-                candidates.push((name.as_str(), at, false));
-            }
-            _ => (),
-        }
-    }
-    let there = columns(schema);
-    if let Some(wanted) = wanted {
-        let found = candidates.iter().find(|(name, ..)| *name == wanted);
-        return found.map(|(_, at, _)| *at).ok_or_else(|| {
-            format!("there is no column {wanted} with pictures (bytes, or a group with bytes); the columns are {there}")
-        });
-    }
-    let named = PICTURES.iter().find_map(|known| candidates.iter().find(|(name, ..)| name == known));
-    let mut groups = candidates.iter().filter(|(_, _, group)| *group);
-    let only = |mut found: Vec<usize>| if found.len() == 1 { found.pop() } else { None };
-    named
-        .map(|(_, at, _)| *at)
-        .or_else(|| only(groups.by_ref().map(|(_, at, _)| *at).collect()))
-        .or_else(|| only(candidates.iter().map(|(_, at, _)| *at).collect()))
-        .ok_or_else(|| {
-            format!(
-                "no column looks like pictures (bytes, or a group with bytes, called image or alone of its kind); the columns \
-                 are {there}. Name one with FILE.parquet#COLUMN"
-            )
-        })
-}
-
-fn label_column(schema: &SchemaDescriptor, wanted: Option<&str>) -> std::result::Result<Option<usize>, String> {
-    let find = |wanted: &str| {
-        schema.columns().iter().position(|column| {
-            let number = matches!(column.physical_type(), Physical::INT32 | Physical::INT64);
-            number && column.max_rep_level() == 0 && column.path().parts() == [wanted]
-        })
-    };
-    match wanted {
-        None => Ok(LABELS.iter().find_map(|name| find(name))),
-        Some(wanted) => find(wanted).map(Some).ok_or_else(|| {
-            format!("there is no column {wanted} with whole numbers for classes; the columns are {}", columns(schema))
-        }),
-    }
-}
-
-/// Hugging Face's names of the classes of a column.
-fn class_names(metadata: &ParquetMetaData, column: &str) -> Option<Vec<String>> {
-    let pairs = metadata.file_metadata().key_value_metadata()?;
-    let text = pairs.iter().find(|pair| pair.key == "huggingface")?.value.as_deref()?;
-    let value: serde_json::Value = serde_json::from_str(text).ok()?;
-    let names = value.pointer("/info/features")?.get(column)?.get("names")?.as_array()?;
-    names.iter().map(|name| name.as_str().map(str::to_owned)).collect()
-}
-
 /// The class of each row; `None` where there is none, or a number that cannot be one.
 fn read_labels(
     path: &std::path::Path,
@@ -262,45 +179,6 @@ fn read_all(
         }
     }
     Ok(())
-}
-
-/// Labels as numbers of classes, and the classes' names.
-fn assign(
-    labels: Option<Vec<u32>>,
-    names: Option<Vec<String>>,
-    wanted: Option<&[String]>,
-) -> std::result::Result<(Vec<u32>, Option<Vec<String>>), String> {
-    let Some(mut labels) = labels else {
-        return match wanted {
-            Some(_) => Err("labels are needed: a column of whole numbers called label, without gaps".to_owned()),
-            None => Ok((Vec::new(), None)),
-        };
-    };
-    let most = labels.iter().max().copied().unwrap_or(0);
-    let known = names.as_ref().map_or(MOST_CLASSES as usize, Vec::len);
-    if most as usize >= known {
-        return Err(format!("class {most} is not one of the {known} that the file names"));
-    }
-    let classes = match (names, wanted) {
-        (Some(names), Some(wanted)) => {
-            let places: Vec<Option<usize>> =
-                names.iter().map(|name| wanted.iter().position(|class| class == name)).collect();
-            for label in &mut labels {
-                let place = places[*label as usize];
-                *label = place.ok_or_else(|| {
-                    format!("the class {} is not one of the {} classes", names[*label as usize], wanted.len())
-                })? as u32;
-            }
-            wanted.to_vec()
-        }
-        (None, Some(wanted)) if most as usize >= wanted.len() => {
-            return Err(format!("class {most} is not one of the {} classes", wanted.len()));
-        }
-        (None, Some(wanted)) => wanted.to_vec(),
-        (Some(names), None) => names,
-        (None, None) => (0..=most).map(|class| class.to_string()).collect(),
-    };
-    Ok((labels, Some(classes)))
 }
 
 impl Parquet {
@@ -483,66 +361,5 @@ impl PageReader for Prepared {
     fn skip_next_page(&mut self) -> ParquetResult<()> {
         self.pages.pop();
         Ok(())
-    }
-}
-
-/// A file that is read at places, by any number of threads at once.
-#[derive(Debug)]
-struct Positioned {
-    file: Arc<File>,
-    length: u64,
-}
-
-impl Positioned {
-    fn open(path: &std::path::Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        let data = file.metadata()?;
-        if !data.is_file() {
-            return Err(io::Error::other("it is not a file"));
-        }
-        Ok(Self { length: data.len(), file: Arc::new(file) })
-    }
-
-    fn at(&self, place: u64) -> Reader {
-        Reader { file: Arc::clone(&self.file), place }
-    }
-}
-
-struct Reader {
-    file: Arc<File>,
-    place: u64,
-}
-
-impl Read for Reader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        #[cfg(unix)]
-        let count = std::os::unix::fs::FileExt::read_at(&*self.file, buffer, self.place)?;
-        #[cfg(windows)]
-        let count = std::os::windows::fs::FileExt::seek_read(&*self.file, buffer, self.place)?;
-        self.place += count as u64;
-        Ok(count)
-    }
-}
-
-impl Length for Positioned {
-    fn len(&self) -> u64 {
-        self.length
-    }
-}
-
-impl ChunkReader for Positioned {
-    type T = io::BufReader<Reader>;
-
-    fn get_read(&self, start: u64) -> ParquetResult<Self::T> {
-        Ok(io::BufReader::new(self.at(start)))
-    }
-
-    fn get_bytes(&self, start: u64, length: usize) -> ParquetResult<bytes::Bytes> {
-        if start.checked_add(length as u64).is_none_or(|end| end > self.length) {
-            return Err(parquet::errors::ParquetError::EOF(format!("{length} bytes from {start} on are not there")));
-        }
-        let mut bytes = vec![0; length];
-        self.at(start).read_exact(&mut bytes)?;
-        Ok(bytes.into())
     }
 }

@@ -4,10 +4,14 @@ use std::path::PathBuf;
 
 use crate::Error;
 
+#[cfg(feature = "parquet")]
+mod columns;
 #[cfg(not(feature = "parquet"))]
 mod disabled;
 #[cfg(feature = "parquet")]
 mod enabled;
+#[cfg(feature = "parquet")]
+mod file;
 #[cfg(feature = "parquet")]
 mod pages;
 

@@ -1,0 +1,73 @@
+//! How many of a set's pictures are bad, and when that is too many.
+
+use std::collections::HashSet;
+
+use crate::Error;
+
+/// The share of bad pictures above which a set is refused.
+const BAD_SHARE: f64 = 0.1;
+
+/// Counts good and bad pictures, each once.
+#[derive(Debug)]
+pub(crate) struct Health {
+    count: usize,
+    /// Processes that look at the set: the more there are, the more often one of them meets many bad pictures by chance.
+    world: usize,
+    /// One bit per picture.
+    seen_bits: Vec<u64>,
+    seen: usize,
+    pub(crate) bad: usize,
+    bad_pictures: HashSet<usize>,
+    examples: Vec<String>,
+}
+
+impl Health {
+    pub(crate) fn new(count: usize, world: usize) -> Self {
+        let seen_bits = vec![0; count.div_ceil(64)];
+        Self { count, world, seen_bits, seen: 0, bad: 0, bad_pictures: HashSet::new(), examples: Vec::new() }
+    }
+
+    pub(crate) fn saw(&mut self, index: usize) {
+        if let Some(word) = self.seen_bits.get_mut(index / 64) {
+            let bit = 1 << (index % 64);
+            self.seen += usize::from(*word & bit == 0);
+            *word |= bit;
+        }
+    }
+
+    /// Whether this is news.
+    pub(crate) fn saw_bad(&mut self, index: usize, error: &Error) -> bool {
+        self.saw(index);
+        let new = self.bad_pictures.insert(index);
+        if new {
+            self.bad += 1;
+            if self.examples.len() < 3 {
+                self.examples.push(error.to_string());
+            }
+        }
+        new
+    }
+
+    /// Whether too many are bad. Before everything was seen, the count must also be beyond chance (two standard deviations above
+    /// 10 %, and more where several processes look, each at its part of an epoch): the first ten pictures of a set with 5 % bad ones
+    /// hold two of them often enough.
+    pub(crate) fn is_refused(&self, whole_epoch: bool) -> bool {
+        let (seen, bad) = (self.seen as f64, self.bad as f64);
+        let expected = BAD_SHARE * seen;
+        let certain = (whole_epoch && self.world == 1) || self.seen == self.count;
+        let deviations = 2.0 + (2.0 * (self.world as f64).ln()).sqrt();
+        let beyond_chance = self.seen >= 10 && bad > expected + deviations * (expected * (1.0 - BAD_SHARE)).sqrt();
+        bad > expected && (certain || beyond_chance)
+    }
+
+    pub(crate) fn problem(&self) -> String {
+        format!(
+            "{} of {} pictures seen cannot be used, more than {:.0} %: {}{}. Repair or remove them",
+            self.bad,
+            self.seen,
+            BAD_SHARE * 100.0,
+            self.examples.join("; "),
+            if self.bad > self.examples.len() { "; …" } else { "" }
+        )
+    }
+}
