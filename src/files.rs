@@ -167,6 +167,33 @@ pub fn check_output<'a>(output: &Path, inputs: impl IntoIterator<Item = &'a Path
         .map_err(|source| Error::io("writing", output, source))
 }
 
+/// As [`check_output`], and refuses to write over a file of the checkpoint that is read: the file itself, or whatever lies in
+/// its folder where it is one.
+///
+/// # Errors
+/// As [`check_output`].
+pub fn check_output_beside<'a>(
+    output: &Path,
+    checkpoint: &Path,
+    inputs: impl IntoIterator<Item = &'a Path>,
+) -> Result<()> {
+    let parts = [checkpoint.to_owned(), checkpoint.with_file_name("config.json")];
+    if checkpoint.is_dir()
+        && let (Ok(target), Ok(folder)) = (fs::canonicalize(output), fs::canonicalize(checkpoint))
+        && target.starts_with(&folder)
+    {
+        return Err(Error::value(
+            format!("output {}", output.display()),
+            format!(
+                "it is a file of the checkpoint {}, which would be lost; choose another name",
+                checkpoint.display()
+            ),
+        ));
+    }
+    let inputs: Vec<PathBuf> = inputs.into_iter().map(Path::to_path_buf).chain(parts).collect();
+    check_output(output, inputs.iter().map(PathBuf::as_path))
+}
+
 /// Writes a value as indented JSON, as [`write_atomically`].
 ///
 /// # Errors

@@ -18,3 +18,8 @@ pub mod train;
 pub mod weights;
 
 pub use error::{Error, Result};
+
+/// The README's examples, for the documentation's tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -107,8 +107,15 @@ pub(crate) fn processor_for(
         Some(file) => vitmae::data::ImageProcessor::open(file)?,
         None => vitmae::data::ImageProcessor::new(image.height, image.width, image.channels),
     };
-    Ok(match size {
+    let processor = match size {
         Some(size) => processor.with_size(size.height, size.width),
         None => processor,
-    })
+    };
+    if processor.output_size() == (0, 0) {
+        anyhow::bail!(
+            "the checkpoint's preprocessor_config.json leaves pictures at sizes of their own, and a batch needs one size; give it \
+             with --image-size, to which they are then resized"
+        );
+    }
+    Ok(processor)
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use vitmae::data::{Loader, LoaderOptions, Source, SourceOptions, Transform};
-use vitmae::files::{check_output, write_atomically};
+use vitmae::files::{check_output_beside, write_atomically};
 use vitmae::model::{Extras, ImageValues, Images, MaeEncoder, Masking, PositionInterpolation};
 use vitmae::ops::Backend;
 use vitmae::weights::{Checkpoint, Tensor, Values, write_tensors};
@@ -19,10 +19,10 @@ pub(crate) struct Arguments {
     /// An autoencoder or an encoder
     #[arg(long, value_name = "CKPT")]
     from: PathBuf,
-    /// Pictures: a folder, one file, or synthetic[:COUNT]
+    /// Pictures: a folder, tar shards (braces allowed), parquet files, one picture, or synthetic[:COUNT[:SEED]]
     #[arg(long, value_name = "SRC")]
     data: OsString,
-    /// FILE.safetensors (features, samples, labels) or FILE.npy (features)
+    /// FILE.safetensors (features, samples, labels) or FILE.npy (features); FILE.names.txt then says which picture a row is
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// The class token, the mean of the patch tokens, or all tokens, behind the last LayerNorm
@@ -49,9 +49,11 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
         Some("safetensors") => false,
         _ => bail!("{}: expected a name that ends in .safetensors or .npy", arguments.out.display()),
     };
-    let names_path = arguments.out.with_extension("names.txt");
+    let mut names_path = arguments.out.clone().into_os_string();
+    names_path.push(".names.txt");
+    let names_path = PathBuf::from(names_path);
     for path in [&arguments.out, &names_path] {
-        check_output(path, [Path::new(&arguments.data)])?;
+        check_output_beside(path, &arguments.from, [Path::new(&arguments.data)])?;
     }
     let mut checkpoint = Checkpoint::open(&arguments.from)?;
     let encoder = MaeEncoder::from_checkpoint(&mut checkpoint, backend)?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use vitmae::Error;
-use vitmae::files::check_output;
+use vitmae::files::check_output_beside;
 use vitmae::model::{
     Extras, Gradients, ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation, Reconstruction,
 };
@@ -53,7 +53,7 @@ enum Interpolation {
 }
 
 pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Result<()> {
-    check_output(&arguments.output, [arguments.input.as_path()])?;
+    check_output_beside(&arguments.output, &arguments.from, [arguments.input.as_path()])?;
     let model = MaeForPreTraining::from_pretrained(&arguments.from, backend)?;
     let mut input = TensorFile::open(&arguments.input).map_err(of_input)?;
     let pixels = input.read_as_f32("pixel_values").map_err(of_input)?;

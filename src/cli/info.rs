@@ -18,8 +18,18 @@ pub(crate) struct Arguments {
     #[arg(value_name = "CKPT")]
     checkpoint: Option<PathBuf>,
     /// Images that the memory is counted for [default: 1, 16 and 64]
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", value_parser = batch)]
     batch_size: Option<usize>,
+}
+
+/// Images at a time, at most: the memory of more is not a number of bytes.
+const MOST_IMAGES: usize = 1 << 20;
+
+fn batch(text: &str) -> Result<usize, String> {
+    match at_least_one(text)? {
+        number if number > MOST_IMAGES => Err(format!("expected at most {MOST_IMAGES}")),
+        number => Ok(number),
+    }
 }
 
 pub(crate) fn run(arguments: &Arguments, device: DeviceChoice, precision: Option<Precision>) -> anyhow::Result<()> {
@@ -39,8 +49,9 @@ fn devices(out: &mut impl Write, device: DeviceChoice, precision: Option<Precisi
     gpus(out)?;
     writeln!(
         out,
-        "  --device {device} is {}",
-        Device::open(device, precision).map_or_else(|error| error.to_string(), |device| device.to_string())
+        "  --device {device} {}",
+        Device::open(device, precision)
+            .map_or_else(|error| format!("cannot be used: {error}"), |device| format!("is {device}"))
     )?;
     writeln!(out)?;
     kernels(out)?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use vitmae::data::{Source, SourceOptions};
-use vitmae::files::check_output;
+use vitmae::files::check_output_beside;
 use vitmae::model::{ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation};
 use vitmae::ops::{Backend, ImageShape};
 use vitmae::picture::reconstruction_grid;
@@ -35,7 +35,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Result<()> {
-    check_output(&arguments.out, arguments.images.iter().map(PathBuf::as_path))?;
+    check_output_beside(&arguments.out, &arguments.from, arguments.images.iter().map(PathBuf::as_path))?;
     let model = MaeForPreTraining::from_pretrained(&arguments.from, backend)?;
     let config = model.config();
     let processor = processor_for(&arguments.from, config, arguments.image_size)?;

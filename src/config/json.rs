@@ -63,6 +63,7 @@ pub(super) fn read(text: &str) -> Result<MaeConfig> {
         return Err(Error::Config(format!("a JSON object was expected, found {}", short(&value))));
     };
     let mut fields = Fields(object.into_iter().collect());
+    let given = fields.0.len();
     let mut model_type = MODEL_TYPE.to_owned();
     fields.take("model_type", &mut model_type, "a string", |value| value.as_str().map(str::to_owned))?;
     if model_type != MODEL_TYPE {
@@ -90,6 +91,14 @@ pub(super) fn read(text: &str) -> Result<MaeConfig> {
     fields.whole("decoder_intermediate_size", &mut config.decoder_intermediate_size)?;
     fields.number("mask_ratio", &mut config.mask_ratio)?;
     fields.flag("norm_pix_loss", &mut config.norm_pix_loss)?;
+    // An empty object is a model of defaults; one with other things alone is another file.
+    if given > 0 && fields.0.len() == given {
+        let found: Vec<&str> = fields.0.keys().take(3).map(String::as_str).collect();
+        return Err(Error::Config(format!(
+            "this is no configuration of a model: it has none of the fields of ViTMAEConfig, but {}",
+            found.join(", ")
+        )));
+    }
     config.other = fields.0;
     Ok(config)
 }

@@ -163,7 +163,7 @@ fn all(out: &Path) -> Result<Vec<(u64, PathBuf)>> {
             .file_name()
             .and_then(|name| name.to_str())
             .and_then(|name| name.strip_prefix(PREFIX))
-            .and_then(|step| step.parse::<u64>().ok());
+            .and_then(|step| step.parse::<u64>().ok().filter(|number| number.to_string() == step));
         // A folder without a state is not one of ours: whole ones appear by a rename.
         if let Some(step) = step
             && path.join(STATE).exists()

@@ -1,5 +1,6 @@
 //! The folder of a run: one run at a time writes to it, and none over another.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -11,12 +12,36 @@ const LOCK: &str = ".lock";
 
 /// Refuses a folder that holds a run, unless it is to be gone on with.
 pub(super) fn refuse_to_overwrite(out: &Path, resume: bool) -> Result<()> {
-    let holds = out.join("metrics.jsonl").exists() || checkpoint::exists(out)?;
+    // A run that was refused before its first step has an empty file there.
+    let began = fs::metadata(out.join("metrics.jsonl")).is_ok_and(|metrics| metrics.len() > 0);
+    let holds = began || checkpoint::exists(out)?;
     if resume || !holds {
         return Ok(());
     }
     let out = out.display();
     Err(Error::Config(format!("{out} already holds a run: go on with --resume, or choose another folder")))
+}
+
+/// Refuses a run's folder that lies among the pictures of a set, which its own pictures would become part of.
+pub(super) fn refuse_inside(out: &Path, data: &OsStr) -> Result<()> {
+    let data = Path::new(data);
+    // The folder may not be there yet: what is there of its path counts.
+    let place = std::path::absolute(out).ok().and_then(|out| {
+        let there = out.ancestors().find(|path| path.exists())?;
+        Some(fs::canonicalize(there).ok()?.join(out.strip_prefix(there).ok()?))
+    });
+    if data.is_dir()
+        && let (Some(place), Ok(pictures)) = (place, fs::canonicalize(data))
+        && place.starts_with(&pictures)
+    {
+        return Err(Error::Config(format!(
+            "the run's folder {} lies in the folder of pictures {}, and what a run draws would become part of them; choose \
+             another folder",
+            out.display(),
+            data.display()
+        )));
+    }
+    Ok(())
 }
 
 /// Keeps other runs out of a folder as long as it lives.

@@ -49,14 +49,18 @@ impl MetricsFile {
         let mut kept = Vec::new();
         if resume_from > 0 && path.exists() {
             let file = File::open(path).map_err(|error| Error::io("reading", path, error))?;
-            for line in BufReader::new(file).lines() {
+            for line in BufReader::new(file).split(b'\n') {
                 let line = line.map_err(|error| Error::io("reading", path, error))?;
-                match serde_json::from_str::<Metrics>(&line) {
+                match serde_json::from_slice::<Metrics>(&line) {
                     Ok(metrics) if metrics.step <= resume_from => kept.push(metrics),
                     // Steps behind the checkpoint are done again.
                     Ok(_) => (),
                     // The last line may be cut where the run was killed.
-                    Err(_) => tracing::warn!("{}: left out a line that is no step: {line:?}", path.display()),
+                    Err(_) => tracing::warn!(
+                        "{}: left out a line that is no step: {:?}",
+                        path.display(),
+                        String::from_utf8_lossy(&line)
+                    ),
                 }
             }
         }

@@ -165,6 +165,10 @@ impl<'s, B: Backend> Run<'s, B> {
         let share = processes.share_of(*batch_size)?;
         let image = config.image();
         MaskingShape::new(*batch_size, image.patches(), config.mask_ratio)?;
+        settings.check()?;
+        for data in [Some(&settings.data), settings.validation.as_ref()].into_iter().flatten() {
+            folder::refuse_inside(out, data)?;
+        }
         if processes.is_chief() {
             folder::refuse_to_overwrite(out, settings.resume)?;
         }
@@ -253,7 +257,7 @@ impl<'s, B: Backend> Run<'s, B> {
         }
 
         let resolved = Resolved { data_fingerprint: fingerprint, pictures, total_steps, steps_per_epoch, schedule };
-        let recipe = Recipe::new(settings, resolved);
+        let recipe = Recipe::new(settings, resolved, done);
         let (mut files, mut history) = (None, Vec::new());
         if let Some(lock) = lock {
             write_json(&out.join("recipe.json"), &recipe)?;

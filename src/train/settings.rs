@@ -78,6 +78,7 @@ pub struct PretrainSettings {
 
 /// `recipe.json`: the settings of a run as they were resolved, and what else its result depends on.
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Recipe {
     vitmae_version: String,
     device: String,
@@ -88,6 +89,9 @@ pub(super) struct Recipe {
     validation: Option<String>,
     from: Option<PathBuf>,
     length: RunLength,
+    /// The step that the run went on from, where these settings are those of its second part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    resumed_at: Option<u64>,
     total_steps: u64,
     steps_per_epoch: f64,
     batch_size: usize,
@@ -123,7 +127,8 @@ pub(super) struct Resolved {
 }
 
 impl Recipe {
-    pub fn new(settings: &PretrainSettings, resolved: Resolved) -> Self {
+    /// Of a run that has done `done` steps before.
+    pub fn new(settings: &PretrainSettings, resolved: Resolved, done: u64) -> Self {
         let Resolved { data_fingerprint, pictures, total_steps, steps_per_epoch, schedule } = resolved;
         let OptimizerSettings { betas, epsilon, weight_decay, clip_norm } = settings.optimizer;
         let text = |text: &OsString| text.to_string_lossy().into_owned();
@@ -136,6 +141,7 @@ impl Recipe {
             validation: settings.validation.as_ref().map(text),
             from: settings.from.clone(),
             length: settings.length,
+            resumed_at: (done > 0).then_some(done),
             total_steps,
             steps_per_epoch,
             batch_size: settings.batch_size,
@@ -182,6 +188,11 @@ impl PretrainSettings {
                 env!("CARGO_PKG_VERSION")
             );
         }
+        if let Some(step) = recipe.resumed_at {
+            tracing::warn!(
+                "the run of the recipe went on from step {step}: if it was given another length then, a run in one piece differs"
+            );
+        }
         let config = MaeConfig::from_json(&recipe.config.to_string()).map_err(|error| invalid(error.to_string()))?;
         let Recipe { betas, epsilon, weight_decay, clip_norm, .. } = recipe;
         Ok(Self {
@@ -211,6 +222,41 @@ impl PretrainSettings {
             peak_flops: None,
             data_fingerprint: Some(recipe.data_fingerprint),
         })
+    }
+
+    /// Refuses numbers that no run works with.
+    ///
+    /// # Errors
+    /// [`Error::Config`] that names the first one.
+    pub(super) fn check(&self) -> Result<()> {
+        let OptimizerSettings { betas, epsilon, weight_decay, clip_norm } = self.optimizer;
+        let not_negative = |number: f64| number.is_finite() && number >= 0.0;
+        let positive = |number: Option<f64>| number.is_none_or(|number| number.is_finite() && number > 0.0);
+        let share = |number: f64| (0.0..1.0).contains(&number);
+        let steps = match self.length {
+            RunLength::Epochs(length) | RunLength::Steps(length) => length,
+        };
+        let rhythms = [self.checkpoint_every, self.picture_every, self.keep_checkpoints.map(|keep| keep as u64)];
+        let numbers = [
+            ("the base learning rate must be at least 0", not_negative(self.base_learning_rate)),
+            ("the learning rate must be above 0", positive(self.learning_rate)),
+            ("the minimum of the learning rate must be at least 0", not_negative(self.minimum_learning_rate)),
+            ("the warm-up must be at least 0 epochs", self.warmup_epochs.is_none_or(not_negative)),
+            ("betas must be from 0 to below 1", share(betas.0) && share(betas.1)),
+            ("epsilon must be at least 0", not_negative(epsilon)),
+            ("the weight decay must be at least 0", not_negative(weight_decay)),
+            ("the greatest gradient norm must be above 0", positive(clip_norm)),
+            ("the decay of the average must be from 0 to below 1", self.average_decay.is_none_or(share)),
+            ("a run needs at least one step", steps > 0),
+            (
+                "steps between checkpoints and pictures, and kept checkpoints, must be at least 1",
+                !rhythms.contains(&Some(0)),
+            ),
+        ];
+        match numbers.into_iter().find(|(_, holds)| !holds) {
+            Some((problem, _)) => Err(Error::Config(problem.to_owned())),
+            None => Ok(()),
+        }
     }
 
     /// Refuses pictures that are not those of the recipe.

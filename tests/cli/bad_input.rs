@@ -2,19 +2,18 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use vitmae::config::MaeConfig;
 
 use crate::{Place, Ran, files, run, small_config, tensor};
 
 /// What is in a checkpoint of a run.
-const CHECKPOINT: [&str; 5] =
+pub(crate) const CHECKPOINT: [&str; 5] =
     ["config.json", "model.safetensors", "optimizer.safetensors", "preprocessor_config.json", "trainer_state.json"];
 
-const TRAIN: &str = "--model {} --batch-size 4 --steps 2 --threads 2";
+pub(crate) const TRAIN: &str = "--model {} --batch-size 4 --steps 2 --threads 2";
 
-fn config_file(place: &Place, change: impl FnOnce(&mut MaeConfig)) -> std::path::PathBuf {
+pub(crate) fn config_file(place: &Place, change: impl FnOnce(&mut MaeConfig)) -> std::path::PathBuf {
     let mut config = small_config();
     change(&mut config);
     let path = place.path("model.json");
@@ -22,7 +21,7 @@ fn config_file(place: &Place, change: impl FnOnce(&mut MaeConfig)) -> std::path:
     path
 }
 
-fn pretrain(place: &Place, data: &Path, more: &str) -> Ran {
+pub(crate) fn pretrain(place: &Place, data: &Path, more: &str) -> Ran {
     let model = config_file(place, |_| ());
     run(&format!("pretrain --data {{}} --out {{}} {TRAIN} {more}"), &[data, &place.path("run"), &model])
 }
@@ -186,6 +185,7 @@ fn wrong_numbers_are_wrong_usage() {
     run("pretrain --data {} --out {} --model enormous", &[&pictures, &place.path("run")])
         .failed(1, &["enormous", "tiny"]);
     run("--device gpu info", &[]).failed(2, &["--device"]);
+    run("info base --batch-size 10000000000000", &[]).failed(2, &["at most 1048576"]);
     run("--threads 3000 info", &[]).failed(2, &["--threads", "at most 1024"]);
     run("reconstruct --from {} {} --out {}", &[&pictures, &pictures, &place.path("out.jpg")]).failed(2, &["PNG"]);
     run("", &[]).failed(2, &["Usage"]);
@@ -331,18 +331,6 @@ fn info_holds_the_configuration_against_the_tensors() {
     run("info {}", &[&other]).failed(1, &["missing", "of another shape", "vit.embeddings.cls_token"]);
 }
 
-/// A run that does not come to its first file leaves nothing.
-#[test]
-fn weights_of_another_model_leave_no_folder() {
-    let place = Place::new();
-    let (checkpoint, pictures) = (place.checkpoint(), place.pictures(4));
-    let model = config_file(&place, |config| config.hidden_size = 16);
-    let out = place.path("deep/run");
-    run("pretrain --data {} --from {} --model {} --out {} --steps 1", &[&pictures, &checkpoint, &model, &out])
-        .failed(1, &["of another shape", "vit.embeddings.cls_token"]);
-    assert!(!out.exists());
-}
-
 /// A terminal obeys what it is sent, and anybody can name a file.
 #[cfg(unix)]
 #[test]
@@ -379,114 +367,52 @@ fn an_encoder_alone_cannot_reconstruct() {
 }
 
 #[test]
-fn an_output_that_cannot_be_written_is_named() {
-    let place = Place::new();
-    let pictures = place.pictures(2);
-    let file = place.path("a file");
-    fs::write(&file, "kept").unwrap();
-    let model = config_file(&place, |_| ());
-    run(&format!("pretrain --data {{}} --out {{}} {TRAIN}"), &[&pictures, &file.join("run"), &model])
-        .failed(1, &["a file"]);
-    let checkpoint = place.checkpoint();
-    run("embed --from {} --data {} --out {}", &[&checkpoint, &pictures, &file.join("f.npy")]).failed(1, &["f.npy"]);
-    let picture = pictures.join("picture 00.png");
-    run("reconstruct --from {} {} --out {}", &[&checkpoint, &picture, &file.join("x.png")]).failed(1, &["x.png"]);
-    assert_eq!(fs::read_to_string(&file).unwrap(), "kept");
-}
-
-#[test]
-fn a_full_disk_leaves_the_checkpoint_before_whole() {
-    let place = Place::new();
-    let pictures = place.pictures(4);
-    let model = config_file(&place, |_| ());
-    let out = place.path("run");
-    run(
-        "pretrain --data {} --out {} --model {} --batch-size 4 --steps 4 --checkpoint-every 2 --threads 1",
-        &[&pictures, &out, &model],
-    )
-    .succeeded();
-    let before = files(&out.join("checkpoint-2"));
-    assert_eq!(before.keys().collect::<Vec<_>>(), CHECKPOINT);
-    let end = files(&out.join("checkpoint-4"));
-    // Go on from step 2 where no file may grow beyond 16 KiB: a write fails in the middle as on a full disk.
-    fs::remove_dir_all(out.join("checkpoint-4")).unwrap();
-    let resume = |limit: &str| -> Ran {
-        let line = format!("{limit} exec \"$0\" \"$@\"");
-        Command::new("bash")
-            .args(["-c", &line, env!("CARGO_BIN_EXE_vitmae"), "pretrain", "--resume", "--data"])
-            .arg(&pictures)
-            .arg("--out")
-            .arg(&out)
-            .arg("--model")
-            .arg(&model)
-            .args(["--batch-size", "4", "--steps", "4", "--checkpoint-every", "2", "--threads", "1"])
-            .output()
-            .unwrap()
-            .into()
-    };
-    resume("ulimit -f 16; trap '' XFSZ;").failed(1, &["File too large", "the checkpoint of step 2 is whole"]);
-    assert_eq!(files(&out.join("checkpoint-2")), before);
-    assert!(!out.join("checkpoint-4").exists());
-    let leftovers: Vec<String> = place.list("run").into_iter().filter(|name| name.contains("tmp")).collect();
-    assert!(leftovers.is_empty(), "{leftovers:?}");
-    // With room again, the run ends as it would have.
-    resume("").succeeded();
-    let again = files(&out.join("checkpoint-4"));
-    assert_eq!(again.keys().collect::<Vec<_>>(), CHECKPOINT);
-    assert_eq!(again["model.safetensors"], end["model.safetensors"]);
-    assert_eq!(again["optimizer.safetensors"], end["optimizer.safetensors"]);
-}
-
-#[test]
-fn an_output_folder_with_a_run_in_it_is_not_overwritten() {
+fn other_json_files_are_no_configurations() {
     let place = Place::new();
     let pictures = place.pictures(4);
     pretrain(&place, &pictures, "").succeeded();
-    let metrics = fs::read(place.path("run/metrics.jsonl")).unwrap();
-    pretrain(&place, &pictures, "").failed(1, &["--resume"]);
-    assert_eq!(fs::read(place.path("run/metrics.jsonl")).unwrap(), metrics);
-    pretrain(&place, &pictures, "--resume --seed 9").failed(1, &["seed"]);
+    for file in ["recipe.json", "checkpoint-2/trainer_state.json", "checkpoint-2/preprocessor_config.json"] {
+        run("info {}", &[&place.path("run").join(file)]).failed(1, &["no configuration of a model", file]);
+    }
 }
 
-/// What would be lost is refused before the work, and sizes that no machine has are no aborts.
+/// A recipe is held to what flags are held to.
 #[test]
-fn outputs_and_sizes_are_checked_first() {
+fn recipes_with_impossible_numbers_are_refused() {
     let place = Place::new();
-    let (checkpoint, picture) = (place.checkpoint(), place.pictures(1).join("picture 00.png"));
-    let before = fs::read(&picture).unwrap();
-    run("reconstruct --from {} {} --out {}", &[&checkpoint, &picture, &picture]).failed(1, &["is the input"]);
-    assert_eq!(fs::read(&picture).unwrap(), before);
-    run("embed --from {} --data {} --out {}", &[&checkpoint, &picture, &place.path("none/f.npy")])
-        .failed(1, &["none", "writing"]);
-    // No checkpoint is even looked for where the result could not be written.
-    let (absent, input) = (Path::new("/no/such/checkpoint"), Path::new("/no/such/input"));
-    let mut unwritable = vec![place.path("none/out.png"), place.path("folder.png")];
-    fs::create_dir(place.path("folder.png")).unwrap();
-    if cfg!(target_os = "linux") {
-        unwritable.push("/proc/x.png".into());
+    let (pictures, again) = (place.pictures(4), place.path("again"));
+    pretrain(&place, &pictures, "").succeeded();
+    let recipe = fs::read_to_string(place.path("run/recipe.json")).unwrap();
+    let changed = place.path("changed.json");
+    for (key, value, words) in [
+        ("base_learning_rate", "-1.0", "base learning rate"),
+        ("learning_rate", "0", "learning rate"),
+        ("weight_decay", "-3", "weight decay"),
+        ("clip_norm", "-3", "gradient norm"),
+        ("warmup_epochs", "-4", "warm-up"),
+        ("betas", "[2, 2]", "betas"),
+        ("length", "{\"steps\": 0}", "at least one step"),
+        ("checkpoint_every", "0", "at least 1"),
+        ("batch_size", "0", "at least 1"),
+        ("unheard_of", "1", "unheard_of"),
+    ] {
+        let mut edited: serde_json::Value = serde_json::from_str(&recipe).unwrap();
+        edited[key] = serde_json::from_str(value).unwrap();
+        fs::write(&changed, edited.to_string()).unwrap();
+        run("pretrain --recipe {} --out {}", &[&changed, &again]).failed(1, &[words]);
+        assert!(!again.exists(), "{key}");
     }
-    for out in &unwritable {
-        let words = ["writing", &out.to_string_lossy()];
-        run("forward --from {} --input {} --output {}", &[absent, input, out]).failed(1, &words);
-        run("reconstruct --from {} {} --out {}", &[absent, &picture, out]).failed(1, &words);
-    }
-    assert!(!place.path("none").exists());
-    run("embed --from {} --data {} --out {} --image-size 8000000", &[&checkpoint, &picture, &place.path("f.npy")])
-        .failed(2, &["at most 32768"]);
-    run("pretrain --data synthetic:20 --out {} --batch-size 16000000", &[&place.path("run")])
-        .failed(1, &["does not fit in memory"]);
+    let edited = recipe.replace("the CPU, f32", "cuda:7, bf16").replace("\"0.1.0\"", "\"9.9.9\"");
+    fs::write(&changed, edited).unwrap();
+    let ran = run("pretrain --recipe {} --out {}", &[&changed, &again]).succeeded();
+    assert!(ran.err.contains("cuda:7, bf16") && ran.err.contains("version 9.9.9"), "{}", ran.err);
+}
 
-    #[cfg(unix)]
-    {
-        // A link stays a link, and what is no file is left alone.
-        let (link, target) = (place.path("link.png"), place.path("target.png"));
-        fs::write(&target, "old").unwrap();
-        std::os::unix::fs::symlink(&target, &link).unwrap();
-        run("reconstruct --from {} {} --out {}", &[&checkpoint, &picture, &link]).succeeded();
-        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
-        assert_ne!(fs::read(&target).unwrap(), b"old");
-        let null = place.path("null.png");
-        std::os::unix::fs::symlink("/dev/null", &null).unwrap();
-        run("reconstruct --from {} {} --out {}", &[&checkpoint, &picture, &null]).failed(1, &["not a regular file"]);
-    }
+#[test]
+fn pictures_of_any_size_need_one_for_a_batch() {
+    let place = Place::new();
+    let (checkpoint, pictures, out) = (place.checkpoint(), place.pictures(2), place.path("f.npy"));
+    fs::write(checkpoint.join("preprocessor_config.json"), "{\"do_resize\": false}").unwrap();
+    run("embed --from {} --data {} --out {}", &[&checkpoint, &pictures, &out]).failed(1, &["--image-size"]);
+    run("embed --from {} --data {} --out {} --image-size 32", &[&checkpoint, &pictures, &out]).succeeded();
 }

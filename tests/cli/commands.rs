@@ -120,7 +120,7 @@ fn embed_writes_features_in_the_order_of_the_pictures() {
     run("embed --from {} --data {} --out {} --batch-size 3", &[&checkpoint, &pictures, &all]).succeeded();
     let (shape, features) = tensor(&all, "features");
     assert_eq!(shape, [7, 32]);
-    let names = fs::read_to_string(place.path("all.names.txt")).unwrap();
+    let names = fs::read_to_string(place.path("all.safetensors.names.txt")).unwrap();
     assert_eq!(names.lines().count(), 7);
     assert!(names.lines().nth(3).unwrap().ends_with("picture 03.png"), "{names}");
 

@@ -3,7 +3,9 @@
 mod bad_input;
 mod commands;
 mod damage;
+mod outputs;
 mod pretraining;
+mod survival;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;

@@ -1,0 +1,270 @@
+//! What a run outlives: being killed, stopped and resumed, damage, and other runs.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::pretraining::{losses, model};
+use crate::{Place, run};
+
+#[test]
+fn a_resumed_run_ends_where_an_undisturbed_one_does() {
+    let place = Place::new();
+    let model = model(&place);
+    let (whole, halves) = (place.path("whole"), place.path("halves"));
+    let line = "pretrain --data synthetic:50 --out {} --model {} --batch-size 8 --accumulate 2 --steps 12 --checkpoint-every 5";
+    run(line, &[&whole, &model]).succeeded();
+    run(line, &[&halves, &model]).succeeded();
+    // As if the run had been killed behind step 5.
+    fs::remove_dir_all(halves.join("checkpoint-12")).unwrap();
+    fs::remove_dir_all(halves.join("checkpoint-10")).unwrap();
+    run(&format!("{line} --resume"), &[&halves, &model]).succeeded();
+    let weights = |folder: &Path| fs::read(folder.join("checkpoint-12/model.safetensors")).unwrap();
+    assert_eq!(weights(&whole), weights(&halves));
+    assert_eq!(losses(&whole), losses(&halves));
+}
+
+#[test]
+fn the_newest_checkpoints_are_kept() {
+    let place = Place::new();
+    let model = model(&place);
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 8 --checkpoint-every 2 --keep 2 --steps";
+    let kept = |steps: &str, more: &str| {
+        run(&format!("{line} {steps}{more}"), &[&place.path("run"), &model]).succeeded();
+        let mut kept = place.list("run");
+        kept.retain(|name| name.starts_with("checkpoint-"));
+        kept.sort();
+        kept
+    };
+    assert_eq!(kept("7", ""), ["checkpoint-6", "checkpoint-7"]);
+    // What was kept before goes too.
+    assert_eq!(kept("8", " --resume"), ["checkpoint-7", "checkpoint-8"]);
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over_for_an_older_one() {
+    let place = Place::new();
+    let model = model(&place);
+    let (whole, damaged) = (place.path("whole"), place.path("damaged"));
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 8 --steps 6 --checkpoint-every 2";
+    run(line, &[&whole, &model]).succeeded();
+    run(line, &[&damaged, &model]).succeeded();
+    let cut = |path: &Path| {
+        let bytes = fs::read(path).unwrap();
+        fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+    };
+    cut(&damaged.join("checkpoint-6/model.safetensors"));
+    cut(&damaged.join("checkpoint-4/trainer_state.json"));
+    let resumed = run(&format!("{line} --resume"), &[&damaged, &model]).succeeded();
+    for name in ["checkpoint-6 is damaged", "checkpoint-4 is damaged"] {
+        assert!(resumed.err.contains(name), "{}", resumed.err);
+    }
+    let weights = |folder: &Path| fs::read(folder.join("checkpoint-6/model.safetensors")).unwrap();
+    assert_eq!(weights(&whole), weights(&damaged));
+    assert_eq!(losses(&whole), losses(&damaged));
+
+    // Nothing whole is left: what is wrong with the newest is said, and nothing starts over.
+    for step in [2, 4, 6] {
+        cut(&damaged.join(format!("checkpoint-{step}/optimizer.safetensors")));
+    }
+    run(&format!("{line} --resume"), &[&damaged, &model]).failed(1, &["checkpoint-6", "optimizer.safetensors"]);
+    assert_eq!(losses(&whole), losses(&damaged));
+}
+
+/// Killed without warning again and again, during the writing of checkpoints too.
+#[test]
+#[cfg(unix)]
+fn a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been() {
+    let place = Place::new();
+    let model = model(&place);
+    let (whole, killed) = (place.path("whole"), place.path("killed"));
+    let line = "pretrain --data synthetic:50 --out {} --model {} --batch-size 4 --steps 400 --checkpoint-every 1 \
+                --picture-every 1000";
+    let started = std::time::Instant::now();
+    run(line, &[&whole, &model]).succeeded();
+    // Fifty times at most this are three quarters of a run on average, however fast the machine is.
+    let longest = started.elapsed().mul_f64(1.5 / 50.0);
+    let mut random = 0x9e37_79b9_u32;
+    for _ in 0..50 {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vitmae"))
+            .args([
+                "pretrain",
+                "--data",
+                "synthetic:50",
+                "--batch-size",
+                "4",
+                "--steps",
+                "400",
+                "--checkpoint-every",
+                "1",
+            ])
+            .args(["--picture-every", "1000", "--resume", "--out"])
+            .arg(&killed)
+            .arg("--model")
+            .arg(&model)
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        std::thread::sleep(longest.mul_f64(f64::from(random) / f64::from(u32::MAX)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    // It had to go on from somewhere, and there was something left to do.
+    let before = losses(&killed).len();
+    assert!((1..400).contains(&before), "killed behind step {before}");
+    run(&format!("{line} --resume"), &[&killed, &model]).succeeded();
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        let bytes = |folder: &Path| fs::read(folder.join("checkpoint-400").join(file)).unwrap();
+        assert!(bytes(&whole) == bytes(&killed), "{file} differs");
+    }
+    assert_eq!(losses(&whole), losses(&killed));
+    assert!(!place.list("killed").iter().any(|name| name.ends_with(".tmp")), "{:?}", place.list("killed"));
+}
+
+#[test]
+fn ctrl_c_and_its_like_save_a_checkpoint() {
+    for signal in ["-INT", "-TERM", "-HUP"] {
+        let place = Place::new();
+        let out = place.path("run");
+        let child = Command::new(env!("CARGO_BIN_EXE_vitmae"))
+            .args(["pretrain", "--data", "synthetic:500", "--batch-size", "8", "--steps", "100000", "--out"])
+            .arg(&out)
+            .arg("--model")
+            .arg(model(&place))
+            .stderr(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let metrics = out.join("metrics.jsonl");
+        for _ in 0..600 {
+            if fs::read_to_string(&metrics).is_ok_and(|text| text.lines().count() > 3) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let killed = Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        assert!(killed.success());
+        let ran = crate::Ran::from(child.wait_with_output().unwrap()).failed(1, &["as asked", "--resume"]);
+        let steps = losses(&out).len();
+        assert!(steps > 3);
+        let weights = out.join(format!("checkpoint-{steps}/model.safetensors"));
+        assert!(weights.exists(), "{:?}\n{}", place.list("run"), ran.err);
+    }
+}
+
+/// Standard error and output that cannot be written, as a full log disk: the run goes on and leaves its checkpoint.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_log_does_not_end_a_run() {
+    let place = Place::new();
+    let (model, out) = (model(&place), place.path("run"));
+    let full = || fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vitmae"));
+    command.args(["pretrain", "--data", "synthetic:8", "--batch-size", "4", "--steps", "2", "--threads", "1"]);
+    command.arg("--model").arg(&model).arg("--out").arg(&out);
+    let logless = command.stderr(full()).output().unwrap();
+    assert_eq!(logless.status.code(), Some(0));
+    assert!(out.join("checkpoint-2").join("model.safetensors").is_file());
+
+    // A result that cannot be printed is a failure, and no panic.
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vitmae"));
+    command.arg("embed").arg("--from").arg(out.join("checkpoint-2"));
+    command.args(["--data", "synthetic:3", "--out"]).arg(place.path("features.npy"));
+    let silent: crate::Ran = command.stdout(full()).stderr(std::process::Stdio::piped()).output().unwrap().into();
+    silent.failed(1, &["No space left"]);
+    assert!(place.path("features.npy").is_file());
+}
+
+/// Settings that would make it another run are refused by name, and the recipe stays as it was.
+#[test]
+fn a_resumed_run_keeps_its_settings() {
+    let place = Place::new();
+    let (model, out) = (model(&place), place.path("run"));
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 4 --threads 1";
+    run(&format!("{line} --steps 4"), &[&out, &model]).succeeded();
+    let recipe = fs::read_to_string(out.join("recipe.json")).unwrap();
+    for (flag, name) in [
+        ("--mask-ratio 0.5", "mask_ratio"),
+        ("--norm-pix-loss", "norm_pix_loss"),
+        ("--patch-size 4", "patch_size"),
+        ("--blr 0.5", "blr"),
+        ("--weight-decay 0.5", "weight-decay"),
+        ("--clip-grad 0.5", "clip-grad"),
+        ("--seed 7", "seed"),
+    ] {
+        run(&format!("{line} --steps 8 --resume {flag}"), &[&out, &model]).failed(1, &["cannot resume", name]);
+    }
+    run(&format!("{line} --steps 2 --resume"), &[&out, &model]).failed(1, &["has done 4 steps", "ask for more"]);
+    assert_eq!(fs::read_to_string(out.join("recipe.json")).unwrap(), recipe);
+    // Without --model it goes on with the model that it has.
+    run("pretrain --data synthetic:20 --out {} --batch-size 4 --threads 1 --steps 6 --resume", &[&out]).succeeded();
+    assert_eq!(losses(&out).len(), 6);
+}
+
+/// Metrics that lost a line keep the others; without metrics, checkpoints still say that there is a run.
+#[test]
+fn what_a_run_left_is_not_lost() {
+    let place = Place::new();
+    let (model, out) = (model(&place), place.path("run"));
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 4 --threads 1";
+    run(&format!("{line} --steps 4"), &[&out, &model]).succeeded();
+    let metrics = out.join("metrics.jsonl");
+    let text = fs::read_to_string(&metrics).unwrap();
+    fs::write(&metrics, format!("junk\n{text}")).unwrap();
+    run(&format!("{line} --steps 5 --resume"), &[&out, &model]).succeeded();
+    assert_eq!(losses(&out).len(), 5);
+
+    fs::remove_file(&metrics).unwrap();
+    run(&format!("{line} --steps 4"), &[&out, &model]).failed(1, &["already holds a run"]);
+    assert!(out.join("checkpoint-5").join("model.safetensors").is_file());
+
+    // A folder of somebody else's is not taken for an old checkpoint.
+    let other = place.path("other");
+    fs::create_dir_all(other.join("checkpoint-2")).unwrap();
+    fs::write(other.join("checkpoint-2").join("notes.txt"), "mine").unwrap();
+    run(&format!("{line} --steps 2"), &[&other, &model]).failed(1, &["checkpoint-2", "no checkpoint of a run"]);
+    assert_eq!(fs::read_to_string(other.join("checkpoint-2").join("notes.txt")).unwrap(), "mine");
+}
+
+/// A second run on the same folder is refused while the first is at work.
+#[test]
+fn a_folder_has_one_run_at_a_time() {
+    let place = Place::new();
+    let (model, out) = (model(&place), place.path("run"));
+    fs::create_dir_all(&out).unwrap();
+    let lock = fs::File::create(out.join(".lock")).unwrap();
+    lock.lock().unwrap();
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 4 --threads 1 --steps 2";
+    run(line, &[&out, &model]).failed(1, &["another run is writing"]);
+    drop(lock);
+    run(line, &[&out, &model]).succeeded();
+}
+
+/// Without --checkpoint-every there is one on the way, and the last alone is left.
+#[test]
+fn one_checkpoint_is_left_by_default() {
+    let place = Place::new();
+    let (model, out) = (model(&place), place.path("run"));
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 4 --threads 1 --steps 20";
+    let ran = run(&format!("{line} -v"), &[&out, &model]).succeeded();
+    let left: Vec<_> = place.list("run").into_iter().filter(|name| name.starts_with("checkpoint-")).collect();
+    assert_eq!(left, ["checkpoint-20"], "{}", ran.err);
+    // Weights that ran away are not saved on the way.
+    let wild = place.path("wild");
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 4 --threads 1 --steps 40 --blr 1e30 --checkpoint-every 2";
+    run(line, &[&wild, &model]).failed(1, &["not finite"]);
+    let steps: Vec<u64> = fs::read_dir(&wild)
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.strip_prefix("checkpoint-")?.parse().ok())
+        .collect();
+    let text = fs::read_to_string(wild.join("metrics.jsonl")).unwrap();
+    for line in text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()) {
+        let skipped = line["skipped"] == true;
+        assert!(!(skipped && steps.contains(&line["step"].as_u64().unwrap())), "{line}");
+    }
+}
