@@ -609,3 +609,22 @@ fn one_checkpoint_is_left_by_default() {
         assert!(!(skipped && steps.contains(&line["step"].as_u64().unwrap())), "{line}");
     }
 }
+
+/// Crops, masks and losses do not depend on the device.
+#[cfg(feature = "emulator")]
+#[test]
+fn the_emulator_learns_what_the_cpu_learns() {
+    let place = Place::new();
+    let model = model(&place);
+    let train = |name: &str, device: &str| {
+        let out = place.path(name);
+        let line = "pretrain --data synthetic:8 --out {} --model {} --batch-size 4 --steps 2 --seed 5 --threads 1";
+        run(&format!("--device {device} --precision f32 {line}"), &[&out, &model]).succeeded();
+        losses(&out)
+    };
+    let (expected, found) = (train("cpu", "cpu"), train("emulator", "emulator"));
+    assert_eq!((expected.len(), found.len()), (2, 2));
+    for (expected, found) in expected.iter().zip(found) {
+        assert!((found - expected).abs() <= 1e-5 * expected, "{found} instead of {expected}");
+    }
+}
