@@ -20,10 +20,10 @@
 //   weights_average         average [n], f32, in place: average += share (p - average), share = 1 - decay of the average
 //
 // Arithmetic: the sum of squares in f64 (squares of f32 are exact there, and do not overflow), in an order that depends on n
-// and on `aligned` alone; bias corrections in f64 (powers by squaring, as src/ops/adamw.rs does); the update in f32.
+// and on `vectorized` alone; bias corrections in f64 (powers by squaring, as src/ops/adamw.rs does); the update in f32.
 // All outputs are assigned but for parameters, m, v, average and state, which are updated. No aliasing.
 //
-// Preconditions, checked by the launcher (src/cuda/adamw.rs): buffer lengths, decayed <= n; `aligned` is 1 only where all
+// Preconditions, checked by the launcher (src/cuda/adamw.rs): buffer lengths, decayed <= n; `vectorized` is 1 only where all
 // arenas are 16-byte aligned; partial and state are 8-byte, factors 16-byte aligned.
 // Launch: block 256. gradient_norm_partial: grid ceil(n / 8192), at most 1024, 2 KiB of shared memory; gradient_norm_finish:
 // grid 1, 2 KiB; adamw_prepare: grid 1, block 32; updates, masters_to_bf16 and weights_average: grid ceil(n / 2048).
@@ -73,11 +73,11 @@ DEVICE double square(float value) {
 }
 
 KERNEL(256)
-gradient_norm_partial(double* __restrict__ partial, const float* __restrict__ gradient, u64 length, u32 blocks, u32 aligned) {
+gradient_norm_partial(double* __restrict__ partial, const float* __restrict__ gradient, u64 length, u32 blocks, u32 vectorized) {
     // Four loads in flight; each has its own sum.
     constexpr u32 LOADS = 4;
     double sums[LOADS] = {0.0, 0.0, 0.0, 0.0};
-    const u64 vectors = aligned ? length / 4 : 0;
+    const u64 vectors = vectorized ? length / 4 : 0;
     const u64 stride = static_cast<u64>(blocks) * THREADS;
     const u64 thread = static_cast<u64>(block_index()) * THREADS + thread_index();
     u64 vector = thread;
@@ -132,7 +132,7 @@ adamw_prepare(AdamWFactors* __restrict__ factors, AdamWState* __restrict__ state
     if (!is_finite(gradient_norm) || !is_finite(loss_value)) {
         state->skipped += 1;
         state->skipped_in_a_row += 1;
-        factors->step_size = bits_float(0x7fc00000u);
+        factors->step_size = quiet_nan();
         return;
     }
     const u64 updates = state->updates + 1;
@@ -174,9 +174,9 @@ DEVICE void store_working(bf16* working, u64 start, u64 end, const float* master
 // Calls vector(start) for whole aligned vectors of this thread, else element(index). Neighbouring threads take neighbouring
 // vectors, so that every access of a warp is one range of whole sectors.
 template <typename V, typename E>
-DEVICE void for_each_parameter(u64 length, bool aligned, V vector, E element) {
+DEVICE void for_each_parameter(u64 length, bool vectorized, V vector, E element) {
     const u64 block_start = static_cast<u64>(block_index()) * (THREADS * VECTOR * VECTORS);
-    if (aligned && block_start + THREADS * VECTOR * VECTORS <= length) {
+    if (vectorized && block_start + THREADS * VECTOR * VECTORS <= length) {
         UNROLL
         for (u32 i = 0; i < VECTORS; ++i) vector(block_start + (i * THREADS + thread_index()) * VECTOR);
         return;
@@ -187,7 +187,7 @@ DEVICE void for_each_parameter(u64 length, bool aligned, V vector, E element) {
 
 template <typename W>
 DEVICE void adamw_update(float* master, W* working, float* first, float* second, const float* gradient,
-                         const AdamWFactors* prepared, u64 length, u64 decayed, bool aligned) {
+                         const AdamWFactors* prepared, u64 length, u64 decayed, bool vectorized) {
     float values[8];
     Element<float>::unpack(load_16(prepared), values);
     Element<float>::unpack(load_16(reinterpret_cast<const u8*>(prepared) + 16), values + 4);
@@ -218,36 +218,36 @@ DEVICE void adamw_update(float* master, W* working, float* first, float* second,
         second[index] = values[2];
         store_working(working, index, minimum(index + 1, decayed), values);
     };
-    for_each_parameter(length, aligned, vector, element);
+    for_each_parameter(length, vectorized, vector, element);
 }
 
 KERNEL(256)
 adamw_update_f32(float* __restrict__ master, float* __restrict__ first, float* __restrict__ second,
                  const float* __restrict__ gradient, const AdamWFactors* __restrict__ factors, u64 length, u64 decayed,
-                 u32 aligned) {
-    adamw_update<float>(master, nullptr, first, second, gradient, factors, length, decayed, aligned != 0);
+                 u32 vectorized) {
+    adamw_update<float>(master, nullptr, first, second, gradient, factors, length, decayed, vectorized != 0);
 }
 
 KERNEL(256)
 adamw_update_bf16(float* __restrict__ master, bf16* __restrict__ working, float* __restrict__ first,
                   float* __restrict__ second, const float* __restrict__ gradient,
-                  const AdamWFactors* __restrict__ factors, u64 length, u64 decayed, u32 aligned) {
-    adamw_update<bf16>(master, working, first, second, gradient, factors, length, decayed, aligned != 0);
+                  const AdamWFactors* __restrict__ factors, u64 length, u64 decayed, u32 vectorized) {
+    adamw_update<bf16>(master, working, first, second, gradient, factors, length, decayed, vectorized != 0);
 }
 
 KERNEL(256)
-masters_to_bf16(bf16* __restrict__ working, const float* __restrict__ master, u64 length, u32 aligned) {
+masters_to_bf16(bf16* __restrict__ working, const float* __restrict__ master, u64 length, u32 vectorized) {
     const auto vector = [=](u64 start) {
         float values[VECTOR];
         Element<float>::unpack(load_16(master + start), values);
         store_working(working, start, length, values);
     };
     const auto element = [=](u64 index) { Element<bf16>::store(working + index, master[index]); };
-    for_each_parameter(length, aligned != 0, vector, element);
+    for_each_parameter(length, vectorized != 0, vector, element);
 }
 
 KERNEL(256)
-weights_average(float* __restrict__ average, const float* __restrict__ master, float share, u64 length, u32 aligned) {
+weights_average(float* __restrict__ average, const float* __restrict__ master, float share, u64 length, u32 vectorized) {
     const auto vector = [=](u64 start) {
         float averages[VECTOR];
         float masters[VECTOR];
@@ -260,5 +260,5 @@ weights_average(float* __restrict__ average, const float* __restrict__ master, f
     const auto element = [=](u64 index) {
         average[index] = multiply_add_rn(share, master[index] - average[index], average[index]);
     };
-    for_each_parameter(length, aligned != 0, vector, element);
+    for_each_parameter(length, vectorized != 0, vector, element);
 }

@@ -18,7 +18,6 @@ struct AttentionShape {
     float scale;   // 1 / sqrt(D)
 };
 
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
 DEVICE float minus_infinity() { return bits_float(0xff800000u); }
@@ -65,6 +64,12 @@ struct BlockPlace {
         return (static_cast<u64>(sample) * shape.heads + head) * shape.tokens + token;
     }
 };
+
+// Log-sum-exp in units of log2; for tokens that do not exist a value that makes their probabilities 0.
+DEVICE float reference_of(const float* log_sum_exp, u32 token, const BlockPlace& place, const AttentionShape& shape) {
+    if (token >= shape.tokens) return -minus_infinity();
+    return log_sum_exp[place.statistic(token, shape)] * LOG2_E;
+}
 
 DEVICE constexpr u32 tile_stride(u32 width) { return 2 * width + 16; }
 

@@ -9,12 +9,6 @@ struct alignas(8) Pair {
     float x, y;
 };
 
-// Log-sum-exp in units of log2; for tokens that do not exist a value that makes their probabilities 0.
-DEVICE float reference_of(const float* log_sum_exp, u32 token, const BlockPlace& place, const AttentionShape& shape) {
-    if (token >= shape.tokens) return -minus_infinity();
-    return log_sum_exp[place.statistic(token, shape)] * LOG2_E;
-}
-
 // s^T to p^T in place: rows are keys from `first` on, columns queries, whose references lie in shared memory.
 template <u32 M, u32 COUNT>
 DEVICE void probabilities(f32x4 (&s)[M][COUNT], const float* references, u32 first, const AttentionShape& shape) {

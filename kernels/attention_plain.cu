@@ -108,12 +108,6 @@ DEVICE void store_rows(const HeadRows<float>& to, const float (&sums)[2][MAX_SIX
     }
 }
 
-// Log-sum-exp of this thread's query i, in units of log2; what makes probabilities 0 for queries that do not exist.
-DEVICE float reference_of(const float* log_sum_exp, u32 token, const BlockPlace& place, const AttentionShape& shape) {
-    if (token >= shape.tokens) return -minus_infinity();
-    return log_sum_exp[place.statistic(token, shape)] * LOG2_E;
-}
-
 KERNEL(256)
 attention_forward_f32(float* __restrict__ out, float* __restrict__ log_sum_exp, const float* __restrict__ qkv,
                       const AttentionShape shape) {

@@ -13,7 +13,7 @@
 // relative to it (Milakov and Gimelshein, arXiv 1805.02867), and merges the lanes; the second reads the row again, from the
 // caches, and writes the gradient.
 //
-// Preconditions, checked by the launcher (src/cuda/cross_entropy.rs): 1 <= K < 2^31, rows < 2^31, buffer lengths; `vectors`
+// Preconditions, checked by the launcher (src/cuda/cross_entropy.rs): 1 <= K < 2^31, rows < 2^31, buffer lengths; `vectorized`
 // is 1 only where 16-byte vectors divide a row and logits and dlogits are 16-byte aligned.
 // Launch: grid ceil(rows / 4), block 128, no shared memory.
 // Bytes, m = rows * K: 2 m or 4 m read (twice, the second time from the caches) and written. FLOPs: 10 m, and 2 m
@@ -22,13 +22,12 @@
 #include "device.cuh"
 
 constexpr u32 WARPS = 4;
-constexpr float LOG2_E = 1.44269504f;
 
 // `CrossEntropyParameters` in src/cuda/cross_entropy.rs, same layout.
 struct CrossEntropyShape {
     u32 rows;
     u32 classes;
-    u32 vectors;      // whether rows are whole aligned vectors
+    u32 vectorized;   // whether rows are whole aligned vectors
     float hit;        // 1 - smoothing
     float smoothing;
     float spread;     // smoothing / K
@@ -44,8 +43,6 @@ DEVICE void load_logits(const T* address, float* values) {
         Element<T>::unpack(load_16(address), values);
     }
 }
-
-DEVICE float exponential(float x) { return exp2_approximate(x * LOG2_E); }
 
 template <typename T, u32 WIDTH>
 DEVICE void cross_entropy_of_row(float* row_loss, T* dlogits, const T* logits, u32 label, const CrossEntropyShape& shape) {
@@ -107,12 +104,12 @@ DEVICE void cross_entropy(float* row_loss, T* dlogits, const T* logits, const u3
     const u64 start = static_cast<u64>(row) * shape.classes;
     const u32 label = labels[row];
     if (label >= shape.classes) {
-        const float nan = bits_float(0x7fc00000u);
+        const float nan = quiet_nan();
         for (u32 column = lane_index(); column < shape.classes; column += 32) {
             Element<T>::store(dlogits + start + column, nan);
         }
         if (lane_index() == 0) row_loss[row] = nan;
-    } else if (shape.vectors) {
+    } else if (shape.vectorized) {
         cross_entropy_of_row<T, Element<T>::PER_16_BYTES>(row_loss + row, dlogits + start, logits + start, label, shape);
     } else {
         cross_entropy_of_row<T, 1>(row_loss + row, dlogits + start, logits + start, label, shape);

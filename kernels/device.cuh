@@ -7,6 +7,14 @@
 DEVICE u32 minimum(u32 a, u32 b) { return a < b ? a : b; }
 DEVICE u64 minimum(u64 a, u64 b) { return a < b ? a : b; }
 
+// What an id that exists nowhere gives.
+DEVICE float quiet_nan() { return bits_float(0x7fc00000u); }
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// e^x to about 2^-22.
+DEVICE float exponential(float x) { return exp2_approximate(x * LOG2_E); }
+
 DEVICE u32 multiply_high(u32 a, u32 b) { return static_cast<u32>((static_cast<u64>(a) * b) >> 32); }
 
 // Division by a number that is known at launch, in three instructions instead of about twenty (Granlund and Montgomery,

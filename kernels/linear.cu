@@ -40,9 +40,6 @@ constexpr u32 THREADS = 256;
 constexpr u32 PER_THREAD = 2;
 constexpr u32 BLOCK_VECTORS = THREADS * PER_THREAD;
 
-// e^x to about 2^-22.
-DEVICE float exponential(float x) { return exp2_approximate(x * 1.44269504f); }
-
 DEVICE float sigmoid(float x) { return reciprocal_approximate(1.0f + exponential(-x)); }
 
 // x * Phi(x).
@@ -389,20 +386,9 @@ KERNEL(512)
 linear_bias_backward_finish_f32(float* __restrict__ dbias, const float* __restrict__ partial, const u32 parts,
                                 const u32 columns) {
     const u32 column = block_index() * 32 + lane_index();
-    float sum = 0.0f;
-    if (column < columns) {
-        for (u32 part = warp_index(); part < parts; part += FINISH_WARPS) {
-            sum += partial[static_cast<u64>(part) * columns + column];
-        }
-    }
-    float* shared = shared_memory<float>();
-    shared[thread_index()] = sum;
-    block_barrier();
-    if (warp_index() != 0 || column >= columns) return;
-    sum = 0.0f;
-    UNROLL
-    for (u32 warp = 0; warp < FINISH_WARPS; ++warp) sum += shared[warp * 32 + lane_index()];
-    dbias[column] += sum;
+    const bool inside = column < columns;
+    const float sum = sum_of_column<FINISH_WARPS>(shared_memory<float>(), partial + column, inside, parts, columns);
+    if (warp_index() == 0 && inside) dbias[column] += sum;
 }
 
 KERNEL(128)

@@ -321,7 +321,7 @@ DEVICE void loss_forward_backward(float* patch_losses, T* dpredictions, const T*
     const u64 start = static_cast<u64>(row) * shape.length;
     T* dprediction = dpredictions + start;
     if (!exists || mask[sample * shape.patches + id] == 0.0f) {
-        const float nothing = exists ? 0.0f : bits_float(0x7fc00000u);
+        const float nothing = exists ? 0.0f : quiet_nan();
         for (u32 element = lane_index(); element < shape.length; element += 32) {
             Element<T>::store(dprediction + element, nothing);
         }

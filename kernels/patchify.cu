@@ -73,8 +73,6 @@ struct Place {
     }
 };
 
-DEVICE float not_a_patch() { return bits_float(0x7fc00000u); }
-
 // (v / 255 - mean) / deviation of one channel.
 struct Normaliser {
     float mean;
@@ -180,7 +178,7 @@ DEVICE void write_from_lines(T* rows, const Lines<STAGED>& lines, const float* m
         const u8* source = exists ? lines.line(line, shape) + place.q * shape.channels + channel : nullptr;
         UNROLL
         for (u32 k = 0; k < VECTOR; ++k) {
-            values[k] = exists ? normalise(*source) : not_a_patch();
+            values[k] = exists ? normalise(*source) : quiet_nan();
             source += shape.channels;
             if (!within_line && k + 1 < VECTOR && place.advance(shape)) {
                 line = place.row * height + place.p;
@@ -197,7 +195,7 @@ DEVICE void write_from_lines(T* rows, const Lines<STAGED>& lines, const float* m
     for (u32 element = vectors * VECTOR + thread_index(); element < elements; element += block_threads()) {
         const Place place(element, shape);
         const u32 line = place.row * height + place.p;
-        float value = not_a_patch();
+        float value = quiet_nan();
         if (lines.exists(line)) {
             const Normaliser normalise(mean, deviation, place.channel);
             value = normalise(lines.line(line, shape)[place.q * shape.channels + place.channel]);
@@ -268,7 +266,8 @@ DEVICE void patchify_visible_f32(T* rows, const float* pixels, const u32* ids_ke
                 const Place place(vector * VECTOR + k, shape);
                 const float* patch = reinterpret_cast<const float*>(patches[place.row]);
                 const u32 offset = (place.channel * shape.height + place.p) * shape.width + place.q;
-                u32x4 four = {0x7fc00000u, 0x7fc00000u, 0x7fc00000u, 0x7fc00000u};
+                const u32 nan = float_bits(quiet_nan());
+                u32x4 four = {nan, nan, nan, nan};
                 if (patch != nullptr) four = load_16(patch + offset);
                 values[k] = bits_float(four.x);
                 values[k + 1] = bits_float(four.y);
@@ -281,7 +280,7 @@ DEVICE void patchify_visible_f32(T* rows, const float* pixels, const u32* ids_ke
             for (u32 k = 0; k < VECTOR; ++k) {
                 const float* patch = reinterpret_cast<const float*>(patches[place.row]);
                 const u32 offset = (place.channel * shape.height + place.p) * shape.width + place.q;
-                values[k] = patch != nullptr ? patch[offset] : not_a_patch();
+                values[k] = patch != nullptr ? patch[offset] : quiet_nan();
                 if (k + 1 < VECTOR) place.advance(shape);
             }
         }
@@ -291,7 +290,7 @@ DEVICE void patchify_visible_f32(T* rows, const float* pixels, const u32* ids_ke
         const Place place(element, shape);
         const float* patch = reinterpret_cast<const float*>(patches[place.row]);
         const u32 offset = (place.channel * shape.height + place.p) * shape.width + place.q;
-        Element<T>::store(tile_rows + element, patch != nullptr ? patch[offset] : not_a_patch());
+        Element<T>::store(tile_rows + element, patch != nullptr ? patch[offset] : quiet_nan());
     }
 }
 

@@ -170,6 +170,8 @@ DEVICE u32x4 load_matrices_transposed(const void* row) {
     return value;
 }
 
+// Not volatile: its result is all that it does, so a sum that nobody uses may go, and independent products may change places.
+// What the loads do to memory is volatile above. The whole warp uses each sum, in loops that add to it, before a condition does.
 DEVICE f32x4 multiply_matrices(const u32x4& a, u32 b_0, u32 b_1, f32x4 sum) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"

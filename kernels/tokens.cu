@@ -28,7 +28,7 @@
 // shared memory first, so that everything is written once.
 //
 // Preconditions, checked by the launcher (src/cuda/tokens.rs): B * (1 + max(L, n)) < 2^31, D >= 1, n <= L in unshuffle, the
-// accesses to all tokens < 2^31, buffer lengths; for `vectorised` D a multiple of the vector and all pointers but those of ids,
+// accesses to all tokens < 2^31, buffer lengths; for `vectorized` D a multiple of the vector and all pointers but those of ids,
 // partials, dclass_token and dmask_token of 16 bytes.
 // Launch: block 256. Grid: ceil(accesses / 256) of the output, for unshuffle forward of a quarter of the samples (rounded up);
 // assemble backward ceil(D / 32) more; unshuffle backward tiles * slabs; gather backward B * ceil((1 + L) / 32); mask_token
@@ -53,7 +53,7 @@ struct TokensShape {
     u32 patches;          // L
     u32 selected;         // n
     u32 width;            // D
-    u32 vectorised;       // 1: 16 bytes per access, 0: one element
+    u32 vectorized;       // 1: 16 bytes per access, 0: one element
     u32 items;            // accesses that threads or, in unshuffle backward, slabs share
     Divider accesses;     // of a token: D / WIDTH
     Divider tokens;       // of a sample, as the kernel walks it
@@ -90,8 +90,6 @@ DEVICE void add(float* sum, const float* values) {
     for (u32 k = 0; k < WIDTH; ++k) sum[k] += values[k];
 }
 
-DEVICE float not_a_patch() { return bits_float(0x7fc00000u); }
-
 // Where a thread of a copying kernel works: an access, a token of a sample.
 struct Place {
     u32 column;
@@ -122,7 +120,7 @@ DEVICE void assemble_forward(T* x, const T* patches, const float* class_token, c
     } else {
         const u32 patch = sample * shape.selected + token - 1;
         const u32 id = ids_keep[patch];
-        if (id >= shape.patches) return store_constant<WIDTH>(to, not_a_patch());
+        if (id >= shape.patches) return store_constant<WIDTH>(to, quiet_nan());
         place = 1 + id;
         load_elements<WIDTH>(token_of(patches, patch, shape) + column, values);
     }
@@ -238,7 +236,7 @@ DEVICE void gather_forward(T* y, const T* x, const u32* ids, const TokensShape& 
     const u32 row = sample * shape.selected + token;
     const u32 id = ids[row];
     T* to = token_of(y, row, shape) + column;
-    if (id >= shape.patches) return store_constant<WIDTH>(to, not_a_patch());
+    if (id >= shape.patches) return store_constant<WIDTH>(to, quiet_nan());
     copy_elements<WIDTH>(to, token_of(x, sample * (1 + shape.patches) + 1 + id, shape) + column);
 }
 
@@ -277,7 +275,7 @@ DEVICE void gather_backward(T* dx, const T* dy, const u32* ids, const TokensShap
 KERNEL(256)
 tokens_assemble_forward_f32(float* __restrict__ x, const float* __restrict__ patches, const float* __restrict__ class_token,
                             const float* __restrict__ positions, const u32* __restrict__ ids_keep, const TokensShape shape) {
-    if (shape.vectorised) return assemble_forward<4>(x, patches, class_token, positions, ids_keep, shape);
+    if (shape.vectorized) return assemble_forward<4>(x, patches, class_token, positions, ids_keep, shape);
     assemble_forward<1>(x, patches, class_token, positions, ids_keep, shape);
 }
 
@@ -285,21 +283,21 @@ KERNEL(256)
 tokens_assemble_forward_bf16(bf16* __restrict__ x, const bf16* __restrict__ patches, const float* __restrict__ class_token,
                              const float* __restrict__ positions, const u32* __restrict__ ids_keep,
                              const TokensShape shape) {
-    if (shape.vectorised) return assemble_forward<8>(x, patches, class_token, positions, ids_keep, shape);
+    if (shape.vectorized) return assemble_forward<8>(x, patches, class_token, positions, ids_keep, shape);
     assemble_forward<1>(x, patches, class_token, positions, ids_keep, shape);
 }
 
 KERNEL(256)
 tokens_assemble_backward_f32(float* __restrict__ dpatches, float* __restrict__ dclass_token, const float* __restrict__ dx,
                              const TokensShape shape) {
-    if (shape.vectorised) return assemble_backward<4>(dpatches, dclass_token, dx, shape);
+    if (shape.vectorized) return assemble_backward<4>(dpatches, dclass_token, dx, shape);
     assemble_backward<1>(dpatches, dclass_token, dx, shape);
 }
 
 KERNEL(256)
 tokens_assemble_backward_bf16(bf16* __restrict__ dpatches, float* __restrict__ dclass_token, const bf16* __restrict__ dx,
                               const TokensShape shape) {
-    if (shape.vectorised) return assemble_backward<8>(dpatches, dclass_token, dx, shape);
+    if (shape.vectorized) return assemble_backward<8>(dpatches, dclass_token, dx, shape);
     assemble_backward<1>(dpatches, dclass_token, dx, shape);
 }
 
@@ -307,7 +305,7 @@ KERNEL(256)
 tokens_unshuffle_forward_f32(float* __restrict__ y, const float* __restrict__ x, const float* __restrict__ mask_token,
                              const float* __restrict__ positions, const u32* __restrict__ ids_restore,
                              const TokensShape shape) {
-    if (shape.vectorised) return unshuffle_forward<4>(y, x, mask_token, positions, ids_restore, shape);
+    if (shape.vectorized) return unshuffle_forward<4>(y, x, mask_token, positions, ids_restore, shape);
     unshuffle_forward<1>(y, x, mask_token, positions, ids_restore, shape);
 }
 
@@ -315,49 +313,49 @@ KERNEL(256)
 tokens_unshuffle_forward_bf16(bf16* __restrict__ y, const bf16* __restrict__ x, const float* __restrict__ mask_token,
                               const float* __restrict__ positions, const u32* __restrict__ ids_restore,
                               const TokensShape shape) {
-    if (shape.vectorised) return unshuffle_forward<8>(y, x, mask_token, positions, ids_restore, shape);
+    if (shape.vectorized) return unshuffle_forward<8>(y, x, mask_token, positions, ids_restore, shape);
     unshuffle_forward<1>(y, x, mask_token, positions, ids_restore, shape);
 }
 
 KERNEL(256)
 tokens_unshuffle_backward_f32(float* __restrict__ dx, float* __restrict__ partials, const float* __restrict__ dy,
                               const u32* __restrict__ ids_restore, const TokensShape shape) {
-    if (shape.vectorised) return unshuffle_backward<4>(dx, partials, dy, ids_restore, shape);
+    if (shape.vectorized) return unshuffle_backward<4>(dx, partials, dy, ids_restore, shape);
     unshuffle_backward<1>(dx, partials, dy, ids_restore, shape);
 }
 
 KERNEL(256)
 tokens_unshuffle_backward_bf16(bf16* __restrict__ dx, float* __restrict__ partials, const bf16* __restrict__ dy,
                                const u32* __restrict__ ids_restore, const TokensShape shape) {
-    if (shape.vectorised) return unshuffle_backward<8>(dx, partials, dy, ids_restore, shape);
+    if (shape.vectorized) return unshuffle_backward<8>(dx, partials, dy, ids_restore, shape);
     unshuffle_backward<1>(dx, partials, dy, ids_restore, shape);
 }
 
 KERNEL(256)
 tokens_gather_forward_f32(float* __restrict__ y, const float* __restrict__ x, const u32* __restrict__ ids,
                           const TokensShape shape) {
-    if (shape.vectorised) return gather_forward<4>(y, x, ids, shape);
+    if (shape.vectorized) return gather_forward<4>(y, x, ids, shape);
     gather_forward<1>(y, x, ids, shape);
 }
 
 KERNEL(256)
 tokens_gather_forward_bf16(bf16* __restrict__ y, const bf16* __restrict__ x, const u32* __restrict__ ids,
                            const TokensShape shape) {
-    if (shape.vectorised) return gather_forward<8>(y, x, ids, shape);
+    if (shape.vectorized) return gather_forward<8>(y, x, ids, shape);
     gather_forward<1>(y, x, ids, shape);
 }
 
 KERNEL(256)
 tokens_gather_backward_f32(float* __restrict__ dx, const float* __restrict__ dy, const u32* __restrict__ ids,
                            const TokensShape shape) {
-    if (shape.vectorised) return gather_backward<4>(dx, dy, ids, shape);
+    if (shape.vectorized) return gather_backward<4>(dx, dy, ids, shape);
     gather_backward<1>(dx, dy, ids, shape);
 }
 
 KERNEL(256)
 tokens_gather_backward_bf16(bf16* __restrict__ dx, const bf16* __restrict__ dy, const u32* __restrict__ ids,
                             const TokensShape shape) {
-    if (shape.vectorised) return gather_backward<8>(dx, dy, ids, shape);
+    if (shape.vectorized) return gather_backward<8>(dx, dy, ids, shape);
     gather_backward<1>(dx, dy, ids, shape);
 }
 

@@ -1,7 +1,7 @@
 //! LayerNorm: a block of rows at a time, each row in cache from its first read to its write.
 
 use crate::Result;
-use crate::cpu::math::{sum_over, vectorized};
+use crate::cpu::math::{add, sum_over, vectorized};
 use crate::cpu::parallel::{self, Shared};
 use crate::cpu::{Cpu, CpuBuffer, Float, check, scratch};
 use crate::ops::{LayerNorm, LayerNormShape, Write};
@@ -138,14 +138,6 @@ vectorized! {
         for ((dx, &g), &x) in dx.iter_mut().zip(&*room).zip(x) {
             let gradient = rstd * (g - mean_g - (x - mean) * rstd * mean_gn);
             *dx = if accumulate { *dx + gradient } else { gradient };
-        }
-    }
-}
-
-vectorized! {
-    fn add<'a, F: Float>(sums: &'a mut [F], values: &'a [F]) {
-        for (sum, &value) in sums.iter_mut().zip(values) {
-            *sum += value;
         }
     }
 }

@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::cpu::activation::{activate, multiply_by_slope};
 use crate::cpu::gemm::{self, Matrix, Range, Sizes};
-use crate::cpu::math::vectorized;
+use crate::cpu::math::{add, vectorized};
 use crate::cpu::parallel::{self, Shared};
 use crate::cpu::{Cpu, CpuBuffer, Float, check};
 use crate::ops::{Activation, Linear, LinearShape, Write};
@@ -238,14 +238,6 @@ fn backward_input<F: Float>(
     };
     // SAFETY: the three slices have the sizes of the shape.
     unsafe { gemm::multiply(sizes, write, &dx, left, right, finish) }
-}
-
-vectorized! {
-    fn add<'a, F: Float>(sums: &'a mut [F], values: &'a [F]) {
-        for (sum, &value) in sums.iter_mut().zip(values) {
-            *sum += value;
-        }
-    }
 }
 
 vectorized! {

@@ -14,12 +14,12 @@ macro_rules! vectorized {
     (@output $output:ty) => { $output };
     (
         $(#[$meta:meta])*
-        fn $name:ident<$life:lifetime, $float:ident: Float $(, $generic:ident: $bound:path)*>($($argument:ident: $type:ty),* $(,)?)
+        $visibility:vis fn $name:ident<$life:lifetime, $float:ident: Float $(, $generic:ident: $bound:path)*>($($argument:ident: $type:ty),* $(,)?)
         $(-> $output:ty)? $body:block
     ) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments, reason = "a row of everything")]
-        fn $name<$life, $float: Float $(, $generic: $bound)*>($($argument: $type),*) $(-> $output)? {
+        $visibility fn $name<$life, $float: Float $(, $generic: $bound)*>($($argument: $type),*) $(-> $output)? {
             struct Job<$life, $float: Float $(, $generic: $bound)*>(
                 $($type,)* std::marker::PhantomData<(&$life (), $float, $($generic),*)>
             );
@@ -38,6 +38,15 @@ macro_rules! vectorized {
 }
 
 pub(super) use vectorized;
+
+vectorized! {
+    /// `sums += values`.
+    pub(super) fn add<'a, F: Float>(sums: &'a mut [F], values: &'a [F]) {
+        for (sum, &value) in sums.iter_mut().zip(values) {
+            *sum += value;
+        }
+    }
+}
 
 /// The sum of `term(x[i], y[i])` over all of `x`, in an order that depends on the length alone. `y` is at least as long.
 #[inline(always)]

@@ -1,7 +1,7 @@
 //! Sequences of tokens: copies of rows with something added.
 
 use crate::Result;
-use crate::cpu::math::vectorized;
+use crate::cpu::math::{add, vectorized};
 use crate::cpu::parallel::{self, Shared};
 use crate::cpu::{Cpu, CpuBuffer, Float, check, scratch};
 use crate::ops::{Tokens, TokensShape};
@@ -28,11 +28,11 @@ impl<F: Float> Tokens for Cpu<F> {
         let ids_keep = check::input(op, "ids_keep", ids_keep, &[batch, selected])?;
         check::ids(op, "ids_keep", ids_keep, shape.patches)?;
         rows(x, width, |row, x| match (row / short, row % short) {
-            (_, 0) => add(x, class_token, &positions[..width]),
+            (_, 0) => add_two(x, class_token, &positions[..width]),
             (sample, token) => {
                 let patch = sample * selected + token - 1;
                 let position = &positions[(1 + ids_keep[patch] as usize) * width..];
-                add(x, &patches[patch * width..], position);
+                add_two(x, &patches[patch * width..], position);
             }
         });
         Ok(())
@@ -55,7 +55,7 @@ impl<F: Float> Tokens for Cpu<F> {
             dpatch.copy_from_slice(&dx[token * width..][..width]);
         });
         for sample in 0..batch {
-            accumulate(&mut *dclass_token, &dx[sample * short * width..]);
+            add(&mut *dclass_token, &dx[sample * short * width..]);
         }
         Ok(())
     }
@@ -83,7 +83,7 @@ impl<F: Float> Tokens for Cpu<F> {
                 _ => visible(ids_restore[sample * shape.patches + token - 1], selected),
             };
             let source = source.map_or(mask_token, |token| &x[(sample * short + token) * width..]);
-            add(y, source, &positions[token * width..]);
+            add_two(y, source, &positions[token * width..]);
         });
         Ok(())
     }
@@ -120,12 +120,12 @@ impl<F: Float> Tokens for Cpu<F> {
                     let dy = &dy[(1 + patch) * width..][..width];
                     match visible(rank, selected) {
                         Some(token) => dx[token * width..][..width].copy_from_slice(dy),
-                        None => accumulate(&mut *sum, dy),
+                        None => add(&mut *sum, dy),
                     }
                 }
             });
             for sample in 0..batch {
-                accumulate(&mut *dmask_token, &sums[sample * width..]);
+                add(&mut *dmask_token, &sums[sample * width..]);
             }
         })
     }
@@ -215,17 +215,9 @@ fn rows<F: Float>(out: &mut [F], width: usize, work: impl Fn(usize, &mut [F]) + 
 }
 
 vectorized! {
-    fn add<'a, F: Float>(sum: &'a mut [F], first: &'a [F], second: &'a [F]) {
+    fn add_two<'a, F: Float>(sum: &'a mut [F], first: &'a [F], second: &'a [F]) {
         for ((sum, &first), &second) in sum.iter_mut().zip(first).zip(second) {
             *sum = first + second;
-        }
-    }
-}
-
-vectorized! {
-    fn accumulate<'a, F: Float>(sums: &'a mut [F], values: &'a [F]) {
-        for (sum, &value) in sums.iter_mut().zip(values) {
-            *sum += value;
         }
     }
 }

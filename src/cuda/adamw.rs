@@ -62,14 +62,14 @@ pub fn gradient_norm(
     exactly(OP, "length of norm", norm.len() as u64, 1)?;
     exactly(OP, "length of partials", partials.len() as u64, 2 * u64::from(count))?;
     exactly(OP, "alignment of partials in bytes", if partials.is_aligned_16() { 16 } else { 4 }, 16)?;
-    let aligned = u32::from(gradient.is_aligned_16());
+    let vectorized = u32::from(gradient.is_aligned_16());
     let grid = Grid { blocks: count, threads: THREADS, shared_bytes: 8 * THREADS };
     let arguments = [
         partials.argument(),
         gradient.argument(),
         Argument::value(&length),
         Argument::value(&count),
-        Argument::value(&aligned),
+        Argument::value(&vectorized),
     ];
     // SAFETY: gradient_norm_partial(double*, const float*, u64, u32, u32); lengths and alignment were checked.
     unsafe { stream.launch(NORM_PARTIAL, grid, &arguments)? };
@@ -160,7 +160,7 @@ pub fn adamw_step(
     unsafe { stream.launch(PREPARE, grid, &arguments)? };
 
     let working_aligned = working.as_ref().is_none_or(SliceMut::is_aligned_16);
-    let aligned = u32::from(
+    let vectorized = u32::from(
         working_aligned
             && gradient.is_aligned_16()
             && [&*master, first_moment, second_moment].into_iter().all(SliceMut::is_aligned_16),
@@ -174,18 +174,18 @@ pub fn adamw_step(
         factors.argument(),
         Argument::value(&length),
         Argument::value(&decayed),
-        Argument::value(&aligned),
+        Argument::value(&vectorized),
     ];
-    let [first, second, gradient, factors, length, decayed, aligned] = rest;
+    let [first, second, gradient, factors, length, decayed, vectorized] = rest;
     match working {
         None => {
-            let arguments = [master, first, second, gradient, factors, length, decayed, aligned];
+            let arguments = [master, first, second, gradient, factors, length, decayed, vectorized];
             // SAFETY: adamw_update_f32(float*, float*, float*, const float*, const AdamWFactors*, u64, u64, u32); as above.
             unsafe { stream.launch(UPDATE_F32, grid, &arguments) }
         }
         Some(working) => {
             let working = working.argument();
-            let arguments = [master, working, first, second, gradient, factors, length, decayed, aligned];
+            let arguments = [master, working, first, second, gradient, factors, length, decayed, vectorized];
             // SAFETY: adamw_update_bf16(float*, bf16*, float*, float*, const float*, const AdamWFactors*, u64, u64, u32); as
             // above.
             unsafe { stream.launch(UPDATE_BF16, grid, &arguments) }
@@ -200,9 +200,9 @@ pub fn masters_to_bf16(stream: &Stream, working: &mut SliceMut<'_, bf16>, master
     const OP: &str = "masters_to_bf16";
     let length = working.len() as u64;
     exactly(OP, "length of master", master.len() as u64, length)?;
-    let aligned = u32::from(working.is_aligned_16() && master.is_aligned_16());
+    let vectorized = u32::from(working.is_aligned_16() && master.is_aligned_16());
     let grid = tiles(OP, length)?;
-    let arguments = [working.argument(), master.argument(), Argument::value(&length), Argument::value(&aligned)];
+    let arguments = [working.argument(), master.argument(), Argument::value(&length), Argument::value(&vectorized)];
     // SAFETY: masters_to_bf16(bf16*, const float*, u64, u32); lengths were checked.
     unsafe { stream.launch(ROUND, grid, &arguments) }
 }
@@ -220,14 +220,14 @@ pub fn weights_average(
     let length = average.len() as u64;
     exactly(OP, "length of master", master.len() as u64, length)?;
     let share = (1.0 - decay) as f32;
-    let aligned = u32::from(average.is_aligned_16() && master.is_aligned_16());
+    let vectorized = u32::from(average.is_aligned_16() && master.is_aligned_16());
     let grid = tiles(OP, length)?;
     let arguments = [
         average.argument(),
         master.argument(),
         Argument::value(&share),
         Argument::value(&length),
-        Argument::value(&aligned),
+        Argument::value(&vectorized),
     ];
     // SAFETY: weights_average(float*, const float*, float, u64, u32); lengths were checked.
     unsafe { stream.launch(AVERAGE, grid, &arguments) }

@@ -159,6 +159,9 @@ fn forward_resident(shape: AttentionShape) -> Option<Launch> {
     Some(Launch { kernel, tiles: 1, warps, shared_bytes: (rows * row_bytes(width)) as u64 })
 }
 
+/// Queries of a step of the resident backward kernels.
+const QUERIES: usize = 32;
+
 fn backward_resident(shape: AttentionShape) -> Option<Launch> {
     // The most warps are those of the kernel's registers.
     let (kernel, width, most) = match shape.head_dim {
@@ -170,7 +173,8 @@ fn backward_resident(shape: AttentionShape) -> Option<Launch> {
     if warps > most {
         return None;
     }
-    let shared_bytes = 32 * warps * (4 * row_bytes(width) + 84) + 128 * warps;
+    // For each token a row of four tiles, its scores of a step and a reference; for each warp and query a partial delta.
+    let shared_bytes = 32 * warps * (4 * row_bytes(width) + row_bytes(QUERIES) + 4) + 4 * QUERIES * warps;
     Some(Launch { kernel, tiles: 1, warps, shared_bytes: shared_bytes as u64 })
 }
 

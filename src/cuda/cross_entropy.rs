@@ -54,7 +54,7 @@ pub struct CrossEntropyOutput<'a, T> {
 struct CrossEntropyParameters {
     rows: u32,
     classes: u32,
-    vectors: u32,
+    vectorized: u32,
     hit: f32,
     smoothing: f32,
     spread: f32,
@@ -87,7 +87,7 @@ pub fn cross_entropy_forward_backward<T: LogitElement>(
     let parameters = CrossEntropyParameters {
         rows: rows as u32,
         classes: classes as u32,
-        vectors: (whole && logits.is_aligned_16() && dlogits.is_aligned_16()).into(),
+        vectorized: (whole && logits.is_aligned_16() && dlogits.is_aligned_16()).into(),
         hit: (1.0 - smoothing) as f32,
         smoothing: smoothing as f32,
         spread: (smoothing / classes as f64) as f32,

@@ -78,6 +78,28 @@ fn the_emulator_gives_what_the_cpu_gives() {
     }
 }
 
+#[cfg(feature = "emulator")]
+#[test]
+fn the_emulator_runs_info_embed_and_reconstruct() {
+    let place = Place::new();
+    let (checkpoint, pictures) = (place.checkpoint(), place.pictures(2));
+    run("--device emulator info {}", &[&checkpoint]).succeeded();
+    let embed = |device: &str| {
+        let out = place.path("features.safetensors");
+        run(&format!("{device} embed --from {{}} --data {{}} --out {{}}"), &[&checkpoint, &pictures, &out]).succeeded();
+        tensor(&out, "features")
+    };
+    let (expected, found) = (embed("--device cpu"), embed("--device emulator --precision f32"));
+    assert_eq!(found.0, expected.0);
+    for (found, expected) in found.1.iter().zip(&expected.1) {
+        assert!((found - expected).abs() < 1e-4, "{found} instead of {expected}");
+    }
+    let grid = place.path("grid.png");
+    run("--device emulator reconstruct --from {} {} --out {}", &[&checkpoint, &pictures.join("picture 00.png"), &grid])
+        .succeeded();
+    assert!(image::open(&grid).unwrap().width() > 4 * 160);
+}
+
 #[test]
 fn every_trained_parameter_gets_a_gradient() {
     let place = Place::new();

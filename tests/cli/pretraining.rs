@@ -348,3 +348,22 @@ fn neither_micro_batches_nor_accumulation_change_what_is_learned() {
         }
     }
 }
+
+/// Crops, masks and losses do not depend on the device.
+#[cfg(feature = "emulator")]
+#[test]
+fn the_emulator_learns_what_the_cpu_learns() {
+    let place = Place::new();
+    let model = model(&place);
+    let train = |name: &str, device: &str| {
+        let out = place.path(name);
+        let line = "pretrain --data synthetic:8 --out {} --model {} --batch-size 4 --steps 2 --seed 5 --threads 1";
+        run(&format!("--device {device} --precision f32 {line}"), &[&out, &model]).succeeded();
+        losses(&out)
+    };
+    let (expected, found) = (train("cpu", "cpu"), train("emulator", "emulator"));
+    assert_eq!((expected.len(), found.len()), (2, 2));
+    for (expected, found) in expected.iter().zip(found) {
+        assert!((found - expected).abs() <= 1e-5 * expected, "{found} instead of {expected}");
+    }
+}
