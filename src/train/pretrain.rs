@@ -9,8 +9,7 @@
 //! OUT/reconstruction-STEP.png   the same few pictures each time
 //! ```
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use crate::data::{
@@ -18,64 +17,19 @@ use crate::data::{
 };
 use crate::distributed::Processes;
 use crate::files::write_json;
-use crate::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking, Purpose, WorkspaceShape};
+use crate::model::{ImageValues, Images, MaeForPreTraining, Masking};
 use crate::ops::{Backend, MaskingShape, RandomMask};
-use crate::picture::{Curve, reconstruction_grid};
-use crate::train::checkpoint::{self, TrainerState};
+use crate::train::checkpoint;
 use crate::train::folder;
 use crate::train::metrics::{Metrics, MetricsFile};
+use crate::train::outputs::{Files, shown_pictures};
+use crate::train::report::{Event, PretrainReport, first_and_last};
 use crate::train::settings::{PretrainSettings, Recipe, Resolved, RunLength};
 use crate::train::starvation::Starvation;
 use crate::train::tensorboard::EventFile;
 use crate::train::validation::Validation;
 use crate::train::{Schedule, Trainer};
 use crate::{Error, Result};
-
-/// What a run tells whoever watches it.
-#[derive(Debug)]
-pub enum Event<'a> {
-    /// The run begins (or goes on) at a step.
-    Started {
-        /// Steps of the whole run.
-        total_steps: u64,
-        /// Steps done before.
-        done: u64,
-        /// Pictures in the set.
-        pictures: usize,
-        /// Trained parameters.
-        parameters: usize,
-    },
-    /// A step is done.
-    Step(&'a Metrics),
-    /// A file or folder was written.
-    Wrote(&'a Path),
-}
-
-/// How a run ended.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PretrainReport {
-    /// Steps done in all.
-    pub steps: u64,
-    /// Whether it was asked to stop before its end.
-    pub interrupted: bool,
-    /// The last checkpoint.
-    pub checkpoint: PathBuf,
-    /// The last reconstruction picture.
-    pub picture: Option<PathBuf>,
-    /// The loss curve.
-    pub curve: PathBuf,
-    /// The mean loss of the first and of the last tenth of the steps.
-    pub loss: Option<(f64, f64)>,
-    /// Pictures that could not be decoded.
-    pub skipped_pictures: usize,
-    /// Steps that were skipped because they were not finite.
-    pub skipped_steps: u64,
-    /// The kept checkpoint with the lowest validation loss, and that loss.
-    pub best: Option<(f64, PathBuf)>,
-}
-
-/// Pictures in a reconstruction grid.
-const SHOWN: usize = 6;
 
 /// Trains until the end of the run, or until `watch` answers `false`.
 ///
@@ -105,40 +59,32 @@ pub fn pretrain_together<B: Backend>(
 }
 
 /// A run under way.
-struct Run<'s, B: Backend> {
-    settings: &'s PretrainSettings,
-    trainer: Trainer<B>,
-    loader: Loader,
+pub(super) struct Run<'s, B: Backend> {
+    pub settings: &'s PretrainSettings,
+    pub trainer: Trainer<B>,
+    pub loader: Loader,
     /// The batch that was prefetched.
-    upcoming: Option<Batch>,
-    processor: ImageProcessor,
+    pub upcoming: Option<Batch>,
+    pub processor: ImageProcessor,
     /// Mean and deviation per channel.
-    normalization: (Vec<f32>, Vec<f32>),
+    pub normalization: (Vec<f32>, Vec<f32>),
     /// The pictures of the reconstruction grid, `[SHOWN, H, W, C]`.
-    shown: Vec<u8>,
-    schedule: Schedule,
-    steps_per_epoch: f64,
+    pub shown: Vec<u8>,
+    pub schedule: Schedule,
+    pub steps_per_epoch: f64,
     /// Operations of the reference implementation in a training step.
-    flops_per_image: f64,
-    validation: Option<Validation>,
+    pub flops_per_image: f64,
+    pub validation: Option<Validation>,
     /// The validation loss of the last step that has one.
-    last_validation: Option<f64>,
-    starvation: Starvation,
-    processes: Processes,
+    pub last_validation: Option<f64>,
+    pub starvation: Starvation,
+    pub processes: Processes,
     /// Process 0 has these.
-    files: Option<Files>,
-    history: Vec<Metrics>,
-    done: u64,
-    picture: Option<PathBuf>,
-    saved: Option<(u64, PathBuf)>,
-}
-
-/// What a run writes to all the time.
-struct Files {
-    metrics: MetricsFile,
-    events: EventFile,
-    /// Held as long as the run: no other writes to its folder.
-    _lock: folder::FolderLock,
+    pub files: Option<Files>,
+    pub history: Vec<Metrics>,
+    pub done: u64,
+    pub picture: Option<PathBuf>,
+    pub saved: Option<(u64, PathBuf)>,
 }
 
 /// More pictures in a step than this are a slip of the keyboard: no run would come to its first update.
@@ -477,106 +423,6 @@ impl<'s, B: Backend> Run<'s, B> {
         self.upcoming = Some(batch);
         Ok(())
     }
-
-    /// Writes `reconstruction-STEP.png`.
-    fn draw(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
-        let Some(files) = &mut self.files else { return Ok(()) };
-        let model = self.trainer.model();
-        let config = model.config();
-        let image = config.image();
-        let (mean, deviation) = self.processor.normalization();
-        let batch = self.shown.len() / image.length();
-        let images = Images {
-            batch,
-            channels: image.channels,
-            height: image.height,
-            width: image.width,
-            values: ImageValues::Bytes { values: &self.shown, mean: &mean, deviation: &deviation },
-        };
-        let masking = Masking::random(config.mask_ratio, self.settings.seed);
-        let keep = MaskingShape::new(batch, image.patches(), config.mask_ratio)?.keep;
-        let mut workspace = model.workspace(WorkspaceShape {
-            batch,
-            image,
-            keep,
-            purpose: Purpose::Predict,
-            interpolation: None,
-            recompute: false,
-        })?;
-        let result = model.reconstruct_in(&mut workspace, &images, &masking, Extras::default())?;
-        let labels: Vec<String> = (1..=batch).map(|index| format!("picture {index}")).collect();
-        let mut grid = reconstruction_grid(config, image, &images, &result, (&mean, &deviation), &labels)?;
-        grid.footer(&format!("Step {}, loss {:.4} on these pictures.", self.done, result.loss));
-        let path = self.settings.out.join(format!("reconstruction-{}.png", self.done));
-        grid.save(&path)?;
-        let png = fs::read(&path).map_err(|error| Error::io("reading", &path, error))?;
-        files.events.picture(self.done, "reconstruction", &png)?;
-        watch(Event::Wrote(&path));
-        self.picture = Some(path);
-        self.draw_curve(watch)
-    }
-
-    fn draw_curve(&self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
-        if self.history.is_empty() || self.files.is_none() {
-            return Ok(());
-        }
-        let points: Vec<(u64, f64)> =
-            self.history.iter().map(|metrics| (metrics.step, metrics.loss.unwrap_or(f64::NAN))).collect();
-        let path = self.settings.out.join("loss.svg");
-        Curve::new("Training loss", "mean squared error of hidden patches", &points).save(&path)?;
-        watch(Event::Wrote(&path));
-        Ok(())
-    }
-
-    /// Writes `checkpoint-STEP/`, whole or not at all.
-    fn save(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
-        if self.files.is_none() {
-            self.saved = Some((self.done, self.settings.out.join(checkpoint::folder_name(self.done))));
-            return Ok(());
-        }
-        let mut state = TrainerState::new(self.done, self.settings, self.loader.source().fingerprint());
-        state.validation_loss = self.last_validation;
-        let folder = checkpoint::save(&self.settings.out, &self.trainer, &self.processor, &state)?;
-        watch(Event::Wrote(&folder));
-        self.saved = Some((self.done, folder));
-        let usual = if self.settings.checkpoint_every.is_none() { Some(1) } else { None };
-        match self.settings.keep_checkpoints.or(usual) {
-            Some(keep) => checkpoint::remove_older(&self.settings.out, self.done, keep.max(1)),
-            None => Ok(()),
-        }
-    }
-
-    /// Saves what was trained since the last checkpoint, where the disk or the pictures failed and not the training.
-    fn rescue(&mut self, error: Error, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Error {
-        let fine = matches!(
-            error,
-            Error::Io { .. } | Error::Data { .. } | Error::Picture { .. } | Error::Peer { .. } | Error::Distributed(_)
-        );
-        let saved = self.saved.as_ref().is_some_and(|(step, _)| *step == self.done);
-        if fine
-            && !saved
-            && self.done > 0
-            && let Err(second) = self.save(watch)
-        {
-            tracing::warn!("step {} could not be saved either: {second}", self.done);
-        }
-        self.explain(error)
-    }
-
-    /// Adds to an error where the last whole checkpoint is.
-    fn explain(&self, error: Error) -> Error {
-        if self.files.is_none() {
-            return error;
-        }
-        let problem = match error {
-            Error::Training(problem) => problem,
-            other => other.to_string(),
-        };
-        Error::Training(match &self.saved {
-            Some((step, folder)) => format!("{problem}; the checkpoint of step {step} is whole: {}", folder.display()),
-            None => format!("{problem}; no checkpoint had been written yet"),
-        })
-    }
 }
 
 /// A batch as the trainer takes it.
@@ -591,35 +437,4 @@ fn training_input<'a>(
     let random = RandomMask { seed, epoch: batch.epoch };
     let masking = Masking::Random { ratio, random, samples: Some(&batch.samples), first: 0 };
     (Images { batch: batch.len(), channels, height, width, values }, masking)
-}
-
-/// The first pictures of a source that can be decoded, as the model sees them at inference.
-fn shown_pictures(source: &Source, processor: &ImageProcessor) -> Result<Vec<u8>> {
-    let mut pixels = Vec::new();
-    let mut found = 0;
-    let mut problem = None;
-    for index in 0..source.len().min(10 * SHOWN) {
-        if found == SHOWN {
-            break;
-        }
-        match source.read(index).and_then(|picture| processor.process(&picture)) {
-            Ok(picture) => {
-                pixels.extend_from_slice(&picture.pixels);
-                found += 1;
-            }
-            Err(error) => problem = Some(error),
-        }
-    }
-    match problem {
-        Some(error) if found == 0 => Err(error),
-        _ => Ok(pixels),
-    }
-}
-
-/// The mean loss of the first and last tenth of the steps.
-fn first_and_last(history: &[Metrics]) -> Option<(f64, f64)> {
-    let losses: Vec<f64> = history.iter().filter_map(|metrics| metrics.loss).collect();
-    let tenth = losses.len().div_ceil(10);
-    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
-    (tenth > 0).then(|| (mean(&losses[..tenth]), mean(&losses[losses.len() - tenth..])))
 }
