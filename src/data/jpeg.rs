@@ -165,6 +165,41 @@ mod tests {
         }
     }
 
+    /// What is decoded for a crop is what the whole picture shows there, whatever the kind of file and decoder.
+    #[test]
+    fn parts_are_those_of_the_whole() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases/jpeg");
+        let mut random = crate::ops::philox::RandomStream::new(1, 0, 0, 255);
+        let mut below = |bound: usize| random.next_u32() as usize % bound;
+        let (mut part, mut count) = (Part::default(), 0);
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let bytes = std::fs::read(&path).unwrap();
+            let Some(header) = header(&bytes) else { continue };
+            let Header { height, width, components, .. } = header;
+            let mut whole = Part::default();
+            if !decode(&bytes, &header, CropBox { top: 0, left: 0, height, width }, &mut whole) {
+                continue;
+            }
+            for _ in 0..50 {
+                let (top, left) = (below(height), below(width));
+                let crop = CropBox { top, left, height: 1 + below(height - top), width: 1 + below(width - left) };
+                assert!(decode(&bytes, &header, crop, &mut part));
+                let inside = part.inside(crop);
+                let row = |image: &Image, top: usize, left: usize| {
+                    let start = (top * image.width + left) * components;
+                    image.pixels[start..start + crop.width * components].to_vec()
+                };
+                for y in 0..crop.height {
+                    let found = row(&part.image, inside.top + y, inside.left);
+                    assert_eq!(found, row(&whole.image, top + y, left), "{} {crop:?} row {y}", path.display());
+                }
+                count += 1;
+            }
+        }
+        assert!(count >= 1000, "{count}");
+    }
+
     #[test]
     fn windows_cover_crops_in_whole_blocks() {
         let orientation = Orientation::NoTransforms;

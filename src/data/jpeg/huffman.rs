@@ -10,6 +10,7 @@ pub(super) const LOOKS: usize = (56 / LOOK) as usize;
 const END: u32 = 0x7f;
 
 /// The bits of one run of coded blocks, without stuffing, and with eight bytes behind them that are none of it.
+#[derive(Clone, Copy)]
 pub(super) struct Bits<'a> {
     data: &'a [u8],
     at: usize,
@@ -115,7 +116,10 @@ impl Code {
     pub(super) fn next(&self, bits: &mut Bits<'_>, direct: bool) -> (i32, u32) {
         let entry = self.look[(bits.buffer >> (64 - LOOK)) as usize];
         if entry & 0xff == 0 || entry & PARTLY != 0 {
-            return self.long(bits, entry, direct);
+            // By value: whose address is known elsewhere is not kept in registers.
+            let (number, step);
+            (*bits, number, step) = self.long(*bits, entry, direct);
+            return (number, step);
         }
         bits.drop(entry & 0x7f);
         ((entry as i32) >> 16, entry >> 8 & 0xff)
@@ -123,20 +127,20 @@ impl Code {
 
     /// What one look does not find. As full of bits afterwards as before.
     #[inline(never)]
-    fn long(&self, bits: &mut Bits<'_>, entry: u32, direct: bool) -> (i32, u32) {
+    fn long<'a>(&self, mut bits: Bits<'a>, entry: u32, direct: bool) -> (Bits<'a>, i32, u32) {
         bits.refill();
         if entry != 0 {
             bits.drop(entry & 0x7f);
             let number = bits.number(entry >> 16);
             bits.refill();
-            return (number, entry >> 8 & 0xff);
+            return (bits, number, entry >> 8 & 0xff);
         }
         let next = (bits.buffer >> 48) as u32;
         let Some(length) = (LOOK + 1..=16).find(|length| next < self.limits[*length as usize]) else {
             // No such code: damage.
             bits.drop(16);
             bits.refill();
-            return (0, END);
+            return (bits, 0, END);
         };
         let place = (next >> (16 - length)) as i32 + self.places[length as usize];
         let symbol = self.symbols.get(place as usize).copied().unwrap_or(0);
@@ -144,7 +148,7 @@ impl Code {
         let (size, step) = meaning(symbol, direct);
         let number = bits.number(size);
         bits.refill();
-        (number, step)
+        (bits, number, step)
     }
 }
 
