@@ -1,8 +1,8 @@
 //! JPEG files by parts: what of a picture a crop does not show is decoded only as far as the format demands.
 //!
-//! The pure-Rust decoder starts at the top and stops below the crop. libjpeg-turbo (feature `turbojpeg`) only unpacks what lies
-//! above and beside the crop, without transforming and colouring it. What is decoded is what the whole picture would show
-//! there; but damage behind the last row that is needed goes unnoticed.
+//! Decoders go through a picture from its top, and here stop below the crop. The pure-Rust one decodes what lies above and beside
+//! it too; libjpeg-turbo (feature `turbojpeg`) only unpacks that, without transforming and colouring it. What is decoded is what
+//! the whole picture would show there; but damage behind the last row that is needed goes unnoticed.
 
 use image::metadata::Orientation;
 
@@ -49,9 +49,8 @@ pub(crate) struct Part {
     pub(crate) height: usize,
     /// Columns of the whole picture.
     pub(crate) width: usize,
-    /// A decoder's own memory.
-    #[cfg(not(feature = "turbojpeg"))]
-    scratch: Vec<u8>,
+    /// A file that ends where the part does.
+    shorter: Vec<u8>,
 }
 
 impl Part {
@@ -72,7 +71,21 @@ impl From<Image> for Part {
 pub(super) fn decode(bytes: &[u8], header: &Header, crop: CropBox, part: &mut Part) -> bool {
     (part.height, part.width) = (header.height, header.width);
     part.image.channels = header.components;
-    decoder::decode(bytes, header, window(header, crop), part)
+    let window = window(header, crop);
+    let end = window.top + window.height;
+    if !header.by_rows || end == header.height {
+        return decoder::decode(bytes, header, window, part);
+    }
+    // Decoders know only whole pictures: they are given one that ends where the window does.
+    let mut shorter = std::mem::take(&mut part.shorter);
+    shorter.clear();
+    shorter.extend_from_slice(bytes);
+    if let Some(height) = shorter.get_mut(header.height_at..header.height_at + 2) {
+        height.copy_from_slice(&(end as u16).to_be_bytes());
+    }
+    let decoded = decoder::decode(&shorter, &Header { height: end, ..*header }, window, part);
+    part.shorter = shorter;
+    decoded
 }
 
 /// The blocks that a crop needs: those it lies in, and one more to each side where the chroma of a pixel depends on its
@@ -167,6 +180,41 @@ mod tests {
         for length in 0..pixels + 2 {
             assert_eq!(header(&bytes[..length]), None, "cut to {length}");
         }
+    }
+
+    /// What is decoded for a crop is what the whole picture shows there, whatever the kind of file and decoder.
+    #[test]
+    fn parts_are_those_of_the_whole() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases/jpeg");
+        let mut random = crate::ops::philox::RandomStream::new(1, 0, 0, 255);
+        let mut below = |bound: usize| random.next_u32() as usize % bound;
+        let (mut part, mut count) = (Part::default(), 0);
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let bytes = std::fs::read(&path).unwrap();
+            let Some(header) = header(&bytes) else { continue };
+            let Header { height, width, components, .. } = header;
+            let mut whole = Part::default();
+            if !decode(&bytes, &header, CropBox { top: 0, left: 0, height, width }, &mut whole) {
+                continue;
+            }
+            for _ in 0..50 {
+                let (top, left) = (below(height), below(width));
+                let crop = CropBox { top, left, height: 1 + below(height - top), width: 1 + below(width - left) };
+                assert!(decode(&bytes, &header, crop, &mut part));
+                let inside = part.inside(crop);
+                let row = |image: &Image, top: usize, left: usize| {
+                    let start = (top * image.width + left) * components;
+                    image.pixels[start..start + crop.width * components].to_vec()
+                };
+                for y in 0..crop.height {
+                    let found = row(&part.image, inside.top + y, inside.left);
+                    assert_eq!(found, row(&whole.image, top + y, left), "{} {crop:?} row {y}", path.display());
+                }
+                count += 1;
+            }
+        }
+        assert!(count >= 1000, "{count}");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::data::transform::{CropBox, Resample};
 const BITS: u32 = 22;
 const HALF: i32 = 1 << (BITS - 1);
 /// Rows that are filtered together.
-const ROWS: usize = 4;
+const ROWS: usize = 8;
 /// Bytes of a row that are filtered together in the second pass.
 const COLUMNS: usize = 32;
 
@@ -149,7 +149,7 @@ impl Resampler {
         let (narrow, low) = (source.width != width, source.height != height);
         let between = if narrow || mirrored {
             self.rows.fill(source.width, width, if narrow { resample } else { Resample::Box }, mirrored);
-            // Pixels are written four bytes at a time, rows four at a time.
+            // Pixels are written four bytes at a time, rows eight at a time.
             let stride = width * C + 4 - C;
             self.between.resize(stride * source.height.next_multiple_of(ROWS), 0);
             let Self { rows, interleaved, results, between, .. } = self;
@@ -200,7 +200,7 @@ fn levels<const N: usize>(sums: &[i32; N]) -> [u8; N] {
     levels
 }
 
-/// Filters rows. Four of them are first laid side by side, a pixel of each in four bytes, so that a weight meets sixteen
+/// Filters rows. Eight of them are first laid side by side, a pixel of each in four bytes, so that a weight meets 32
 /// bytes that follow each other.
 struct RowPass<'a, const C: usize> {
     out: &'a mut [u8],
@@ -225,7 +225,7 @@ impl<const C: usize> pulp::WithSimd for RowPass<'_, C> {
                 *bytes = &source.bytes[y * source.stride..][..source.width * C];
             }
             interleave::<C>(interleaved, rows);
-            // Taken apart in a loop of its own: four small stores would break the sixteen sums into as many vectors.
+            // Taken apart in a loop of its own: small stores would break the sums into small vectors.
             for ((first, weights), result) in table.iter().zip(results.iter_mut()) {
                 let mut sums = [HALF; 4 * ROWS];
                 for (pixels, weight) in interleaved[first..].iter().zip(weights) {

@@ -1,5 +1,6 @@
 //! By libjpeg-turbo, which Pillow decodes with, too.
 
+use std::cell::RefCell;
 use std::ffi::c_int;
 
 use turbojpeg_sys as tj;
@@ -20,6 +21,11 @@ impl Drop for Decompressor {
     }
 }
 
+thread_local! {
+    /// Made once: it has buffers of its own.
+    static DECOMPRESSOR: RefCell<Option<Decompressor>> = const { RefCell::new(None) };
+}
+
 impl Decompressor {
     fn new() -> Option<Self> {
         // SAFETY: tj3Init(initType) has no preconditions; null means that there is no memory.
@@ -36,7 +42,16 @@ impl Decompressor {
 
 /// Decodes `window`; whether it could.
 pub(super) fn decode(bytes: &[u8], header: &Header, window: CropBox, part: &mut Part) -> bool {
-    let Some(decompressor) = Decompressor::new() else { return false };
+    DECOMPRESSOR.with(|decompressor| match &mut *decompressor.borrow_mut() {
+        Some(decompressor) => decode_with(decompressor, bytes, header, window, part),
+        none => match Decompressor::new() {
+            Some(new) => decode_with(none.insert(new), bytes, header, window, part),
+            None => false,
+        },
+    })
+}
+
+fn decode_with(decompressor: &Decompressor, bytes: &[u8], header: &Header, window: CropBox, part: &mut Part) -> bool {
     let handle = decompressor.0;
     let format = if header.components == 1 { tj::TJPF_TJPF_GRAY } else { tj::TJPF_TJPF_RGB };
     // SAFETY: tj3Set(handle, param, value) and tj3DecompressHeader(handle, jpegBuf, jpegSize) of a live handle and a slice.
@@ -51,12 +66,15 @@ pub(super) fn decode(bytes: &[u8], header: &Header, window: CropBox, part: &mut 
         return false;
     }
     let CropBox { top, left, height, width } = window;
-    if (height, width) != (header.height, header.width) {
-        let region = tj::tjregion { x: left as c_int, y: top as c_int, w: width as c_int, h: height as c_int };
-        // SAFETY: tj3SetCroppingRegion(handle, region) of a live handle behind tj3DecompressHeader; the region is checked there.
-        if unsafe { tj::tj3SetCroppingRegion(handle, region) } != 0 {
-            return false;
-        }
+    let region = if (height, width) == (header.height, header.width) {
+        // Without one: the last picture's is still set.
+        tj::tjregion { x: 0, y: 0, w: 0, h: 0 }
+    } else {
+        tj::tjregion { x: left as c_int, y: top as c_int, w: width as c_int, h: height as c_int }
+    };
+    // SAFETY: tj3SetCroppingRegion(handle, region) of a live handle behind tj3DecompressHeader; the region is checked there.
+    if unsafe { tj::tj3SetCroppingRegion(handle, region) } != 0 {
+        return false;
     }
     let row = width * header.components;
     // All of it is written, or it is not used.
