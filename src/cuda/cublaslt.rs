@@ -24,7 +24,8 @@ use cudarc::driver::{CudaContext, result as driver};
 
 use self::descriptors::{Preference, Product, failed};
 pub use self::library::probe;
-use super::driver::{DeviceInfo, call, reserving};
+use super::discovery::DeviceInfo;
+use super::driver::{call, reserving};
 use super::error::{CudaError, Result};
 use super::gemm::{GemmAddresses, GemmDescription, Layout, span};
 use super::hash::hash;

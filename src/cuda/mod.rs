@@ -8,6 +8,7 @@ pub mod attention;
 pub mod backend;
 pub mod cross_entropy;
 pub mod cublaslt;
+pub mod discovery;
 pub mod driver;
 #[cfg(feature = "emulator")]
 pub mod emulator;
@@ -31,7 +32,8 @@ pub mod timing;
 pub mod tokens;
 
 pub use backend::{Cuda, CudaBuffer, CudaElement};
-pub use driver::{DeviceInfo, Gpu, devices};
+pub use discovery::{DeviceInfo, devices};
+pub use driver::Gpu;
 pub use error::{CudaError, Result};
 pub use launch::{Buffer, DeviceId, Slice, SliceMut, Stream};
 pub use modules::{Manifest, embedded_kernels};
