@@ -78,6 +78,69 @@ fn a_full_disk_leaves_the_checkpoint_before_whole() {
     assert_eq!(again["optimizer.safetensors"], end["optimizer.safetensors"]);
 }
 
+/// A file system in memory of so many bytes, as long as it lives.
+#[cfg(target_os = "linux")]
+struct SmallDisk(std::path::PathBuf);
+
+#[cfg(target_os = "linux")]
+impl SmallDisk {
+    /// `None` where this user may not mount.
+    fn new(folder: std::path::PathBuf, size: &str) -> Option<Self> {
+        fs::create_dir(&folder).unwrap();
+        let disk = Self(folder);
+        disk.mount(&format!("size={size}")).then_some(disk)
+    }
+
+    fn mount(&self, options: &str) -> bool {
+        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(&self.0).output();
+        mount.is_ok_and(|mount| mount.status.success())
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).output();
+    }
+}
+
+/// The real thing: a disk that fills up under a run that keeps every checkpoint.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_run_says_that_the_disk_is_full_and_goes_on_when_it_is_not() {
+    let place = Place::new();
+    let (pictures, model) = (place.pictures(4), config_file(&place, |_| ()));
+    let Some(disk) = SmallDisk::new(place.path("disk"), "3m") else {
+        println!("skipped: mounting a file system is not allowed here");
+        return;
+    };
+    let out = disk.0.join("run");
+    let line =
+        "pretrain --data {} --out {} --model {} --batch-size 4 --steps 40 --checkpoint-every 2 --keep 20 --threads 1";
+    let ran = run(line, &[&pictures, &out, &model]).failed(1, &["No space left", "is whole"]);
+    let mut kept: Vec<u64> = place
+        .list("disk/run")
+        .into_iter()
+        .inspect(|name| assert!(!name.contains("tmp"), "{name} is left"))
+        .filter_map(|name| name.strip_prefix("checkpoint-")?.parse().ok())
+        .collect();
+    kept.sort_unstable();
+    let last = kept.last().copied().unwrap();
+    assert!(last < 40 && ran.err.contains(&format!("the checkpoint of step {last} is whole")), "{kept:?}: {}", ran.err);
+    for step in kept {
+        let checkpoint = out.join(format!("checkpoint-{step}"));
+        assert_eq!(files(&checkpoint).keys().collect::<Vec<_>>(), CHECKPOINT, "step {step}");
+        run("info {}", &[&checkpoint]).succeeded();
+    }
+    // With room again, the run ends as an undisturbed one does.
+    assert!(disk.mount("remount,size=50m"));
+    run(&format!("{line} --resume"), &[&pictures, &out, &model]).succeeded();
+    let undisturbed = place.path("undisturbed");
+    run(line, &[&pictures, &undisturbed, &model]).succeeded();
+    let end = |run: &Path| fs::read(run.join("checkpoint-40/model.safetensors")).unwrap();
+    assert!(end(&out) == end(&undisturbed));
+}
+
 #[test]
 fn an_output_folder_with_a_run_in_it_is_not_overwritten() {
     let place = Place::new();
