@@ -81,45 +81,41 @@ fn a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been() {
     let place = Place::new();
     let model = model(&place);
     let (whole, killed) = (place.path("whole"), place.path("killed"));
-    let line = "pretrain --data synthetic:50 --out {} --model {} --batch-size 4 --steps 400 --checkpoint-every 1 \
-                --picture-every 1000";
-    let started = std::time::Instant::now();
-    run(line, &[&whole, &model]).succeeded();
-    // Fifty times at most this are three quarters of a run on average, however fast the machine is.
-    let longest = started.elapsed().mul_f64(1.5 / 50.0);
-    let mut random = 0x9e37_79b9_u32;
+    const STEPS: usize = 600;
+    let settings = ["pretrain", "--data", "synthetic:50", "--batch-size", "4", "--checkpoint-every", "1"];
+    let more = ["--steps", "600", "--picture-every", "1000", "--resume", "--model"];
+    let train = |out: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vitmae"));
+        command.args(settings).args(more).arg(&model).arg("--out").arg(out);
+        command.stderr(Stdio::null()).stdout(Stdio::null());
+        command
+    };
+    assert!(train(&whole).status().unwrap().success());
+    let steps =
+        || fs::read(killed.join("metrics.jsonl")).map_or(0, |text| text.iter().filter(|&&b| b == b'\n').count());
+    let mut state = 0x9e37_79b9_u32;
+    let mut random = |below: u32| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (u64::from(state) * u64::from(below) >> 32) as u32
+    };
     for _ in 0..50 {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_vitmae"))
-            .args([
-                "pretrain",
-                "--data",
-                "synthetic:50",
-                "--batch-size",
-                "4",
-                "--steps",
-                "400",
-                "--checkpoint-every",
-                "1",
-            ])
-            .args(["--picture-every", "1000", "--resume", "--out"])
-            .arg(&killed)
-            .arg("--model")
-            .arg(&model)
-            .stderr(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        std::thread::sleep(longest.mul_f64(f64::from(random) / f64::from(u32::MAX)));
+        // Some steps on (none at times), and then somewhere in a step or in the writing of its checkpoint.
+        let goal = steps() + random(10) as usize;
+        let mut child = train(&killed).spawn().unwrap();
+        let started = std::time::Instant::now();
+        while steps() < goal && started.elapsed() < Duration::from_secs(20) {
+            std::thread::sleep(Duration::from_micros(300));
+        }
+        std::thread::sleep(Duration::from_micros(u64::from(random(8000))));
         child.kill().unwrap();
         child.wait().unwrap();
     }
     // It had to go on from somewhere, and there was something left to do.
-    let before = losses(&killed).len();
-    assert!((1..400).contains(&before), "killed behind step {before}");
-    run(&format!("{line} --resume"), &[&killed, &model]).succeeded();
+    let before = steps();
+    assert!((50..STEPS).contains(&before), "killed behind step {before}");
+    assert!(train(&killed).status().unwrap().success());
     for file in ["model.safetensors", "optimizer.safetensors"] {
-        let bytes = |folder: &Path| fs::read(folder.join("checkpoint-400").join(file)).unwrap();
+        let bytes = |folder: &Path| fs::read(folder.join(format!("checkpoint-{STEPS}")).join(file)).unwrap();
         assert!(bytes(&whole) == bytes(&killed), "{file} differs");
     }
     assert_eq!(losses(&whole), losses(&killed));
