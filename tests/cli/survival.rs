@@ -96,7 +96,7 @@ fn a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been() {
     let mut state = 0x9e37_79b9_u32;
     let mut random = |below: u32| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (u64::from(state) * u64::from(below) >> 32) as u32
+        ((u64::from(state) * u64::from(below)) >> 32) as u32
     };
     for _ in 0..50 {
         // Some steps on (none at times), and then somewhere in a step or in the writing of its checkpoint.
