@@ -359,7 +359,8 @@ impl<'s, B: Backend> Run<'s, B> {
                 100.0 * share
             );
         }
-        let validation_loss = self.validate()?;
+        // The step is done, whatever becomes of this: its line is written before an error is told.
+        let validated = self.validate();
         let metrics = Metrics {
             step: self.done,
             epoch: self.done as f64 / self.steps_per_epoch,
@@ -367,12 +368,12 @@ impl<'s, B: Backend> Run<'s, B> {
             learning_rate,
             images_per_second,
             mfu: self.settings.peak_flops.map(|peak| images_per_second * self.flops_per_image / (peak * processes)),
-            validation_loss,
+            validation_loss: validated.as_ref().ok().copied().flatten(),
             gradient_norm: Some(report.gradient_norm).filter(|norm| norm.is_finite()),
             data_wait: waited / seconds,
             skipped: !report.updated,
         };
-        let Some(files) = &mut self.files else { return upcoming.map(|()| metrics) };
+        let Some(files) = &mut self.files else { return upcoming.and(validated).map(|_| metrics) };
         files.metrics.append(&metrics)?;
         let mut scalars = vec![
             ("loss", report.loss),
@@ -386,6 +387,7 @@ impl<'s, B: Backend> Run<'s, B> {
         scalars.extend(metrics.validation_loss.map(|loss| ("validation_loss", loss)));
         files.events.scalars(self.done, &scalars)?;
         upcoming?;
+        validated?;
         Ok(metrics)
     }
 
