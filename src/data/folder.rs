@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use tracing::info;
 
-use crate::data::decode::{Decoder, Image};
+use crate::data::decode::Decoder;
 use crate::data::source::{PICTURE_EXTENSIONS, Pictures, SourceOptions};
 use crate::{Error, Result};
 
@@ -129,12 +129,6 @@ impl Pictures for Folder {
 
     fn classes(&self) -> Option<&[String]> {
         self.classes.as_deref()
-    }
-
-    fn read(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Image> {
-        let path = self.path(index);
-        self.decoder.read_file(&path, buffer)?;
-        self.decoder.decode(buffer, path)
     }
 
     fn read_file(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Option<Decoder>> {

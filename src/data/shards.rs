@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-use crate::data::decode::{Decoder, Image};
+use crate::data::decode::Decoder;
 use crate::data::source::{PICTURE_EXTENSIONS, Pictures, SourceOptions};
 use crate::{Error, Result};
 
@@ -104,11 +104,6 @@ impl Pictures for Shards {
 
     fn classes(&self) -> Option<&[String]> {
         self.classes.as_deref()
-    }
-
-    fn read(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Image> {
-        self.read_file(index, buffer)?;
-        self.decoder.decode(buffer, self.name(index))
     }
 
     fn read_file(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Option<Decoder>> {

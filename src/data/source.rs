@@ -45,11 +45,19 @@ pub trait Pictures: fmt::Debug + Send + Sync {
     /// The names of the classes.
     fn classes(&self) -> Option<&[String]>;
 
-    /// Reads one picture; `buffer` may be used for its encoded bytes.
+    /// Reads one picture; `buffer` may be used for its encoded bytes. Pictures that are files need only
+    /// [`Pictures::read_file`], pictures that are not only this.
     ///
     /// # Errors
     /// [`Error::Picture`] for a bad picture, which the loader skips. Any other error stops it.
-    fn read(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Image>;
+    fn read(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Image> {
+        match self.read_file(index, buffer)? {
+            Some(decoder) => decoder.decode(buffer, self.name(index)),
+            None => {
+                Err(Error::Picture { path: self.name(index), problem: "its source does not say how to read it".into() })
+            }
+        }
+    }
 
     /// Reads the file of one picture into `buffer` and says what decodes it, so that a loader can decode no more of it than a
     /// crop shows. `None`, where pictures are not files: then they are read with [`Pictures::read`].

@@ -4,6 +4,8 @@ use crate::{Error, Result};
 
 /// Where processes meet when nobody says.
 const PORT: u16 = 29_500;
+/// More processes than process 0 could have connections to.
+const MOST_PROCESSES: usize = 1 << 16;
 
 /// How this process was started.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,6 +120,16 @@ impl Launch {
         if rank >= size {
             return Err(Error::Config(format!("process {rank} of {size}: ranks go from 0 to one less than the size")));
         }
+        if size > MOST_PROCESSES {
+            return Err(Error::Config(format!("{size} processes are more than {MOST_PROCESSES}: check WORLD_SIZE")));
+        }
+        if let (Some(local_rank), Some(local_size)) = (local_rank, local_size)
+            && local_rank >= local_size
+        {
+            return Err(Error::Config(format!(
+                "process {local_rank} of {local_size} on this machine: LOCAL_RANK goes from 0 to one less than LOCAL_WORLD_SIZE"
+            )));
+        }
         if size == 1 {
             return Ok(Self::Single);
         }
@@ -210,7 +222,18 @@ mod tests {
 
     #[test]
     fn what_is_wrong_with_variables_is_said() {
-        let cases: [(&[(&str, &str)], &str); 6] = [
+        let cases: [(&[(&str, &str)], &str); 8] = [
+            (&[("RANK", "0"), ("WORLD_SIZE", "99999999999"), ("MASTER_ADDR", "a")], "WORLD_SIZE"),
+            (
+                &[
+                    ("RANK", "0"),
+                    ("WORLD_SIZE", "8"),
+                    ("LOCAL_RANK", "7"),
+                    ("LOCAL_WORLD_SIZE", "2"),
+                    ("MASTER_ADDR", "a"),
+                ],
+                "LOCAL_RANK",
+            ),
             (&[("RANK", "0")], "WORLD_SIZE"),
             (&[("RANK", "x"), ("WORLD_SIZE", "2")], "RANK"),
             (&[("RANK", "2"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a")], "process 2 of 2"),

@@ -30,6 +30,8 @@ use crate::{Error, Result};
 
 /// How long processes wait for each other at the start.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Seconds that they may be told to wait: a week.
+const LONGEST: u64 = 7 * 24 * 3600;
 /// Numbers that are exchanged at a time.
 pub(crate) const BUCKET: usize = 8 << 20;
 
@@ -74,8 +76,8 @@ impl Processes {
         match launch {
             Launch::Single => Ok(Self::single()),
             Launch::Tcp(meeting) => {
-                let given = std::env::var("VITMAE_RENDEZVOUS_SECONDS").ok().and_then(|text| text.parse().ok());
-                let engine = tcp::Tcp::meet(meeting, given.map_or(PATIENCE, Duration::from_secs))?;
+                let engine =
+                    tcp::Tcp::meet(meeting, patience(std::env::var("VITMAE_RENDEZVOUS_SECONDS").ok().as_deref())?)?;
                 Ok(Self::over(Box::new(engine), meeting.local_rank, meeting.local_size))
             }
             Launch::Mpi { local_rank, local_size, .. } => Self::over_mpi(*local_rank, *local_size),
@@ -294,6 +296,17 @@ impl Processes {
     }
 }
 
+/// How long to wait for each other, as the variable says.
+fn patience(given: Option<&str>) -> Result<Duration> {
+    let Some(text) = given else { return Ok(PATIENCE) };
+    match text.trim().parse() {
+        Ok(seconds) if (1..=LONGEST).contains(&seconds) => Ok(Duration::from_secs(seconds)),
+        _ => Err(Error::Config(format!(
+            "the variable VITMAE_RENDEZVOUS_SECONDS is {text:?}, expected a number of seconds from 1 to {LONGEST}"
+        ))),
+    }
+}
+
 impl Communicator for Processes {
     fn rank(&self) -> usize {
         self.rank()
@@ -321,5 +334,20 @@ impl Communicator for Processes {
 
     fn abandon(&self) {
         self.break_off();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_is_a_number_of_seconds() {
+        assert_eq!(patience(None).expect("default"), PATIENCE);
+        assert_eq!(patience(Some(" 7 ")).expect("seconds"), Duration::from_secs(7));
+        for text in ["", "abc", "0", "-1", "1e3", "604801", "18446744073709551615", "99999999999999999999"] {
+            let error = patience(Some(text)).expect_err(text).to_string();
+            assert!(error.contains("VITMAE_RENDEZVOUS_SECONDS"), "{error}");
+        }
     }
 }

@@ -18,7 +18,7 @@ use super::Request;
 use super::columns::{MOST_CLASSES, assign, class_names, label_column, picture_column};
 use super::file::Positioned;
 use super::pages::{self, Place};
-use crate::data::decode::{Decoder, Image, guarded};
+use crate::data::decode::{Decoder, guarded};
 use crate::data::source::{Pictures, SourceOptions};
 use crate::{Error, Result};
 
@@ -289,11 +289,6 @@ impl Pictures for Parquet {
 
     fn classes(&self) -> Option<&[String]> {
         self.classes.as_deref()
-    }
-
-    fn read(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Image> {
-        self.read_file(index, buffer)?;
-        self.decoder.decode(buffer, self.name(index))
     }
 
     fn read_file(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Option<Decoder>> {
