@@ -1,6 +1,8 @@
 //! `checkpoint-STEP/` folders: the model as transformers saves it, and beside it what a run needs to go on.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -17,6 +19,7 @@ const STATE: &str = "trainer_state.json";
 /// The model with the averaged weights, where the run keeps them.
 const AVERAGE: &str = "ema";
 const MOMENTS: &str = "optimizer.safetensors";
+const WEIGHTS: &str = "model.safetensors";
 /// What the name of a checkpoint begins with.
 pub(super) const PREFIX: &str = "checkpoint-";
 
@@ -38,6 +41,15 @@ pub(crate) struct TrainerState {
     learning_rate: Option<f64>,
     #[serde(default)]
     average_decay: Option<f64>,
+    /// The pictures that validation losses are of.
+    #[serde(default)]
+    validation: Option<String>,
+    /// How long the run was to be, which its learning rates follow from.
+    #[serde(default)]
+    pub total_steps: u64,
+    /// CRC-32C of the files beside this one.
+    #[serde(default)]
+    checksums: BTreeMap<String, u32>,
     /// The loss of the validation pictures, where it was taken at this step.
     #[serde(default)]
     pub validation_loss: Option<f64>,
@@ -64,6 +76,9 @@ impl TrainerState {
             clip_norm: settings.optimizer.clip_norm,
             learning_rate: settings.learning_rate,
             average_decay: settings.average_decay,
+            validation: settings.validation.as_ref().map(|spec| spec.to_string_lossy().into_owned()),
+            total_steps: 0,
+            checksums: BTreeMap::new(),
             validation_loss: None,
             from,
         }
@@ -86,6 +101,7 @@ impl TrainerState {
             ("clip-grad", shown(self.clip_norm), shown(now.clip_norm)),
             ("lr", shown(self.learning_rate), shown(now.learning_rate)),
             ("ema", shown(self.average_decay), shown(now.average_decay)),
+            ("val", text(&self.validation), text(&now.validation)),
             ("from", text(&self.from), text(&now.from)),
         ];
         same(compared)
@@ -204,14 +220,31 @@ pub(crate) fn remove_older(out: &Path, step: u64, keep: usize) -> Result<()> {
     Ok(())
 }
 
-/// Whether the files of a checkpoint are there and as long as they say; the numbers in them are not read.
+/// Whether the files of a checkpoint are what was written.
 fn check_whole(folder: &Path) -> Result<()> {
-    read_state(folder)?;
+    let state = read_state(folder)?;
     Checkpoint::open(folder)?.require_config()?;
-    if folder.join(AVERAGE).exists() {
-        Checkpoint::open(folder.join(AVERAGE))?;
+    TensorFile::open(folder.join(MOMENTS))?;
+    for (name, expected) in &state.checksums {
+        let path = folder.join(name);
+        if checksum(&path)? != *expected {
+            return Err(Error::checkpoint(path, "it is not what was written: its checksum differs"));
+        }
     }
-    TensorFile::open(folder.join(MOMENTS)).map(|_| ())
+    Ok(())
+}
+
+/// CRC-32C of a file.
+fn checksum(path: &Path) -> Result<u32> {
+    let unreadable = |error| Error::io("reading", path, error);
+    let mut file = fs::File::open(path).map_err(unreadable)?;
+    let (mut buffer, mut sum) = (vec![0; 1 << 20], 0);
+    loop {
+        match file.read(&mut buffer).map_err(unreadable)? {
+            0 => return Ok(sum),
+            length => sum = crc32c::crc32c_append(sum, &buffer[..length]),
+        }
+    }
 }
 
 fn read_state(folder: &Path) -> Result<TrainerState> {
@@ -265,7 +298,12 @@ fn write<B: Backend>(
         trainer.save_average(folder.join(AVERAGE))?;
         processor.save(folder.join(AVERAGE))?;
     }
-    let state = TrainerState { updates: trainer.state()?.updates, ..state.clone() };
+    let average = format!("{AVERAGE}/{WEIGHTS}");
+    let mut checksums = BTreeMap::new();
+    for name in [WEIGHTS, MOMENTS, &average].into_iter().filter(|name| folder.join(name).exists()) {
+        checksums.insert(name.to_owned(), checksum(&folder.join(name))?);
+    }
+    let state = TrainerState { updates: trainer.state()?.updates, checksums, ..state.clone() };
     crate::files::write_json(&folder.join(STATE), &state)
 }
 

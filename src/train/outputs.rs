@@ -84,6 +84,7 @@ impl<B: Backend> Run<'_, B> {
         }
         let mut state = TrainerState::new(self.done, self.settings, self.loader.source().fingerprint());
         state.validation_loss = self.last_validation;
+        state.total_steps = self.schedule.total_steps;
         let folder = checkpoint::save(&self.settings.out, &self.trainer, &self.processor, &state)?;
         watch(Event::Wrote(&folder));
         self.saved = Some((self.done, folder));

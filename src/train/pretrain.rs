@@ -200,6 +200,12 @@ impl<'s, B: Backend> Run<'s, B> {
                     "cannot resume: the run has done {done} steps, and {total_steps} are asked for; ask for more"
                 )));
             }
+            if ![0, total_steps].contains(&state.total_steps) {
+                tracing::warn!(
+                    "the run was to have {} steps: its learning rates now follow from {total_steps}",
+                    state.total_steps
+                );
+            }
         }
 
         let resolved = Resolved { data_fingerprint: fingerprint, pictures, total_steps, steps_per_epoch, schedule };

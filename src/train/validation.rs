@@ -50,7 +50,13 @@ impl Validation {
         let (mean, deviation) = self.processor.normalization();
         let ratio = trainer.model().config().mask_ratio;
         let (mut sum, mut pictures) = (0.0, 0);
-        while let Some(batch) = loader.next_batch()? {
+        let of_validation = |error| match error {
+            Error::Data { source_name, problem } => {
+                Error::Data { source_name: format!("{source_name} (--val)"), problem }
+            }
+            other => other,
+        };
+        while let Some(batch) = loader.next_batch().map_err(of_validation)? {
             let (count, random) = (batch.len(), RandomMask { seed: self.seed, epoch: MASKS });
             let images = Images {
                 batch: count,

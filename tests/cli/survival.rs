@@ -74,6 +74,46 @@ fn a_damaged_checkpoint_is_passed_over_for_an_older_one() {
     assert_eq!(losses(&whole), losses(&damaged));
 }
 
+/// Bytes that change on the disk leave a file as long as it was.
+#[test]
+fn a_checkpoint_with_other_bytes_is_passed_over_too() {
+    for file in ["model.safetensors", "optimizer.safetensors", "ema/model.safetensors"] {
+        let place = Place::new();
+        let (out, model) = (place.path("run"), model(&place));
+        let line =
+            "pretrain --data synthetic:20 --out {} --model {} --batch-size 8 --steps 4 --checkpoint-every 2 --ema 0.9";
+        run(line, &[&out, &model]).succeeded();
+        let path = out.join("checkpoint-4").join(file);
+        let whole = fs::read(&path).unwrap();
+        let mut changed = whole.clone();
+        let middle = whole.len() - whole.len() / 3;
+        changed[middle] ^= 1;
+        fs::write(&path, changed).unwrap();
+        let ran = run(&format!("{line} --resume"), &[&out, &model]).succeeded();
+        assert!(ran.err.contains("checkpoint-4 is damaged") && ran.err.contains("checksum"), "{file}: {}", ran.err);
+        // What was done again is what was there.
+        assert!(fs::read(&path).unwrap() == whole, "{file}");
+    }
+}
+
+/// Another length means other learning rates, which is said.
+#[test]
+fn a_resumed_run_says_that_its_length_is_another() {
+    let place = Place::new();
+    let (out, model) = (place.path("run"), model(&place));
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 8 --checkpoint-every 2 --steps";
+    run(&format!("{line} 6"), &[&out, &model]).succeeded();
+    for step in [4, 6] {
+        fs::remove_dir_all(out.join(format!("checkpoint-{step}"))).unwrap();
+    }
+    let ran = run(&format!("{line} 5 --resume"), &[&out, &model]).succeeded();
+    assert!(ran.err.contains("was to have 6 steps: its learning rates now follow from 5"), "{}", ran.err);
+    let ran = run(&format!("{line} 8 --resume"), &[&out, &model]).succeeded();
+    assert!(ran.err.contains("was to have 5 steps: its learning rates now follow from 8"), "{}", ran.err);
+    let ran = run(&format!("{line} 8 --resume"), &[&out, &model]).succeeded();
+    assert!(!ran.err.contains("was to have"), "{}", ran.err);
+}
+
 /// Killed without warning again and again, during the writing of checkpoints too.
 #[test]
 #[cfg(unix)]
@@ -196,6 +236,8 @@ fn a_resumed_run_keeps_its_settings() {
         run(&format!("{line} --steps 8 --resume {flag}"), &[&out, &model]).failed(1, &["cannot resume", name]);
     }
     run(&format!("{line} --steps 2 --resume"), &[&out, &model]).failed(1, &["has done 4 steps", "ask for more"]);
+    run(&format!("{line} --steps 4 --val synthetic:9 --resume"), &[&out, &model])
+        .failed(1, &["val was not given and is synthetic:9"]);
     assert_eq!(fs::read_to_string(out.join("recipe.json")).unwrap(), recipe);
     // Without --model it goes on with the model that it has.
     run("pretrain --data synthetic:20 --out {} --batch-size 4 --threads 1 --steps 6 --resume", &[&out]).succeeded();
