@@ -5,7 +5,7 @@
 //   dv = p^T dout     dp = dout v^T     delta = sum over keys of p * dp     ds = p * (dp - delta)
 //   dq = ds k / sqrt(D)                 dk = ds^T q / sqrt(D)
 //
-// The output is not read: delta comes from p and dp, and so fits the rounded p.
+// The output is not read: delta comes from p and dp in f32.
 //
 //   attention_backward_whole_d64_n64_bf16     short sequences: a block per head, a warp per 16 keys, all queries at once
 //   attention_backward_whole_d64_n80_bf16
@@ -25,8 +25,8 @@
 // Products accumulate in f32; p and ds are f32 and rounded to bf16 as factors of a product. All sums have a fixed order: no
 // atomics, and partial sums of delta are added warp by warp.
 //
-// Preconditions, checked by src/cuda/attention.rs: D is a multiple of 8 and at most the kernel's; all buffers 16-byte aligned
-// and as long as their shapes; B * H and B * N below 2^31; N at most 64 or 80 (whole) or 32 per warp (resident); shared memory
+// Preconditions, checked by src/cuda/attention.rs: D is a multiple of 8 and at most the kernel's; dqkv, dout and qkv 16-byte
+// aligned, all buffers as long as their shapes; B * H and B * N below 2^31; N at most 64 or 80 (whole) or 32 per warp (resident); shared memory
 // fits the device.
 //
 // Launch, with S = 2 * d + 16 bytes per row in shared memory:

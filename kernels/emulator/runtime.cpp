@@ -12,7 +12,8 @@
 //
 // What it cannot see: bank conflicts, weak memory ordering, speed, and mistakes in the PTX half of ptx.cuh; lanes that reach one
 // line of a helper from different callers; threads of one block that share global memory without a barrier, and so also
-// load_own_16 of what another thread of the block wrote.
+// load_own_16 of what another thread of the block wrote; a thread's own arrays, read before they are written or beyond their
+// end; a copy that is under way when its thread returns.
 //
 // The interface for the Rust side (src/cuda/emulator.rs) is the extern "C" block at the end. One emulator serves one caller at
 // a time; several emulators in several threads do not know of each other.

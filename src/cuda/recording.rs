@@ -15,7 +15,8 @@ pub trait RecordedWork: fmt::Debug + Send + Sync {
     /// # Safety
     ///
     /// All memory that the work reads and writes is still allocated: no buffer of it was dropped, neither since the recording
-    /// nor during it. What was dropped is another buffer's by now, or nobody's.
+    /// nor during it. What was dropped is another buffer's by now, or nobody's. And the stream that it was recorded from, or a
+    /// clone of it, still lives: it owns the kernels and the memory of matrix products.
     unsafe fn launch(&self) -> Result<()>;
 }
 

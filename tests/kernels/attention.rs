@@ -8,7 +8,9 @@ use vitmae::ops::{Attention, AttentionShape, Memory, OPS};
 
 use super::emulated::attention::{attention_backward, attention_forward};
 use super::emulated::launch::Limits;
-use super::emulated::{Cuda, CudaElement, CudaError, Options, SEEDS, Stream, TestDevice, device, device_with};
+use super::emulated::{
+    Cuda, CudaElement, CudaError, MULTIPROCESSORS, Options, SEEDS, Stream, TestDevice, device, device_with,
+};
 use super::listing::Listing;
 use super::reference::{Bench, random};
 
@@ -283,8 +285,8 @@ fn f32_attention_matches_the_cpu_at_every_long_shape() {
 fn the_shapes_reach_every_attention_kernel() {
     let mut launched = BTreeSet::new();
     for of in runs() {
-        // As the emulator's limits are, which the shapes are run on.
-        let listing = Listing::new(Limits { shared_bytes: of.kilobytes << 10, multiprocessors: 4 });
+        // The limits that the shapes are run with, on the emulator and on a GPU.
+        let listing = Listing::new(Limits { shared_bytes: of.kilobytes << 10, multiprocessors: MULTIPROCESSORS });
         let inputs = Inputs::new(of.shape, 1.0);
         if of.bf16 {
             give(&Bench { backend: &Cuda::<bf16>::new(listing.stream()), shift: 0 }, of.shape, &inputs);

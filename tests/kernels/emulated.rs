@@ -49,10 +49,14 @@ pub fn device(seed: u64) -> Option<TestDevice> {
     device_with(Options { seed, ..Options::default() })
 }
 
-/// The same, where it is an emulator with other options.
+/// Multiprocessors of the emulator: few, so that small shapes take more than one turn of a kernel's loop.
+pub const MULTIPROCESSORS: u32 = 4;
+
+/// The same with other options, of which a GPU gets the limits.
 pub fn device_with(options: Options) -> Option<TestDevice> {
+    let limits = launch::Limits { shared_bytes: options.shared_bytes, multiprocessors: MULTIPROCESSORS };
     match test_gpu() {
-        Some(name) => Some(TestDevice(guarded::stream(&name))),
+        Some(name) => Some(TestDevice(guarded::stream(&name, limits))),
         None => start_or_skip(options).map(|emulator| TestDevice(emulator.stream())),
     }
 }

@@ -16,8 +16,9 @@ const GUARD: usize = 256;
 /// What guards hold, and fresh memory: a NaN in every type of floating-point number.
 const POISON: u8 = 0xff;
 
-/// A stream on the GPU that a name like `cuda`, `cuda:1` or `cuda-plain` means.
-pub fn stream(name: &str) -> Stream {
+/// A stream on the GPU that a name like `cuda`, `cuda:1` or `cuda-plain` means. Launchers see the smaller of its limits and
+/// `limits`, so that the shapes of a test reach the kernels and the turns of their loops that they reach on the emulator.
+pub fn stream(name: &str, limits: Limits) -> Stream {
     static GPUS: Mutex<Option<HashMap<usize, Gpu>>> = Mutex::new(None);
     let ordinal = name.split_once(':').map_or(0, |(_, ordinal)| ordinal.parse().expect("a number after cuda:"));
     let gpu = {
@@ -29,15 +30,27 @@ pub fn stream(name: &str) -> Stream {
     };
     announce(&gpu);
     let stream = gpu.new_stream().unwrap_or_else(|error| panic!("{name}: {error}"));
-    guarded(&stream, if name.starts_with("cuda-plain") { 0 } else { GUARD })
+    let own = stream.driver().limits();
+    let limits = Limits {
+        shared_bytes: own.shared_bytes.min(limits.shared_bytes),
+        multiprocessors: own.multiprocessors.min(limits.multiprocessors),
+    };
+    guarded(&stream, limits, if name.starts_with("cuda-plain") { 0 } else { GUARD })
 }
 
 /// A stream whose memory is poisoned and lies between guard zones of so many bytes; as it is, if that is 0.
-fn guarded(stream: &Stream, guard: usize) -> Stream {
+fn guarded(stream: &Stream, limits: Limits, guard: usize) -> Stream {
     static STREAMS: AtomicUsize = AtomicUsize::new(0);
     let number = STREAMS.fetch_add(1, Ordering::Relaxed);
     let inner = Arc::clone(stream.driver());
-    Stream::new(Arc::new(Guarded { inner, number, guard, recording: AtomicBool::new(false), sizes: Mutex::default() }))
+    Stream::new(Arc::new(Guarded {
+        inner,
+        limits,
+        number,
+        guard,
+        recording: AtomicBool::new(false),
+        sizes: Mutex::default(),
+    }))
 }
 
 /// Says once which GPU the tests run on.
@@ -49,6 +62,7 @@ fn announce(gpu: &Gpu) {
 #[derive(Debug)]
 struct Guarded {
     inner: Arc<dyn Driver>,
+    limits: Limits,
     number: usize,
     guard: usize,
     recording: AtomicBool,
@@ -73,7 +87,7 @@ impl Driver for Guarded {
     }
 
     fn limits(&self) -> Limits {
-        self.inner.limits()
+        self.limits
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
@@ -168,7 +182,8 @@ impl Driver for Guarded {
 #[test]
 fn guard_zones_show_a_write_outside_a_buffer() {
     let Some(emulator) = super::emulator_itself(0) else { return };
-    let stream = guarded(&emulator.stream(), GUARD);
+    let inner = emulator.stream();
+    let stream = guarded(&inner, inner.driver().limits(), GUARD);
     let fresh = stream.uninitialised::<f32>(3).expect("reserved");
     assert!(stream.download(&fresh.as_slice()).expect("downloaded").into_iter().all(f32::is_nan));
     drop(fresh);
