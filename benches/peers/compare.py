@@ -9,21 +9,14 @@ checkout of the original implementation; without it the same architecture is bui
 """
 
 import argparse
-import json
 import pathlib
 import statistics
-import subprocess
 import sys
+
+from runs import run
 
 HERE = pathlib.Path(__file__).parent
 OURS = HERE.parent.parent / "target" / "release" / "examples" / "measure"
-
-
-def run(command):
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if result.returncode != 0:
-        sys.exit(f"{command} failed:\n{result.stderr}")
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 def main():

@@ -14,9 +14,10 @@ import json
 import pathlib
 import random
 import statistics
-import subprocess
 import sys
 import time
+
+from runs import run
 
 HERE = pathlib.Path(__file__).parent
 OURS = HERE.parent.parent / "target" / "release" / "examples" / "load"
@@ -55,13 +56,6 @@ def peer(kind, folder, count):
     used, seconds = time.process_time() - used, time.perf_counter() - started
     print(json.dumps({"implementation": name, "pictures": done, "per_processor_second": done / used,
                       "per_second": done / seconds}))
-
-
-def run(command):
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if result.returncode != 0:
-        sys.exit(f"{command} failed:\n{result.stderr}")
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 def main():

@@ -1,21 +1,22 @@
-//! What a trainer does beside its steps: the loss of other pictures, and a moving average of the weights.
+//! What a trainer does besides plain steps: activations computed again, the loss of other pictures, a moving average of weights.
 
 use vitmae::config::MaeConfig;
 use vitmae::cpu::Cpu;
-use vitmae::model::{ImageValues, Images, MaeForPreTraining, Masking};
+use vitmae::model::{ImageValues, Images, MaeForPreTraining, Masking, MemoryUse, Purpose, WorkspaceShape};
+use vitmae::ops::MaskingShape;
 use vitmae::train::{OptimizerSettings, Trainer};
 
 fn config() -> MaeConfig {
     let mut config = MaeConfig::tiny();
-    config.image_size = (16, 24).into();
+    config.image_size = (24, 32).into();
     config.patch_size = (8, 8).into();
     config.hidden_size = 32;
     config.intermediate_size = 48;
-    config.num_hidden_layers = 1;
-    config.num_attention_heads = 2;
+    config.num_hidden_layers = 3;
+    config.num_attention_heads = 4;
     config.decoder_hidden_size = 16;
-    config.decoder_intermediate_size = 32;
-    config.decoder_num_hidden_layers = 1;
+    config.decoder_intermediate_size = 40;
+    config.decoder_num_hidden_layers = 2;
     config.decoder_num_attention_heads = 2;
     config
 }
@@ -43,6 +44,38 @@ fn trainer() -> Trainer<Cpu<f32>> {
 fn weights(trainer: &Trainer<Cpu<f32>>) -> Vec<Vec<f32>> {
     let model = trainer.model();
     model.parameters().layout().specs().iter().map(|spec| model.parameter(&spec.name).unwrap()).collect()
+}
+
+#[test]
+fn recomputed_activations_give_bitwise_the_same_training() {
+    let pixels = pixels(5, 73);
+    let images = images(&pixels);
+    let train = |recompute: bool| {
+        let mut trainer = trainer();
+        trainer.set_recompute(recompute);
+        let reports: Vec<_> =
+            (0..3).map(|step| trainer.step(&images, &Masking::random(0.6, step), 1e-3).unwrap()).collect();
+        let weights = weights(&trainer);
+        (reports, weights)
+    };
+    let (kept, again) = (train(false), train(true));
+    assert!(kept.0.iter().all(|report| report.updated && report.gradient_norm > 0.0));
+    assert_eq!(kept, again);
+}
+
+#[test]
+fn recomputing_takes_less_memory() {
+    for config in [config(), MaeConfig::base()] {
+        let image = config.image();
+        let keep = MaskingShape::new(1, image.patches(), config.mask_ratio).unwrap().keep;
+        let activations = |recompute: bool| {
+            let purpose = Purpose::Train;
+            let shape = WorkspaceShape { batch: 8, image, keep, purpose, interpolation: None, recompute };
+            MemoryUse::of(&config, &shape).unwrap().activations as f64
+        };
+        let share = activations(true) / activations(false);
+        assert!(share < 0.8, "{share}");
+    }
 }
 
 #[test]
