@@ -19,7 +19,7 @@ use vitmae::cuda::{Cuda, CudaElement};
 use vitmae::distributed::{Launch, Meeting, Processes};
 use vitmae::model::{Extras, ImageValues, Images, MaeForPreTraining, Masking};
 use vitmae::ops::{Backend, Memory, RandomMask};
-use vitmae::train::{OptimizerSettings, StepReport, Trainer};
+use vitmae::train::{OptimizerSettings, Sharding, StepReport, Trainer};
 
 /// The emulator with an order of blocks and threads, as a device of the model.
 fn cuda<E: CudaElement>(seed: u64) -> Option<Cuda<E>> {
@@ -268,41 +268,92 @@ fn recomputed_activations_give_bitwise_the_same_training_in_bf16() {
     recompute::<bf16>();
 }
 
-/// Losses and gradient norms of three steps (launched, recorded, replayed) on images `part` of four.
-fn steps(part: Range<usize>, processes: &Processes, cuda: Cuda<f32>) -> Vec<StepReport> {
+/// Losses and gradient norms of three steps (launched, recorded, replayed) on images `part` of four, and the weights behind them.
+/// Gradients are added up in small buckets while backward goes on, or all at once where there is no bucket.
+fn steps<E: CudaElement>(
+    part: Range<usize>,
+    processes: &Processes,
+    cuda: Cuda<E>,
+    (bucket, sharding): (Option<usize>, Sharding),
+) -> (Vec<StepReport>, Vec<f32>)
+where
+    Cuda<E>: Backend,
+{
     let config = config(8, 2, 8, 2);
     let (pixels, length) = (pictures(&config, 4, 3), config.image().length());
     let own = &pixels[part.start * length..part.end * length];
     let model = MaeForPreTraining::new(config.clone(), cuda, 7).unwrap();
-    let mut trainer = Trainer::new(model, OptimizerSettings::default(), 2).unwrap();
+    let mut trainer = Trainer::together(model, OptimizerSettings::default(), 2, processes, sharding).unwrap();
+    if let Some(bucket) = bucket {
+        trainer.set_bucket(bucket).unwrap();
+    }
     let step = |epoch| {
         let random = RandomMask { seed: 1, epoch };
         let masking = Masking::Random { ratio: config.mask_ratio, random, samples: None, first: part.start as u64 };
-        trainer.accumulate(&images(&config, part.len(), own), &masking, 4).unwrap();
-        trainer.all_reduce(processes).unwrap();
+        if bucket.is_some() {
+            trainer.accumulate_together(&images(&config, part.len(), own), &masking, 4).unwrap();
+        } else {
+            trainer.accumulate(&images(&config, part.len(), own), &masking, 4).unwrap();
+            trainer.all_reduce().unwrap();
+        }
         trainer.update(1e-3).unwrap()
     };
-    (0..3).map(step).collect()
+    let reports = (0..3).map(step).collect();
+    let names = trainer.model().parameters().layout().specs();
+    (reports, names.iter().flat_map(|spec| trainer.model().parameter(&spec.name).unwrap()).collect())
+}
+
+/// The same in two processes.
+fn steps_of_two<E: CudaElement>(how: (Option<usize>, Sharding)) -> (Vec<StepReport>, Vec<f32>)
+where
+    Cuda<E>: Backend,
+{
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let process = |rank: usize| {
+        let meeting = Meeting { rank, size: 2, local_rank: 0, local_size: 1, address: "127.0.0.1".into(), port };
+        let processes = Processes::join(&Launch::Tcp(meeting)).unwrap();
+        steps(2 * rank..2 * rank + 2, &processes, cuda::<E>(2).unwrap(), how)
+    };
+    let [first, second] = std::thread::scope(|scope| {
+        [0, 1].map(|rank| scope.spawn(move || process(rank))).map(|thread| thread.join().unwrap())
+    });
+    assert!(first == second, "the processes have different results");
+    first
 }
 
 #[test]
 fn processes_whose_devices_have_no_way_to_each_other_make_the_steps_of_one() {
     let Some(one) = cuda(0) else { return };
-    let alone = steps(0..4, &Processes::single(), one);
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let process = |rank: usize| {
-        let meeting = Meeting { rank, size: 2, local_rank: 0, local_size: 1, address: "127.0.0.1".into(), port };
-        let processes = Processes::join(&Launch::Tcp(meeting)).unwrap();
-        steps(2 * rank..2 * rank + 2, &processes, cuda(2).unwrap())
-    };
-    let [first, second] = std::thread::scope(|scope| {
-        [0, 1].map(|rank| scope.spawn(move || process(rank))).map(|thread| thread.join().unwrap())
-    });
-    assert_eq!(first, second);
-    for (one, two) in alone.iter().zip(&first) {
+    let (alone, _) = steps::<f32>(0..4, &Processes::single(), one, (None, Sharding::Nothing));
+    let (two, _) = steps_of_two::<f32>((None, Sharding::Nothing));
+    for (one, two) in alone.iter().zip(&two) {
         assert!(two.updated && (one.loss - two.loss).abs() < 1e-5 * one.loss, "{one:?} {two:?}");
         assert!((one.gradient_norm - two.gradient_norm).abs() < 1e-5 * one.gradient_norm, "{one:?} {two:?}");
     }
+}
+
+fn parts<E: CudaElement>()
+where
+    Cuda<E>: Backend,
+{
+    if cuda::<E>(0).is_none() {
+        return;
+    }
+    let whole = steps_of_two::<E>((None, Sharding::Nothing));
+    for bucket in [64, 5_000, usize::MAX] {
+        assert!(steps_of_two::<E>((Some(bucket), Sharding::Nothing)) == whole, "buckets of {bucket}");
+    }
+    assert!(steps_of_two::<E>((Some(5_000), Sharding::Optimizer)) == whole, "a shared optimiser");
+}
+
+#[test]
+fn sums_between_the_parts_of_backward_and_a_shared_optimizer_change_no_bit_in_f32() {
+    parts::<f32>();
+}
+
+#[test]
+fn sums_between_the_parts_of_backward_and_a_shared_optimizer_change_no_bit_in_bf16() {
+    parts::<bf16>();
 }
 
 #[test]

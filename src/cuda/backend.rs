@@ -10,7 +10,7 @@ use half::bf16;
 use super::error::CudaError;
 use super::launch::{Buffer, Slice, SliceMut, Stream};
 use super::recording::RecordedWork;
-use crate::ops::{Communicator, Element, Memory};
+use crate::ops::{Communicator, Element, Memory, gather_on_host};
 use crate::{Error, Result};
 
 /// The type of activations and weight matrices on a GPU: [`bf16`] to train, `f32` to compare.
@@ -165,6 +165,17 @@ impl<E> Cuda<E> {
     /// Whether buffers are only counted, and have no memory.
     fn measures(&self) -> bool {
         self.arena().is_some_and(|arena| arena.memory.is_none())
+    }
+
+    /// Adds numbers up over all processes by way of the host.
+    fn sum_on_host(&self, buffer: &mut CudaBuffer<f32>, processes: &dyn Communicator) -> Result<()>
+    where
+        E: CudaElement,
+    {
+        let mut values = vec![0.0; buffer.length];
+        self.download(&mut values, buffer)?;
+        processes.sum(&mut values)?;
+        self.upload(buffer, &values)
     }
 
     /// Which scratch memory there is.
@@ -324,7 +335,7 @@ impl<E: CudaElement> Memory for Cuda<E> {
         Ok(self.stream.fill(&mut buffer.slice_mut(), 0)?)
     }
 
-    fn connect(&self, processes: &dyn Communicator) -> Result<()> {
+    fn connect(&self, processes: &dyn Communicator) -> Result<bool> {
         self.stream.driver().connect(processes)
     }
 
@@ -332,11 +343,26 @@ impl<E: CudaElement> Memory for Cuda<E> {
         if self.stream.all_reduce(&mut buffer.slice_mut())? {
             return Ok(());
         }
-        // Through the host.
-        let mut values = vec![0.0; buffer.length];
-        self.download(&mut values, buffer)?;
-        processes.sum(&mut values)?;
-        self.upload(buffer, &values)
+        self.sum_on_host(buffer, processes)
+    }
+
+    fn start_all_reduce(&self, buffer: &mut CudaBuffer<f32>, processes: &dyn Communicator) -> Result<()> {
+        // SAFETY: the contract of this method: nobody touches the buffer until the sums are finished.
+        if unsafe { self.stream.start_all_reduce(&mut buffer.slice_mut()) }? {
+            return Ok(());
+        }
+        self.sum_on_host(buffer, processes)
+    }
+
+    fn finish_all_reduces(&self) -> Result<()> {
+        Ok(self.stream.finish_exchanges()?)
+    }
+
+    fn all_gather(&self, buffer: &mut CudaBuffer<f32>, part: usize, processes: &dyn Communicator) -> Result<()> {
+        if self.stream.all_gather(&mut buffer.slice_mut(), part)? {
+            return Ok(());
+        }
+        gather_on_host(self, buffer, part, processes)
     }
 
     fn together<T>(&self, make: impl Fn(&Self) -> Result<T>) -> Result<T> {

@@ -68,7 +68,7 @@ impl Gpu {
             stream: Arc::clone(stream),
             staging: Mutex::default(),
             products: Mutex::new(None),
-            nccl: Mutex::new(None),
+            others: Mutex::new(None),
             allocations: AtomicU64::new(0),
             recording: AtomicBool::new(false),
             released: Mutex::default(),
@@ -183,7 +183,14 @@ struct GpuStream {
     /// Started by the first matrix product.
     products: Mutex<Option<CublasLt>>,
     /// The GPUs of other processes, once this one is connected with them.
-    nccl: Mutex<Option<Nccl>>,
+    others: Mutex<Option<Others>>,
+}
+
+/// The way to the GPUs of other processes, and the stream that exchanges run on, beside the work of this one.
+#[derive(Debug)]
+struct Others {
+    nccl: Nccl,
+    exchanges: Arc<CudaStream>,
 }
 
 impl GpuStream {
@@ -203,6 +210,17 @@ impl GpuStream {
         self.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn others(&self) -> MutexGuard<'_, Option<Others>> {
+        self.others.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A stream whose work comes before that of others where both are ready.
+    fn exchange_stream(&self) -> Result<Arc<CudaStream>> {
+        let failed = |error| call("creating a stream", error);
+        let (_, highest) = result::stream::get_priority_range().map_err(failed)?;
+        self.gpu.context.new_stream_with_priority(highest).map_err(failed)
+    }
+
     fn released(&self) -> MutexGuard<'_, Vec<u64>> {
         self.released.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -216,6 +234,10 @@ impl GpuStream {
         // A drop has nobody to tell: a failure here is a failure of earlier work, and the next call reports it.
         if self.bind().is_ok() {
             let _ = self.stream.synchronize();
+            // An exchange that was started and never finished, because something failed, may still use it.
+            if let Some(others) = &*self.others() {
+                let _ = others.exchanges.synchronize();
+            }
             // SAFETY: the caller promises that the address is ours and not used again; the work on it is done.
             let _ = unsafe { result::free_sync(address) };
         }
@@ -361,19 +383,41 @@ impl Driver for GpuStream {
         unsafe { products.multiply(self.stream.cu_stream(), description, addresses) }
     }
 
-    fn connect(&self, processes: &dyn Communicator) -> crate::Result<()> {
+    fn connect(&self, processes: &dyn Communicator) -> crate::Result<bool> {
         self.bind_for("joining other GPUs")?;
-        let connected = Nccl::connect(&self.gpu.context, processes)?;
-        *self.nccl.lock().unwrap_or_else(PoisonError::into_inner) = connected;
-        Ok(())
+        // Before NCCL, whose start is collective. Few blocks do an exchange: they are to get their turn at once.
+        let exchanges = self.exchange_stream()?;
+        let connected = Nccl::connect(&self.gpu.context, processes)?.map(|nccl| Others { nccl, exchanges });
+        let has_way = connected.is_some();
+        *self.others() = connected;
+        Ok(has_way)
     }
 
-    unsafe fn all_reduce(&self, address: u64, length: usize) -> Result<bool> {
+    unsafe fn start_all_reduce(&self, address: u64, length: usize) -> Result<bool> {
         self.bind_for("a sum over processes")?;
-        match &*self.nccl.lock().unwrap_or_else(PoisonError::into_inner) {
-            None => Ok(false),
-            // SAFETY: the caller's promise; the stream belongs to the context, which is current.
-            Some(nccl) => unsafe { nccl.all_reduce(address, length, self.stream.cu_stream()) }.map(|()| true),
+        let others = self.others();
+        let Some(Others { nccl, exchanges }) = &*others else { return Ok(false) };
+        exchanges.join(&self.stream).map_err(|error| call("waiting for gradients", error))?;
+        // SAFETY: the caller's promise; the stream belongs to the context, which is current.
+        unsafe { nccl.all_reduce(address, length, exchanges.cu_stream()) }.map(|()| true)
+    }
+
+    unsafe fn start_all_gather(&self, address: u64, length: usize, part: usize) -> Result<bool> {
+        self.bind_for("an exchange between processes")?;
+        let others = self.others();
+        let Some(Others { nccl, exchanges }) = &*others else { return Ok(false) };
+        exchanges.join(&self.stream).map_err(|error| call("waiting for weights", error))?;
+        // SAFETY: as above.
+        unsafe { nccl.all_gather(address, length, part, exchanges.cu_stream()) }.map(|()| true)
+    }
+
+    fn finish_exchanges(&self) -> Result<()> {
+        self.bind_for("an exchange between processes")?;
+        match &*self.others() {
+            None => Ok(()),
+            Some(others) => {
+                self.stream.join(&others.exchanges).map_err(|error| call("waiting for other processes", error))
+            }
         }
     }
 

@@ -149,19 +149,34 @@ pub trait Driver: fmt::Debug + Send + Sync {
     /// sizes and layouts that it says. The output overlaps nothing, or it is the addend.
     unsafe fn gemm(&self, description: &GemmDescription, addresses: &GemmAddresses) -> Result<()>;
 
-    /// Joins this device with those of other processes, where it has a way of its own to them. Collective.
-    fn connect(&self, _processes: &dyn Communicator) -> crate::Result<()> {
-        Ok(())
+    /// Joins this device with those of other processes, where it has a way of its own to them; whether it has. Collective.
+    fn connect(&self, _processes: &dyn Communicator) -> crate::Result<bool> {
+        Ok(false)
     }
 
-    /// Adds f32 numbers up over the processes of [`Driver::connect`], behind the work that was given so far; `false` where
-    /// there is no way from device to device.
+    /// Starts to add f32 numbers up over the processes of [`Driver::connect`], behind the work that was given so far and beside
+    /// what is given until [`Driver::finish_exchanges`]; `false` where there is no way from device to device.
     ///
     /// # Safety
     ///
-    /// `length` numbers at `address` belong to one allocation of this device.
-    unsafe fn all_reduce(&self, _address: u64, _length: usize) -> Result<bool> {
+    /// `length` numbers at `address` belong to one allocation of this device, and no work uses them until then.
+    unsafe fn start_all_reduce(&self, _address: u64, _length: usize) -> Result<bool> {
         Ok(false)
+    }
+
+    /// The same for giving all processes the numbers of each: process `r` has those from `r * part` on, `part` of them or as
+    /// many as there are.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Driver::start_all_reduce`].
+    unsafe fn start_all_gather(&self, _address: u64, _length: usize, _part: usize) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Puts the work that is given from now on behind the exchanges that were started.
+    fn finish_exchanges(&self) -> Result<()> {
+        Ok(())
     }
 
     /// Marks this moment in the work that was given so far. Where devices have no clock, waits and takes the host's.
@@ -282,12 +297,37 @@ impl Stream {
     /// Adds numbers up over the processes that this device is connected with, behind the work that was given so far; `false`
     /// where there is no way from device to device.
     pub fn all_reduce(&self, values: &mut SliceMut<'_, f32>) -> Result<bool> {
+        // SAFETY: what comes next on this stream comes behind the sum.
+        let summed = unsafe { self.start_all_reduce(values) }?;
+        self.driver.finish_exchanges()?;
+        Ok(summed)
+    }
+
+    /// The same beside the work that is given until [`Stream::finish_exchanges`].
+    ///
+    /// # Safety
+    ///
+    /// No work uses the memory until then.
+    pub unsafe fn start_all_reduce(&self, values: &mut SliceMut<'_, f32>) -> Result<bool> {
         self.check("all_reduce", values.len, values.len, values.device)?;
-        if values.is_empty() {
-            return Ok(true);
-        }
-        // SAFETY: the slice has exactly this many numbers, on this device.
-        unsafe { self.driver.all_reduce(values.address, values.len) }
+        // SAFETY: the slice has exactly this many numbers, on this device; the caller's promise.
+        unsafe { self.driver.start_all_reduce(values.address, values.len) }
+    }
+
+    /// Gives all processes that this device is connected with the numbers of each, behind the work that was given so far:
+    /// process `r` has those from `r * part` on, `part` of them or as many as there are. `false` where there is no way from
+    /// device to device.
+    pub fn all_gather(&self, values: &mut SliceMut<'_, f32>, part: usize) -> Result<bool> {
+        self.check("all_gather", values.len, values.len, values.device)?;
+        // SAFETY: the slice has exactly this many numbers, on this device; what comes next comes behind the exchange.
+        let gathered = unsafe { self.driver.start_all_gather(values.address, values.len, part) }?;
+        self.driver.finish_exchanges()?;
+        Ok(gathered)
+    }
+
+    /// Puts the work that is given from now on behind the sums that were started.
+    pub fn finish_exchanges(&self) -> Result<()> {
+        self.driver.finish_exchanges()
     }
 
     /// Waits for the work that was given so far.

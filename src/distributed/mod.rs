@@ -25,15 +25,13 @@ use std::time::Duration;
 
 pub use launch::{Launch, Meeting};
 
-use crate::ops::{Communicator, Memory};
+use crate::ops::{BUCKET, Communicator, Memory};
 use crate::{Error, Result};
 
 /// How long processes wait for each other at the start.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Seconds that they may be told to wait: a week.
 const LONGEST: u64 = 7 * 24 * 3600;
-/// Numbers that are exchanged at a time.
-pub(crate) const BUCKET: usize = 8 << 20;
 
 /// All processes work.
 const RUNNING: u8 = 0;
@@ -198,10 +196,10 @@ impl Processes {
     /// As [`Communicator::broadcast`].
     pub fn share(&self, bytes: Vec<u8>) -> Result<Vec<u8>> {
         let mut length = (bytes.len() as u64).to_le_bytes();
-        self.broadcast(&mut length)?;
+        self.broadcast(&mut length, 0)?;
         let mut bytes = bytes;
         bytes.resize(usize::try_from(u64::from_le_bytes(length)).unwrap_or(0), 0);
-        self.broadcast(&mut bytes)?;
+        self.broadcast(&mut bytes, 0)?;
         Ok(bytes)
     }
 
@@ -211,7 +209,7 @@ impl Processes {
     /// As [`Communicator::broadcast`].
     pub fn share_number(&self, number: u64) -> Result<u64> {
         let mut bytes = number.to_le_bytes();
-        self.broadcast(&mut bytes)?;
+        self.broadcast(&mut bytes, 0)?;
         Ok(u64::from_le_bytes(bytes))
     }
 
@@ -270,7 +268,7 @@ impl Processes {
             if self.is_chief() {
                 memory.download(values, &part)?;
             }
-            self.broadcast(bytemuck::cast_slice_mut(values))?;
+            self.broadcast(bytemuck::cast_slice_mut(values), 0)?;
             if !self.is_chief() {
                 memory.upload(&mut part, values)?;
             }
@@ -324,8 +322,8 @@ impl Communicator for Processes {
         self.exchange(|engine| engine.sum_f64(values))
     }
 
-    fn broadcast(&self, bytes: &mut [u8]) -> Result<()> {
-        self.exchange(|engine| engine.broadcast(bytes))
+    fn broadcast(&self, bytes: &mut [u8], root: usize) -> Result<()> {
+        self.exchange(|engine| engine.broadcast(bytes, root))
     }
 
     fn barrier(&self) -> Result<()> {

@@ -90,11 +90,12 @@ impl Communicator for Mpi {
         Ok(())
     }
 
-    fn broadcast(&self, bytes: &mut [u8]) -> Result<()> {
+    fn broadcast(&self, bytes: &mut [u8], root: usize) -> Result<()> {
         let _serial = self.sent();
         let world = SimpleCommunicator::world();
+        let root = i32::try_from(root).map_err(|_| Error::Distributed("MPI counts processes in 31 bits".into()))?;
         for chunk in bytes.chunks_mut(CHUNK) {
-            world.process_at_rank(0).broadcast_into(chunk);
+            world.process_at_rank(root).broadcast_into(chunk);
         }
         Ok(())
     }

@@ -40,6 +40,17 @@ struct Library {
         ncclComm_t,
         cudaStream_t,
     ) -> u32,
+    broadcast: unsafe extern "C" fn(
+        *const c_void,
+        *mut c_void,
+        usize,
+        ncclDataType_t,
+        c_int,
+        ncclComm_t,
+        cudaStream_t,
+    ) -> u32,
+    group_start: unsafe extern "C" fn() -> u32,
+    group_end: unsafe extern "C" fn() -> u32,
     comm_destroy: unsafe extern "C" fn(ncclComm_t) -> u32,
     comm_abort: unsafe extern "C" fn(ncclComm_t) -> u32,
     get_error_string: unsafe extern "C" fn(u32) -> *const c_char,
@@ -94,6 +105,9 @@ impl Library {
                 get_unique_id: function(&library, "ncclGetUniqueId")?,
                 comm_init_rank: function(&library, "ncclCommInitRank")?,
                 all_reduce: function(&library, "ncclAllReduce")?,
+                broadcast: function(&library, "ncclBroadcast")?,
+                group_start: function(&library, "ncclGroupStart")?,
+                group_end: function(&library, "ncclGroupEnd")?,
                 comm_destroy: function(&library, "ncclCommDestroy")?,
                 comm_abort: function(&library, "ncclCommAbort")?,
                 get_error_string: function(&library, "ncclGetErrorString")?,
@@ -140,12 +154,16 @@ impl fmt::Debug for Nccl {
 
 impl Nccl {
     /// Joins the GPUs of all processes; nothing where one of them lacks NCCL, or `VITMAE_NCCL=0` was said to one: gradients then go
-    /// through the host. The context is current. Collective.
+    /// through the host. One process alone has nobody to join, and does so only where `VITMAE_NCCL` names the library, to try it.
+    /// The context is current. Collective.
     ///
     /// # Errors
     /// Those of NCCL, and of the processes' exchange.
     pub fn connect(context: &Arc<CudaContext>, processes: &dyn Communicator) -> Result<Option<Self>> {
-        let wanted = std::env::var_os("VITMAE_NCCL").is_none_or(|value| value != "0");
+        let wanted = match std::env::var_os("VITMAE_NCCL") {
+            Some(value) => !value.is_empty() && value != "0",
+            None => processes.size() > 1,
+        };
         let library = if wanted { Some(Library::get()) } else { None };
         if let Some(Err(error)) = &library {
             tracing::warn!("{error}; gradients go through the host, which is slow");
@@ -162,7 +180,7 @@ impl Nccl {
             made = library.check("ncclGetUniqueId", unsafe { (library.get_unique_id)(&mut id) });
         }
         agree(processes, made)?;
-        processes.broadcast(bytemuck::cast_slice_mut(&mut id.internal[..]))?;
+        processes.broadcast(bytemuck::cast_slice_mut(&mut id.internal[..]), 0)?;
 
         let (rank, size) = (c_int::try_from(processes.rank()), c_int::try_from(processes.size()));
         let (Ok(rank), Ok(size)) = (rank, size) else {
@@ -203,7 +221,50 @@ impl Nccl {
         // SAFETY: the caller's promise; NCCL allows sums in place.
         let status =
             unsafe { (self.library.all_reduce)(numbers, numbers, length, kind, sum, self.communicator, stream.cast()) };
-        let result = self.library.check("ncclAllReduce", status);
+        self.checked("ncclAllReduce", status)
+    }
+
+    /// Gives the exchange of f32 numbers to a stream: process `r` has those from `r * part` on, `part` of them or as many as there
+    /// are, and all processes get all. Collective.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Nccl::all_reduce`].
+    pub unsafe fn all_gather(
+        &self,
+        address: u64,
+        length: usize,
+        part: usize,
+        stream: CUstream,
+    ) -> std::result::Result<(), CudaError> {
+        // NCCL's own all-gather wants parts of one length.
+        // SAFETY: no argument.
+        self.checked("ncclGroupStart", unsafe { (self.library.group_start)() })?;
+        let mut result = Ok(());
+        for (root, start) in (0..length).step_by(part.max(1)).enumerate() {
+            let numbers = (address + (start * size_of::<f32>()) as u64) as *mut c_void;
+            let (count, kind) = (part.min(length - start), ncclDataType_t::ncclFloat32);
+            // SAFETY: the caller's promise; NCCL allows broadcasts in place. There are no more parts than processes.
+            let status = unsafe {
+                (self.library.broadcast)(
+                    numbers,
+                    numbers,
+                    count,
+                    kind,
+                    root as c_int,
+                    self.communicator,
+                    stream.cast(),
+                )
+            };
+            result = result.and(self.checked("ncclBroadcast", status));
+        }
+        // SAFETY: no argument; it ends the group that was started above, whatever became of it.
+        result.and(self.checked("ncclGroupEnd", unsafe { (self.library.group_end)() }))
+    }
+
+    /// The result of a call behind which nothing more can be exchanged where it failed.
+    fn checked(&self, call: &'static str, status: u32) -> std::result::Result<(), CudaError> {
+        let result = self.library.check(call, status);
         if result.is_err() {
             self.failed.store(true, Ordering::Relaxed);
         }

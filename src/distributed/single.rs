@@ -24,7 +24,7 @@ impl Communicator for Single {
         Ok(())
     }
 
-    fn broadcast(&self, _bytes: &mut [u8]) -> Result<()> {
+    fn broadcast(&self, _bytes: &mut [u8], _root: usize) -> Result<()> {
         Ok(())
     }
 

@@ -73,18 +73,26 @@ impl Tcp {
         if self.rank > 0 {
             let Some(stream) = streams.first_mut() else { return Ok(()) };
             send(stream, kind, bytemuck::cast_slice(values), scratch).map_err(|error| gone(0, &error))?;
-            return receive_into(stream, kind, bytemuck::cast_slice_mut(values));
+            return receive_into(stream, 0, kind, bytemuck::cast_slice_mut(values));
         }
         for index in 0..streams.len() {
             if let Err(error) = add((index + 1, &mut streams[index]), kind, values, scratch) {
                 return Err(self.lost(streams, index, error));
             }
         }
-        self.send_to_all(streams, kind, bytemuck::cast_slice(values), scratch)
+        self.send_to_all(streams, kind, bytemuck::cast_slice(values), scratch, None)
     }
 
-    fn send_to_all(&self, streams: &mut [TcpStream], kind: Kind, bytes: &[u8], scratch: &mut Vec<u8>) -> Result<()> {
-        for index in 0..streams.len() {
+    /// Sends a message of process 0 to all others, or to all but one of them.
+    fn send_to_all(
+        &self,
+        streams: &mut [TcpStream],
+        kind: Kind,
+        bytes: &[u8],
+        scratch: &mut Vec<u8>,
+        but: Option<usize>,
+    ) -> Result<()> {
+        for index in (0..streams.len()).filter(|index| Some(index + 1) != but) {
             if let Err(error) = send(&mut streams[index], kind, bytes, scratch) {
                 let error = gone(index + 1, &error);
                 return Err(self.lost(streams, index, error));
@@ -122,11 +130,22 @@ impl Communicator for Tcp {
         self.sum_of(Kind::Sum64, values)
     }
 
-    fn broadcast(&self, bytes: &mut [u8]) -> Result<()> {
+    fn broadcast(&self, bytes: &mut [u8], root: usize) -> Result<()> {
         let Links { streams, scratch } = &mut *self.links();
         match streams.first_mut() {
-            Some(stream) if self.rank > 0 => receive_into(stream, Kind::Broadcast, bytes),
-            _ => self.send_to_all(streams, Kind::Broadcast, bytes, scratch),
+            Some(stream) if self.rank > 0 && self.rank == root => {
+                send(stream, Kind::Broadcast, bytes, scratch).map_err(|error| gone(0, &error))
+            }
+            Some(stream) if self.rank > 0 => receive_into(stream, 0, Kind::Broadcast, bytes),
+            _ => {
+                if let Some(index) = root.checked_sub(1)
+                    && let Some(stream) = streams.get_mut(index)
+                    && let Err(error) = receive_into(stream, root, Kind::Broadcast, bytes)
+                {
+                    return Err(self.lost(streams, index, error));
+                }
+                self.send_to_all(streams, Kind::Broadcast, bytes, scratch, Some(root))
+            }
         }
     }
 
@@ -173,10 +192,10 @@ fn expect(stream: &mut TcpStream, rank: usize, kind: Kind, length: usize) -> Res
     Err(out_of_step())
 }
 
-/// A message of process 0.
-fn receive_into(stream: &mut TcpStream, kind: Kind, bytes: &mut [u8]) -> Result<()> {
-    expect(stream, 0, kind, bytes.len())?;
-    stream.read_exact(bytes).map_err(|error| gone(0, &error))
+/// A message of process `rank`.
+fn receive_into(stream: &mut TcpStream, rank: usize, kind: Kind, bytes: &mut [u8]) -> Result<()> {
+    expect(stream, rank, kind, bytes.len())?;
+    stream.read_exact(bytes).map_err(|error| gone(rank, &error))
 }
 
 /// Adds a message of another process to `values`.

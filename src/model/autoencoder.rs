@@ -12,7 +12,7 @@ use crate::model::positions::{PositionInterpolation, interpolate_grid};
 use crate::model::transformer::{self, Observer};
 use crate::model::workspace::{DecoderWeights, EncoderWeights, Purpose, Vector, Workspace, WorkspaceShape};
 use crate::model::{Masking, initialize};
-use crate::ops::{Backend, LayerNormShape, LinearShape, LossShape, TokensShape, Write};
+use crate::ops::{Backend, LayerNormShape, LinearShape, LossShape, TokensShape};
 use crate::profile::range;
 use crate::weights::{Checkpoint, DECODER_POSITIONS, ENCODER_POSITIONS, ParameterKind, Parts};
 use crate::{Error, Result};
@@ -20,11 +20,11 @@ use crate::{Error, Result};
 /// A masked autoencoder for pre-training (`ViTMAEForPreTraining` in transformers).
 #[derive(Debug)]
 pub struct MaeForPreTraining<B: Backend> {
-    config: MaeConfig,
-    backend: B,
-    parameters: Parameters<B>,
-    encoder: EncoderWeights<B>,
-    decoder: DecoderWeights<B>,
+    pub(super) config: MaeConfig,
+    pub(super) backend: B,
+    pub(super) parameters: Parameters<B>,
+    pub(super) encoder: EncoderWeights<B>,
+    pub(super) decoder: DecoderWeights<B>,
     encoder_positions: Vector<B>,
     decoder_positions: Vector<B>,
 }
@@ -281,7 +281,7 @@ impl<B: Backend> MaeForPreTraining<B> {
         let mut workspace = self.workspace_for(images, masking, Purpose::Inspect, interpolation)?;
         let result = self.reconstruct_in(&mut workspace, images, masking, extras)?;
         let mut gradients = self.gradients()?;
-        self.backward(&mut workspace, images.batch, &mut gradients)?;
+        self.backward(&mut workspace, images.batch, &mut gradients, 0..self.backward_stages())?;
         Ok((result, gradients))
     }
 
@@ -426,130 +426,6 @@ impl<B: Backend> MaeForPreTraining<B> {
             inputs.pixels()?,
             ids,
             &inputs.mask,
-        )
-    }
-
-    /// Adds the gradients of the last forward pass in this workspace, of `batch` images.
-    pub(crate) fn backward(
-        &self,
-        workspace: &mut Workspace<B>,
-        batch: usize,
-        gradients: &mut Gradients<B>,
-    ) -> Result<()> {
-        let _range = range(format_args!("backward"));
-        let decoder_range = range(format_args!("decoder backward"));
-        let (config, backend) = (&self.config, &self.backend);
-        let Workspace { shape, inputs, scratch, encoder, decoder: Some(decoder), flow: Some(flow), .. } = workspace
-        else {
-            return Err(Error::Config("this workspace was made for inference and cannot train".into()));
-        };
-        let (image, keep, predicted) = (shape.image, shape.keep, shape.predicted());
-        let ids = if shape.purpose == Purpose::Train { &inputs.ids_hidden } else { &inputs.ids_all };
-
-        let layers = &self.decoder;
-        let width = config.decoder_hidden_size;
-        let head = LinearShape { rows: batch * predicted, inputs: width, outputs: image.patch_length() };
-        let into = &mut gradients.decoder;
-        backend.linear_backward_weight(
-            head,
-            &mut into.head.weight,
-            into.head.bias.as_mut(),
-            &decoder.dprediction,
-            &decoder.normed,
-        )?;
-        backend.linear_backward_input(
-            head,
-            Write::Assign,
-            &mut flow.normed,
-            &decoder.dprediction,
-            &layers.head.weight,
-        )?;
-        backend.layernorm_backward(
-            LayerNormShape { rows: batch * predicted, width, epsilon: config.layer_norm_eps },
-            Write::Assign,
-            &mut flow.gathered,
-            &mut into.norm.gamma,
-            &mut into.norm.beta,
-            &flow.normed,
-            &decoder.gathered,
-            &decoder.mean,
-            &decoder.rstd,
-            &layers.norm.gamma,
-        )?;
-        let selection = TokensShape { batch, patches: image.patches(), selected: predicted, width };
-        backend.tokens_gather_backward(selection, &mut flow.decoder, &flow.gathered, ids)?;
-        transformer::backward(
-            backend,
-            shape.decoder(config, batch)?,
-            &layers.blocks,
-            &mut into.blocks,
-            &mut decoder.stack,
-            scratch,
-            &mut flow.decoder,
-        )?;
-        backend.tokens_unshuffle_backward(
-            TokensShape { batch, patches: image.patches(), selected: keep, width },
-            &mut decoder.embedded,
-            &mut into.mask_token,
-            &flow.decoder,
-            &inputs.ids_restore,
-        )?;
-        drop(decoder_range);
-        let _range = range(format_args!("encoder backward"));
-        let rows = batch * (1 + keep);
-        let embed = LinearShape { rows, inputs: config.hidden_size, outputs: width };
-        backend.linear_backward_weight(
-            embed,
-            &mut into.embed.weight,
-            into.embed.bias.as_mut(),
-            &decoder.embedded,
-            &encoder.encoded,
-        )?;
-        backend.linear_backward_input(
-            embed,
-            Write::Assign,
-            &mut flow.encoded,
-            &decoder.embedded,
-            &layers.embed.weight,
-        )?;
-
-        let layers = &self.encoder;
-        let width = config.hidden_size;
-        let into = &mut gradients.encoder;
-        backend.layernorm_backward(
-            LayerNormShape { rows, width, epsilon: config.layer_norm_eps },
-            Write::Assign,
-            &mut flow.encoder,
-            &mut into.norm.gamma,
-            &mut into.norm.beta,
-            &flow.encoded,
-            encoder.stack.output(),
-            &encoder.mean,
-            &encoder.rstd,
-            &layers.norm.gamma,
-        )?;
-        transformer::backward(
-            backend,
-            shape.encoder(config, batch)?,
-            &layers.blocks,
-            &mut into.blocks,
-            &mut encoder.stack,
-            scratch,
-            &mut flow.encoder,
-        )?;
-        backend.tokens_assemble_backward(
-            TokensShape { batch, patches: image.patches(), selected: keep, width },
-            &mut encoder.patches,
-            &mut into.class_token,
-            &flow.encoder,
-        )?;
-        // The images themselves have no gradient.
-        backend.linear_backward_weight(
-            LinearShape { rows: batch * keep, inputs: image.patch_length(), outputs: width },
-            &mut into.patch.weight,
-            into.patch.bias.as_mut(),
-            &encoder.patches,
-            &encoder.rows,
         )
     }
 }

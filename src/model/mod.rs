@@ -1,6 +1,7 @@
 //! The masked autoencoder over a [`Backend`](crate::ops::Backend): encoder, decoder and loss, forward and backward.
 
 mod autoencoder;
+mod backward;
 mod encoder;
 mod gradients;
 mod images;

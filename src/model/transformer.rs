@@ -269,8 +269,10 @@ fn forward_kept<B: Backend>(
     )
 }
 
-/// Turns `dx`, the gradient of the stack's output, into that of its input, and accumulates the parameters' gradients.
-pub(crate) fn backward<B: Backend>(
+/// Turns `dx`, the gradient of the output of block `layer`, into that of its input, and accumulates the parameters' gradients.
+/// Blocks take their turns from the last to the first.
+#[expect(clippy::too_many_arguments, reason = "what a stack is, twice its weights, and its memory")]
+pub(crate) fn backward_block<B: Backend>(
     backend: &B,
     shape: StackShape,
     layers: &Blocks<B>,
@@ -278,105 +280,104 @@ pub(crate) fn backward<B: Backend>(
     activations: &mut StackActivations<B>,
     scratch: &mut Scratch<B>,
     dx: &mut B::Buffer<B::Element>,
+    layer: usize,
 ) -> Result<()> {
     let StackShape { width, mlp_width, activation, .. } = shape;
     let Scratch { norm, expanded, dnarrow: Some(dnarrow), dwide: Some(dwide) } = scratch else {
         return Err(crate::Error::Config("this workspace was made for inference and cannot train".into()));
     };
-    for (layer, (weights, gradients)) in layers.iter().zip(gradients).enumerate().rev() {
-        let _range = range(format_args!("layer {layer} backward, {} wide", shape.width));
-        let block_count = activations.blocks.len();
-        let kept = &mut activations.blocks[layer % block_count];
-        let before = &activations.streams[layer];
-        // Where the blocks share one set, it still holds that of the last block.
-        if block_count < layers.len() && layer + 1 < layers.len() {
-            forward_kept(backend, shape, weights, before, kept, norm, expanded)?;
-        }
-
-        // The MLP: after = middle + contract(activation(expand(norm2(middle)))).
-        let expand = shape.linear(width, mlp_width);
-        let contract = shape.linear(mlp_width, width);
-        backend.linear_activation_backward(
-            contract,
-            activation,
-            dwide,
-            expanded,
-            gradients.expand.bias.as_mut(),
-            dx,
-            &weights.contract.weight,
-            &kept.pre,
-        )?;
-        backend.linear_backward_weight(
-            contract,
-            &mut gradients.contract.weight,
-            gradients.contract.bias.as_mut(),
-            dx,
-            expanded,
-        )?;
-        let norm2 = &weights.norm2;
-        backend.layernorm_forward(
-            shape.norm(),
-            norm,
-            &mut kept.mean2,
-            &mut kept.rstd2,
-            &kept.middle,
-            &norm2.gamma,
-            &norm2.beta,
-        )?;
-        // Its bias's gradient came with the activation's.
-        backend.linear_backward_weight(expand, &mut gradients.expand.weight, None, dwide, norm)?;
-        backend.linear_backward_input(expand, Write::Assign, dnarrow, dwide, &weights.expand.weight)?;
-        backend.layernorm_backward(
-            shape.norm(),
-            Write::Accumulate,
-            dx,
-            &mut gradients.norm2.gamma,
-            &mut gradients.norm2.beta,
-            dnarrow,
-            &kept.middle,
-            &kept.mean2,
-            &kept.rstd2,
-            &norm2.gamma,
-        )?;
-
-        // Attention: middle = before + projection(attention(qkv(norm1(before)))).
-        let packed = shape.linear(width, 3 * width);
-        let projection = shape.linear(width, width);
-        backend.linear_backward_weight(
-            projection,
-            &mut gradients.projection.weight,
-            gradients.projection.bias.as_mut(),
-            dx,
-            &kept.attended,
-        )?;
-        backend.linear_backward_input(projection, Write::Assign, dnarrow, dx, &weights.projection.weight)?;
-        backend.attention_backward(shape.attention(), dwide, dnarrow, &kept.qkv, &kept.log_sum_exp)?;
-        let norm1 = &weights.norm1;
-        backend.layernorm_forward(
-            shape.norm(),
-            norm,
-            &mut kept.mean1,
-            &mut kept.rstd1,
-            before,
-            &norm1.gamma,
-            &norm1.beta,
-        )?;
-        backend.linear_backward_weight(packed, &mut gradients.qkv.weight, gradients.qkv.bias.as_mut(), dwide, norm)?;
-        backend.linear_backward_input(packed, Write::Assign, dnarrow, dwide, &weights.qkv.weight)?;
-        backend.layernorm_backward(
-            shape.norm(),
-            Write::Accumulate,
-            dx,
-            &mut gradients.norm1.gamma,
-            &mut gradients.norm1.beta,
-            dnarrow,
-            before,
-            &kept.mean1,
-            &kept.rstd1,
-            &norm1.gamma,
-        )?;
+    let (weights, gradients) = (&layers[layer], &mut gradients[layer]);
+    let _range = range(format_args!("layer {layer} backward, {} wide", shape.width));
+    let block_count = activations.blocks.len();
+    let kept = &mut activations.blocks[layer % block_count];
+    let before = &activations.streams[layer];
+    // Where the blocks share one set, it still holds that of the last block.
+    if block_count < layers.len() && layer + 1 < layers.len() {
+        forward_kept(backend, shape, weights, before, kept, norm, expanded)?;
     }
-    Ok(())
+
+    // The MLP: after = middle + contract(activation(expand(norm2(middle)))).
+    let expand = shape.linear(width, mlp_width);
+    let contract = shape.linear(mlp_width, width);
+    backend.linear_activation_backward(
+        contract,
+        activation,
+        dwide,
+        expanded,
+        gradients.expand.bias.as_mut(),
+        dx,
+        &weights.contract.weight,
+        &kept.pre,
+    )?;
+    backend.linear_backward_weight(
+        contract,
+        &mut gradients.contract.weight,
+        gradients.contract.bias.as_mut(),
+        dx,
+        expanded,
+    )?;
+    let norm2 = &weights.norm2;
+    backend.layernorm_forward(
+        shape.norm(),
+        norm,
+        &mut kept.mean2,
+        &mut kept.rstd2,
+        &kept.middle,
+        &norm2.gamma,
+        &norm2.beta,
+    )?;
+    // Its bias's gradient came with the activation's.
+    backend.linear_backward_weight(expand, &mut gradients.expand.weight, None, dwide, norm)?;
+    backend.linear_backward_input(expand, Write::Assign, dnarrow, dwide, &weights.expand.weight)?;
+    backend.layernorm_backward(
+        shape.norm(),
+        Write::Accumulate,
+        dx,
+        &mut gradients.norm2.gamma,
+        &mut gradients.norm2.beta,
+        dnarrow,
+        &kept.middle,
+        &kept.mean2,
+        &kept.rstd2,
+        &norm2.gamma,
+    )?;
+
+    // Attention: middle = before + projection(attention(qkv(norm1(before)))).
+    let packed = shape.linear(width, 3 * width);
+    let projection = shape.linear(width, width);
+    backend.linear_backward_weight(
+        projection,
+        &mut gradients.projection.weight,
+        gradients.projection.bias.as_mut(),
+        dx,
+        &kept.attended,
+    )?;
+    backend.linear_backward_input(projection, Write::Assign, dnarrow, dx, &weights.projection.weight)?;
+    backend.attention_backward(shape.attention(), dwide, dnarrow, &kept.qkv, &kept.log_sum_exp)?;
+    let norm1 = &weights.norm1;
+    backend.layernorm_forward(
+        shape.norm(),
+        norm,
+        &mut kept.mean1,
+        &mut kept.rstd1,
+        before,
+        &norm1.gamma,
+        &norm1.beta,
+    )?;
+    backend.linear_backward_weight(packed, &mut gradients.qkv.weight, gradients.qkv.bias.as_mut(), dwide, norm)?;
+    backend.linear_backward_input(packed, Write::Assign, dnarrow, dwide, &weights.qkv.weight)?;
+    backend.layernorm_backward(
+        shape.norm(),
+        Write::Accumulate,
+        dx,
+        &mut gradients.norm1.gamma,
+        &mut gradients.norm1.beta,
+        dnarrow,
+        before,
+        &kept.mean1,
+        &kept.rstd1,
+        &norm1.gamma,
+    )
 }
 
 /// Two different elements of a slice.

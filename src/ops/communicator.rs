@@ -4,6 +4,9 @@ use std::fmt::Debug;
 
 use crate::Result;
 
+/// Numbers that are exchanged at a time.
+pub(crate) const BUCKET: usize = 8 << 20;
+
 /// Processes that exchange numbers. Every call is collective: all processes make the same calls in the same order, with as many
 /// numbers each. After an error nothing more can be exchanged.
 pub trait Communicator: Debug + Send + Sync {
@@ -25,11 +28,11 @@ pub trait Communicator: Debug + Send + Sync {
     /// As [`Communicator::sum`].
     fn sum_f64(&self, values: &mut [f64]) -> Result<()>;
 
-    /// Copies the bytes of process 0 to all.
+    /// Copies the bytes of process `root` to all.
     ///
     /// # Errors
     /// As [`Communicator::sum`].
-    fn broadcast(&self, bytes: &mut [u8]) -> Result<()>;
+    fn broadcast(&self, bytes: &mut [u8], root: usize) -> Result<()>;
 
     /// Waits until all processes are here.
     ///

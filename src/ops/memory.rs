@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use crate::Result;
-use crate::ops::Communicator;
+use crate::ops::{BUCKET, Communicator};
 
 /// A number type that buffers hold.
 pub trait Element: bytemuck::Pod + Default + Debug + Send + Sync + 'static {}
@@ -86,12 +86,12 @@ pub trait Memory: Debug + Send + Sync + Sized + 'static {
     /// Device errors.
     fn zero<T: Element>(&self, buffer: &mut Self::Buffer<T>) -> Result<()>;
 
-    /// Joins this device with those of the other processes, where it has a way of its own to them. Collective.
+    /// Joins this device with those of the other processes, where it has a way of its own to them; whether it has. Collective.
     ///
     /// # Errors
     /// Device errors; [`Error::Distributed`](crate::Error::Distributed).
-    fn connect(&self, _processes: &dyn Communicator) -> Result<()> {
-        Ok(())
+    fn connect(&self, _processes: &dyn Communicator) -> Result<bool> {
+        Ok(false)
     }
 
     /// Adds `buffer` up over all processes, in place, behind the work that the device has. Collective.
@@ -107,6 +107,37 @@ pub trait Memory: Debug + Send + Sync + Sized + 'static {
             *value = Self::master(sum);
         }
         self.upload(buffer, &values)
+    }
+
+    /// Starts what [`Memory::all_reduce`] does: a device with a way of its own to the others does it while it goes on with the
+    /// work that it gets from now on, which must not touch the buffer before [`Memory::finish_all_reduces`]. Collective.
+    ///
+    /// # Errors
+    /// As [`Memory::all_reduce`].
+    fn start_all_reduce(&self, buffer: &mut Self::Buffer<Self::Master>, processes: &dyn Communicator) -> Result<()> {
+        self.all_reduce(buffer, processes)
+    }
+
+    /// Puts what the device gets to do from now on behind all sums that were started.
+    ///
+    /// # Errors
+    /// Device errors.
+    fn finish_all_reduces(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Gives all processes the numbers of each: process `r` has those from `r * part` on, `part` of them or as many as there
+    /// are. Collective.
+    ///
+    /// # Errors
+    /// As [`Memory::all_reduce`].
+    fn all_gather(
+        &self,
+        buffer: &mut Self::Buffer<Self::Master>,
+        part: usize,
+        processes: &dyn Communicator,
+    ) -> Result<()> {
+        gather_on_host(self, buffer, part, processes)
     }
 
     /// Makes something out of buffers that share one allocation, where that is worth it: `make` may be called twice, first to
@@ -148,4 +179,31 @@ pub trait Memory: Debug + Send + Sync + Sized + 'static {
     fn element_f64(value: Self::Element) -> f64;
     /// A master number as f64.
     fn master_f64(value: Self::Master) -> f64;
+}
+
+/// [`Memory::all_gather`] by way of the host.
+pub(crate) fn gather_on_host<M: Memory>(
+    memory: &M,
+    buffer: &mut M::Buffer<M::Master>,
+    part: usize,
+    processes: &dyn Communicator,
+) -> Result<()> {
+    let length = memory.length(buffer);
+    let mut values = vec![M::Master::default(); BUCKET.min(part)];
+    for root in 0..processes.size() {
+        let end = length.min((root + 1).saturating_mul(part));
+        for start in (root.saturating_mul(part)..end).step_by(BUCKET) {
+            let values = &mut values[..BUCKET.min(end - start)];
+            // SAFETY: the only handle to this part that is in use, as the buffer is borrowed mutably.
+            let mut piece = unsafe { memory.alias(buffer, start, values.len())? };
+            if processes.rank() == root {
+                memory.download(values, &piece)?;
+            }
+            processes.broadcast(bytemuck::cast_slice_mut(values), root)?;
+            if processes.rank() != root {
+                memory.upload(&mut piece, values)?;
+            }
+        }
+    }
+    Ok(())
 }

@@ -30,12 +30,15 @@ mod tokens;
 pub(crate) use adamw::power;
 pub use adamw::{AdamW, AdamWSettings, AdamWState};
 pub use attention::{Attention, AttentionShape};
+pub(crate) use communicator::BUCKET;
 pub use communicator::Communicator;
 pub use cross_entropy::{CrossEntropy, CrossEntropyShape};
 pub use layernorm::{LayerNorm, LayerNormShape};
 pub use linear::{Activation, Linear, LinearShape};
 pub use loss::{Loss, LossShape};
 pub use masking::{Masking, MaskingShape, RandomMask};
+#[cfg(feature = "cuda")]
+pub(crate) use memory::gather_on_host;
 pub use memory::{Element, Memory};
 pub use patchify::{ImageShape, Patchify, Pixels};
 pub use spec::{Cost, OPS, OpSpec};

@@ -11,6 +11,7 @@ use crate::config::MaeConfig;
 use crate::data::ImageProcessor;
 use crate::ops::Backend;
 use crate::train::Trainer;
+use crate::train::moments::Moments;
 use crate::train::settings::PretrainSettings;
 use crate::weights::{Checkpoint, TensorFile};
 use crate::{Error, Result};
@@ -253,16 +254,18 @@ fn read_state(folder: &Path) -> Result<TrainerState> {
     serde_json::from_str(&text).map_err(|error| Error::checkpoint(&path, error.to_string()))
 }
 
-/// Writes the folder of a step under a temporary name and renames it when all of it is on the disk.
+/// Writes the folder of a step under a temporary name and renames it when all of it is on the disk. `moments` are those of all
+/// processes, where each has a share of them.
 pub(crate) fn save<B: Backend>(
     out: &Path,
     trainer: &Trainer<B>,
+    moments: Option<&Moments<B::Master>>,
     processor: &ImageProcessor,
     state: &TrainerState,
 ) -> Result<PathBuf> {
     let folder = out.join(folder_name(state.step));
     let temporary = out.join(format!(".{}.tmp", folder_name(state.step)));
-    let written = write(&temporary, trainer, processor, state).and_then(|()| {
+    let written = write(&temporary, trainer, moments, processor, state).and_then(|()| {
         if folder.exists() {
             if !folder.join(STATE).exists() {
                 let cause = std::io::Error::other("there is a folder of that name that is no checkpoint of a run");
@@ -284,6 +287,7 @@ pub(crate) fn save<B: Backend>(
 fn write<B: Backend>(
     folder: &Path,
     trainer: &Trainer<B>,
+    moments: Option<&Moments<B::Master>>,
     processor: &ImageProcessor,
     state: &TrainerState,
 ) -> Result<()> {
@@ -293,7 +297,7 @@ fn write<B: Backend>(
     fs::create_dir_all(folder).map_err(|error| Error::io("creating", folder, error))?;
     trainer.model().save_pretrained(folder)?;
     processor.save(folder)?;
-    trainer.save_moments(&folder.join(MOMENTS))?;
+    trainer.save_moments(&folder.join(MOMENTS), moments)?;
     if trainer.keeps_average() {
         trainer.save_average(folder.join(AVERAGE))?;
         processor.save(folder.join(AVERAGE))?;
@@ -307,12 +311,13 @@ fn write<B: Backend>(
     crate::files::write_json(&folder.join(STATE), &state)
 }
 
-/// Reads moments and state into a trainer whose model was loaded from the same folder, where `check` agrees with the state.
+/// Reads moments and state into a trainer whose model was loaded from the same folder, where `check` agrees with the state. The
+/// moments are returned for the other processes.
 pub(crate) fn load_trainer<B: Backend>(
     trainer: &mut Trainer<B>,
     folder: &Path,
     check: impl FnOnce(&TrainerState) -> Result<()>,
-) -> Result<TrainerState> {
+) -> Result<(TrainerState, Moments<B::Master>)> {
     let path = folder.join(STATE);
     let state = read_state(folder)?;
     if folder.file_name() != Some(std::ffi::OsStr::new(&folder_name(state.step))) {
@@ -322,7 +327,8 @@ pub(crate) fn load_trainer<B: Backend>(
         ));
     }
     check(&state)?;
-    trainer.load_moments(&folder.join(MOMENTS), state.updates)?;
+    let moments = trainer.read_moments(&folder.join(MOMENTS))?;
+    trainer.set_moments(&moments, state.updates)?;
     trainer.load_average(&folder.join(AVERAGE))?;
-    Ok(state)
+    Ok((state, moments))
 }

@@ -76,8 +76,9 @@ impl<B: Backend> Run<'_, B> {
         Ok(())
     }
 
-    /// Writes `checkpoint-STEP/`, whole or not at all.
+    /// Writes `checkpoint-STEP/`, whole or not at all. Collective where the optimiser's state is shared out.
     pub(super) fn save(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
+        let moments = self.trainer.gather_moments()?;
         if self.files.is_none() {
             self.saved = Some((self.done, self.settings.out.join(checkpoint::folder_name(self.done))));
             return Ok(());
@@ -85,7 +86,7 @@ impl<B: Backend> Run<'_, B> {
         let mut state = TrainerState::new(self.done, self.settings, self.loader.source().fingerprint());
         state.validation_loss = self.last_validation;
         state.total_steps = self.schedule.total_steps;
-        let folder = checkpoint::save(&self.settings.out, &self.trainer, &self.processor, &state)?;
+        let folder = checkpoint::save(&self.settings.out, &self.trainer, moments.as_ref(), &self.processor, &state)?;
         watch(Event::Wrote(&folder));
         self.saved = Some((self.done, folder));
         let usual = if self.settings.checkpoint_every.is_none() { Some(1) } else { None };
@@ -95,7 +96,8 @@ impl<B: Backend> Run<'_, B> {
         }
     }
 
-    /// Saves what was trained since the last checkpoint, where the disk or the pictures failed and not the training.
+    /// Saves what was trained since the last checkpoint, where the disk or the pictures failed and not the training. Not where the
+    /// others would have to send their share of it.
     pub(super) fn rescue(&mut self, error: Error, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Error {
         let fine = matches!(
             error,
@@ -103,6 +105,7 @@ impl<B: Backend> Run<'_, B> {
         );
         let saved = self.saved.as_ref().is_some_and(|(step, _)| *step == self.done);
         if fine
+            && !self.trainer.shards_optimizer()
             && !saved
             && self.done > 0
             && let Err(second) = self.save(watch)

@@ -15,8 +15,26 @@ pub(crate) enum Pass {
         /// Whether the pixels are bytes.
         bytes: bool,
     },
+    /// Forward alone, with what it depends on as above.
+    Forward {
+        /// Images in it.
+        batch: usize,
+        /// Hidden patches of the whole step.
+        hidden_in_step: usize,
+        /// Whether the pixels are bytes.
+        bytes: bool,
+    },
+    /// A part of backward.
+    Backward {
+        /// Images in the micro-batch.
+        batch: usize,
+        /// Its first stage.
+        stage: usize,
+    },
     /// The optimiser's update.
     Update,
+    /// What follows from the weights of all processes once they have been exchanged.
+    Exchanged,
 }
 
 /// The passes of a trainer that were seen so far.
@@ -26,8 +44,9 @@ pub(crate) struct Passes<B: Backend> {
     seen: Vec<(Pass, Option<B::Recording>)>,
 }
 
-/// More kinds of passes than a run has; who has more gets no recordings that are of use.
-const MOST_SEEN: usize = 8;
+/// More kinds of passes than a run has (a backward of ViT-H in parts has 43, twice where the last micro-batch is smaller); who has
+/// more gets no recordings that are of use.
+const MOST_SEEN: usize = 128;
 
 impl<B: Backend> Passes<B> {
     pub fn new(enabled: bool) -> Self {

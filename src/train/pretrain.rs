@@ -169,6 +169,7 @@ impl<'s, B: Backend> Run<'s, B> {
             ("the seed", seed.to_string()),
             ("the schedule", format!("{schedule:?}")),
             ("the optimiser", format!("{:?}, average {:?}", settings.optimizer, settings.average_decay)),
+            ("what is shared out", format!("{:?}", settings.sharding)),
             ("the rhythm of checkpoints", format!("{:?}", settings.checkpoint_every)),
             ("validation", validation.as_ref().map_or_else(String::new, Validation::fingerprint)),
         ])?;
@@ -185,15 +186,18 @@ impl<'s, B: Backend> Run<'s, B> {
         }
         let parameters = model.parameters().layout().trained();
         let trainer_flops = config.flops(config.mask_ratio)?.step;
-        let mut trainer = Trainer::new(model, settings.optimizer, settings.micro_batch)?;
+        processes.ready()?;
+        let sharding = settings.sharding;
+        let mut trainer = Trainer::together(model, settings.optimizer, settings.micro_batch, processes, sharding)?;
         trainer.set_recompute(settings.recompute);
         if let Some(decay) = settings.average_decay {
             trainer.keep_average(decay)?;
         }
-        let (mut done, mut last_validation) = (0, None);
+        let (mut done, mut last_validation, mut moments) = (0, None, None);
         if let Some((step, folder)) = &resumed {
-            let state = checkpoint::load_trainer(&mut trainer, folder, |state| state.check(&fingerprint, settings))?;
-            last_validation = state.validation_loss;
+            let (state, loaded) =
+                checkpoint::load_trainer(&mut trainer, folder, |state| state.check(&fingerprint, settings))?;
+            (last_validation, moments) = (state.validation_loss, Some(loaded));
             done = *step;
             if done > total_steps {
                 return Err(Error::Config(format!(
@@ -219,7 +223,7 @@ impl<'s, B: Backend> Run<'s, B> {
         }
         processes.ready()?;
         let done = processes.share_number(done)?;
-        trainer.start_together(processes, done > 0)?;
+        trainer.start_together(moments, done > 0)?;
 
         let (batches, seen) = (batches_per_epoch as u64, done * *accumulate as u64);
         let position = Position { epoch: (seen / batches) as u32, batch: (seen % batches) as usize };
@@ -277,7 +281,7 @@ impl<'s, B: Backend> Run<'s, B> {
             self.history.push(metrics);
             let last = self.done == total;
             if last || !go_on || (self.done.is_multiple_of(checkpoints) && !skipped) {
-                let same = self.trainer.stay_together(&self.processes).map_err(|error| self.rescue(error, watch))?;
+                let same = self.trainer.stay_together().map_err(|error| self.rescue(error, watch))?;
                 if !same && self.processes.is_chief() {
                     tracing::warn!(
                         "step {}: the weights of the processes had drifted apart, as on processors of different kinds; all have \
@@ -330,16 +334,18 @@ impl<'s, B: Backend> Run<'s, B> {
         let PretrainSettings { accumulate, batch_size, seed, .. } = *self.settings;
         let ratio = self.trainer.model().config().mask_ratio;
         let mut waited = 0.0;
-        for _ in 0..accumulate {
+        for part in 1..=accumulate {
             let batch = match self.upcoming.take() {
                 Some(batch) => batch,
                 None => self.next_batch(&mut waited)?,
             };
             let (images, masking) = training_input(&batch, &self.normalization, ratio, seed);
-            self.trainer.accumulate(&images, &masking, batch_size * accumulate)?;
+            if part < accumulate {
+                self.trainer.accumulate(&images, &masking, batch_size * accumulate)?;
+            } else {
+                self.trainer.accumulate_together(&images, &masking, batch_size * accumulate)?;
+            }
         }
-        self.processes.ready()?;
-        self.trainer.all_reduce(&self.processes)?;
         let learning_rate = self.schedule.at(self.done);
         self.trainer.launch_update(learning_rate)?;
         // While the device works on this step, the next one's pictures are fetched and brought to it.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::config::MaeConfig;
-use crate::train::{OptimizerSettings, Schedule};
+use crate::train::{OptimizerSettings, Schedule, Sharding};
 use crate::{Error, Result};
 
 /// How long a run is.
@@ -66,6 +66,8 @@ pub struct PretrainSettings {
     pub micro_batch: usize,
     /// Whether backward computes activations again instead of keeping them.
     pub recompute: bool,
+    /// What each of several processes keeps a share of.
+    pub sharding: Sharding,
     /// Threads that decode pictures.
     pub workers: usize,
     /// What the run is on, for the record.
@@ -114,6 +116,8 @@ pub(super) struct Recipe {
     seed: u64,
     micro_batch: usize,
     recompute: bool,
+    #[serde(default)]
+    shard_optimizer: bool,
     config: serde_json::Value,
 }
 
@@ -162,6 +166,7 @@ impl Recipe {
             seed: settings.seed,
             micro_batch: settings.micro_batch,
             recompute: settings.recompute,
+            shard_optimizer: settings.sharding == Sharding::Optimizer,
             config: serde_json::from_str(&settings.config.to_json()).unwrap_or_default(),
         }
     }
@@ -217,6 +222,7 @@ impl PretrainSettings {
             resume: false,
             micro_batch: recipe.micro_batch,
             recompute: recipe.recompute,
+            sharding: if recipe.shard_optimizer { Sharding::Optimizer } else { Sharding::Nothing },
             workers: 0,
             device: recipe.device,
             peak_flops: None,

@@ -1,19 +1,17 @@
 //! One optimiser step: forward and backward in micro-batches, then AdamW.
 
 use std::ops::Range;
-use std::path::Path;
 
-use safetensors::Dtype;
-
+use crate::distributed::Processes;
 use crate::model::{
     Gradients, ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation, Purpose, Workspace,
-    WorkspaceShape, download_part,
+    WorkspaceShape,
 };
-use crate::ops::{AdamWSettings, AdamWState, Backend, MaskingShape, RandomMask};
+use crate::ops::{AdamWSettings, AdamWState, BUCKET, Backend, MaskingShape, RandomMask};
 use crate::profile::range;
 use crate::train::average::Average;
 use crate::train::passes::{Pass, Passes};
-use crate::weights::{TensorFile, write_f32, write_stream};
+use crate::train::together::{Exchange, MicroBatch, Sharding};
 use crate::{Error, Result};
 
 /// What the optimiser is told once.
@@ -35,7 +33,8 @@ impl Default for OptimizerSettings {
     }
 }
 
-/// The first and second moments of AdamW, how often they were updated, and what an update depends on; all on the device.
+/// The first and second moments of AdamW, how often they were updated, and what an update depends on; all on the device. The
+/// moments are those of this process' share of the parameters.
 #[derive(Debug)]
 pub struct OptimizerState<B: Backend> {
     pub(crate) first: B::Buffer<B::Master>,
@@ -48,6 +47,7 @@ pub struct OptimizerState<B: Backend> {
 }
 
 impl<B: Backend> OptimizerState<B> {
+    /// With the moments of `length` parameters.
     fn new(backend: &B, length: usize) -> Result<Self> {
         Ok(Self {
             first: backend.buffer(length)?,
@@ -85,7 +85,7 @@ pub struct Trainer<B: Backend> {
     pub(super) workspace: Option<Workspace<B>>,
     pub(super) micro_batch: usize,
     recompute: bool,
-    passes: Passes<B>,
+    pub(super) passes: Passes<B>,
     /// Whether the last pixels were bytes: the workspace keeps a buffer for one kind only.
     bytes: bool,
     /// The batch whose first micro-batch lies prepared in the workspace.
@@ -96,6 +96,8 @@ pub struct Trainer<B: Backend> {
     pub(super) validation_loss: B::Buffer<B::Master>,
     /// The average of the weights, where one is kept.
     pub(super) average: Option<Average<B>>,
+    /// The processes that make each step together.
+    pub(super) exchange: Exchange,
 }
 
 /// Which batch was prefetched: where it lies, and how it is masked.
@@ -139,11 +141,22 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// [`Error::Config`] for a model that cannot be trained (dropout); [`Error::Device`] when there is not enough memory.
     pub fn new(model: MaeForPreTraining<B>, settings: OptimizerSettings, micro_batch: usize) -> Result<Self> {
+        Self::with_exchange(model, settings, micro_batch, &Processes::single(), Sharding::Nothing)
+    }
+
+    pub(super) fn with_exchange(
+        model: MaeForPreTraining<B>,
+        settings: OptimizerSettings,
+        micro_batch: usize,
+        processes: &Processes,
+        sharding: Sharding,
+    ) -> Result<Self> {
         model.config().check_trainable()?;
         if micro_batch == 0 {
             return Err(Error::Config("a micro-batch needs at least one image".into()));
         }
-        let optimizer = OptimizerState::new(model.backend(), model.parameters().layout().trained())?;
+        let exchange = Exchange::new(&model, processes, sharding, BUCKET)?;
+        let optimizer = OptimizerState::new(model.backend(), exchange.share.len())?;
         Ok(Self {
             gradients: model.gradients()?,
             optimizer,
@@ -157,6 +170,7 @@ impl<B: Backend> Trainer<B> {
             last: AdamWState::default(),
             validation_loss: model.backend().buffer(1)?,
             average: None,
+            exchange,
             model,
         })
     }
@@ -215,55 +229,6 @@ impl<B: Backend> Trainer<B> {
         Ok(state[0])
     }
 
-    /// Writes the moments under the parameters' published names: `first_moment.NAME`, `second_moment.NAME`.
-    pub(crate) fn save_moments(&self, path: &Path) -> Result<()> {
-        let (backend, layout) = (self.model.backend(), self.model.parameters().layout());
-        let moments = [("first_moment", &self.optimizer.first), ("second_moment", &self.optimizer.second)];
-        let trained: Vec<usize> =
-            (0..layout.specs().len()).filter(|&index| layout.range(index).end <= layout.trained()).collect();
-        let places: Vec<_> =
-            moments.iter().flat_map(|moment| trained.iter().map(move |&index| (moment, index))).collect();
-        let entries = places
-            .iter()
-            .map(|((name, _), index)| {
-                let spec = &layout.specs()[*index];
-                (format!("{name}.{}", spec.name), Dtype::F32, spec.shape.clone())
-            })
-            .collect();
-        write_stream(path, entries, |place, file| {
-            let ((_, arena), index) = places[place];
-            write_f32(file, &download_part(backend, arena, layout.range(index))?)
-        })
-    }
-
-    /// Reads what [`Trainer::save_moments`] wrote behind `updates` updates.
-    pub(crate) fn load_moments(&mut self, path: &Path, updates: u64) -> Result<()> {
-        let mut file = TensorFile::open(path)?;
-        let (backend, layout) = (self.model.backend(), self.model.parameters().layout());
-        let moments = [("first_moment", &mut self.optimizer.first), ("second_moment", &mut self.optimizer.second)];
-        for (moment, arena) in moments {
-            let mut values = vec![B::Master::default(); layout.trained()];
-            for (index, spec) in layout.specs().iter().enumerate() {
-                let range = layout.range(index);
-                if range.end > layout.trained() {
-                    continue;
-                }
-                let name = format!("{moment}.{}", spec.name);
-                let read = file.read_as_f32(&name)?;
-                if read.len() != range.len() {
-                    let problem = format!("{name} has {} numbers instead of {}", read.len(), range.len());
-                    return Err(Error::checkpoint(path, problem));
-                }
-                for (value, read) in values[range].iter_mut().zip(read) {
-                    *value = B::master(f64::from(read));
-                }
-            }
-            backend.upload(arena, &values)?;
-        }
-        self.last = AdamWState { updates, ..AdamWState::default() };
-        backend.upload(&mut self.optimizer.state, &[self.last])
-    }
-
     /// One step on one batch: [`Trainer::accumulate`] and [`Trainer::update`].
     ///
     /// # Errors
@@ -279,9 +244,21 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// Those of images and noise that do not fit the model.
     pub fn accumulate(&mut self, images: &Images<'_>, masking: &Masking<'_>, images_in_step: usize) -> Result<()> {
+        self.accumulate_batch(images, masking, images_in_step, false)
+    }
+
+    /// The same, with the sums over all processes started as soon as the last micro-batch has what they need, where
+    /// `all_reduce` says so. An error behind that ends what the processes do together.
+    pub(super) fn accumulate_batch(
+        &mut self,
+        images: &Images<'_>,
+        masking: &Masking<'_>,
+        images_in_step: usize,
+        all_reduce: bool,
+    ) -> Result<()> {
         let mask = self.fit(images, masking)?;
         let prefetched = self.prefetched.take() == Some(Prefetched::of(images, masking));
-        let Self { model, gradients, optimizer, workspace: Some(workspace), passes, bytes, .. } = self else {
+        let Self { model, gradients, optimizer, workspace: Some(workspace), passes, bytes, exchange, .. } = self else {
             return Ok(());
         };
         let hidden_in_step = images_in_step * mask.hidden();
@@ -290,12 +267,17 @@ impl<B: Backend> Trainer<B> {
                 model.prepare(workspace, &images.part(range.clone()), &masking.part(range.clone(), mask.patches))?;
             }
             let (batch, bytes) = (range.len(), *bytes);
+            if all_reduce && range.end == images.batch {
+                exchange.processes.ready()?;
+                let work = MicroBatch { model, workspace, batch, hidden_in_step, bytes };
+                return exchange.backward_and_sum(work, gradients, optimizer, passes);
+            }
             // SAFETY: a pass depends on nothing else, and it is forgotten before a buffer of the workspace is dropped. Weights,
             // gradients and the optimiser's state live as long as the trainer.
             unsafe {
                 passes.run(model.backend(), Pass::ForwardBackward { batch, hidden_in_step, bytes }, || {
                     model.forward_prepared(workspace, batch, hidden_in_step, &mut optimizer.loss, None)?;
-                    model.backward(workspace, batch, gradients)
+                    model.backward(workspace, batch, gradients, 0..model.backward_stages())
                 })?;
             }
         }
@@ -358,43 +340,68 @@ impl<B: Backend> Trainer<B> {
     }
 
     /// Queues the update by the accumulated gradients and clears them; nothing is read back, so that the next step can be
-    /// queued right behind. Where loss or gradients are not finite, the device skips the update.
+    /// queued right behind. Where loss or gradients are not finite, the device skips the update. Collective where the optimiser's
+    /// state is shared out.
     ///
     /// # Errors
-    /// Device errors.
+    /// Device errors; [`Error::Distributed`] where a process is gone.
     pub fn launch_update(&mut self, learning_rate: f64) -> Result<()> {
         let _range = range(format_args!("update"));
         let OptimizerSettings { betas, epsilon, weight_decay, clip_norm } = self.settings;
-        let (length, decayed) = {
+        let (trained, matrices) = {
             let layout = self.model.parameters().layout();
             (layout.trained(), layout.matrices())
         };
+        let Self { model, gradients, optimizer, passes, average, exchange, .. } = self;
+        let (backend, parameters) = model.parameters_mut();
+        let (start, length) = (exchange.share.start, exchange.share.len());
+        let decayed = exchange.share.end.min(matrices).saturating_sub(start);
         let settings =
             AdamWSettings { beta1: betas.0, beta2: betas.1, epsilon, weight_decay, clip_norm, length, decayed };
-        let Self { model, gradients, optimizer, passes, average, .. } = self;
-        let (backend, parameters) = model.parameters_mut();
+        // SAFETY: the trainer is borrowed mutably, so these are the only handles to the arenas that are in use.
+        let (gradient, mut master, mut working) = unsafe {
+            (
+                backend.alias(&gradients.arena, start, length)?,
+                backend.alias(&parameters.master, start, length)?,
+                backend.alias(&parameters.working, start.min(matrices), decayed)?,
+            )
+        };
         backend.upload(&mut optimizer.learning_rate, &[learning_rate])?;
         // SAFETY: an update depends on the settings, which do not change, and on buffers that live as long as the trainer.
         unsafe {
             passes.run(backend, Pass::Update, || {
-                backend.gradient_norm(length, &mut optimizer.gradient_norm, &gradients.arena)?;
+                backend.gradient_norm(trained, &mut optimizer.gradient_norm, &gradients.arena)?;
                 backend.adamw_step(
                     settings,
                     &mut optimizer.state,
-                    &mut parameters.master,
-                    &mut parameters.working,
+                    &mut master,
+                    &mut working,
                     &mut optimizer.first,
                     &mut optimizer.second,
-                    &gradients.arena,
+                    &gradient,
                     &optimizer.gradient_norm,
                     Some(&optimizer.loss),
                     &optimizer.learning_rate,
                 )?;
-                if let Some(Average { decay, weights }) = average {
-                    backend.weights_average(length, *decay, weights, &parameters.master)?;
+                if let (Some(Average { decay, weights }), None) = (&mut *average, exchange.sharded) {
+                    backend.weights_average(trained, *decay, weights, &parameters.master)?;
                 }
                 backend.zero(&mut optimizer.loss)?;
                 gradients.zero(backend)
+            })?;
+        }
+        let Some(part) = exchange.sharded else { return Ok(()) };
+        exchange.gather_weights(backend, &parameters.master, trained, part)?;
+        // SAFETY: as above.
+        unsafe {
+            passes.run(backend, Pass::Exchanged, || {
+                parameters.refresh(backend)?;
+                match &mut *average {
+                    Some(Average { decay, weights }) => {
+                        backend.weights_average(trained, *decay, weights, &parameters.master)
+                    }
+                    None => Ok(()),
+                }
             })
         }
     }

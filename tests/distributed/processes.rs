@@ -32,10 +32,21 @@ fn sums_and_broadcasts_are_the_same_everywhere() {
             let mut wide: Vec<f64> = (0..length).map(|index| 1e9 + (index * 3 + rank) as f64).collect();
             processes.sum_f64(&mut wide).unwrap();
             let shared = processes.share(vec![rank as u8 + 1; length * (3 - rank)]).unwrap();
+            // From each in turn.
+            let from_each: Vec<Vec<u8>> = (0..3)
+                .map(|root| {
+                    let mut bytes = vec![if rank == root { 10 + root as u8 } else { 0 }; length + root];
+                    processes.broadcast(&mut bytes, root).unwrap();
+                    bytes
+                })
+                .collect();
             processes.barrier().unwrap();
-            (values, wide, shared)
+            (values, wide, shared, from_each)
         });
-        for (values, wide, shared) in found {
+        for (values, wide, shared, from_each) in found {
+            for (root, bytes) in from_each.iter().enumerate() {
+                assert!(*bytes == vec![10 + root as u8; length + root], "from {root}");
+            }
             let sum = |index: usize| 9 * index + 3;
             assert!(values.iter().enumerate().all(|(index, value)| *value == sum(index) as f32));
             assert!(wide.iter().enumerate().all(|(index, value)| *value == 3e9 + sum(index) as f64));

@@ -111,6 +111,47 @@ fn a_run_goes_on_with_another_number_of_processes() {
     resumes(way, Way::Alone);
 }
 
+/// Processes with a share of the moments each leave the same files as processes that have all of them, and can take turns with them.
+fn shares(way: Way) {
+    let place = Place::new();
+    let line = format!("{LINE} --steps 12 --checkpoint-every 5 --val synthetic:13:9 --ema 0.9 --clip-grad 0.5");
+    let whole = place.run(way, "whole", &line).succeeded();
+    let shared = place.run(way, "shared", &format!("{line} --shard-optimizer")).succeeded();
+    let same = |other: &Ran| {
+        for what in ["loss", "gradient_norm", "validation_loss"] {
+            let numbers = |ran: &Ran| ran.metrics().iter().map(|step| step[what].clone()).collect::<Vec<_>>();
+            assert_eq!(numbers(&whole), numbers(other), "{what}");
+        }
+        for file in ["model.safetensors", "optimizer.safetensors", "ema/model.safetensors"] {
+            let bytes = |ran: &Ran, step: u64| fs::read(ran.folder.join(format!("checkpoint-{step}/{file}"))).unwrap();
+            for step in [5, 10, 12] {
+                assert!(bytes(&whole, step) == bytes(other, step), "{file} of step {step}");
+            }
+        }
+    };
+    same(&shared);
+    for (first, second) in [(" --shard-optimizer", ""), ("", " --shard-optimizer")] {
+        let out = if first.is_empty() { "to" } else { "from" };
+        let cut = place.run(way, out, &format!("{line}{first}")).succeeded();
+        for step in [10, 12] {
+            fs::remove_dir_all(cut.folder.join(format!("checkpoint-{step}"))).unwrap();
+        }
+        same(&place.run(way, out, &format!("{line} --resume{second}")).succeeded());
+    }
+}
+
+#[test]
+fn a_shared_optimizer_changes_no_bit_over_sockets() {
+    shares(Way::Sockets(4));
+}
+
+#[test]
+fn a_shared_optimizer_changes_no_bit_under_mpi() {
+    if let Some(way) = Way::mpi() {
+        shares(way);
+    }
+}
+
 #[test]
 fn a_step_that_is_not_finite_is_skipped_by_all() {
     let place = Place::new();
