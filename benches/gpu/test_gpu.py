@@ -25,6 +25,16 @@ PEERS = {
 }
 
 
+class Libraries(unittest.TestCase):
+    def test_nccl_is_found_beside_pytorch(self):
+        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+            self.assertIsNone(run.nccl_of([one, other]))
+            library = pathlib.Path(other) / "nvidia" / "nccl" / "lib" / "libnccl.so.2"
+            library.parent.mkdir(parents=True)
+            library.touch()
+            self.assertEqual(run.nccl_of([one, other]), str(library))
+
+
 class Tables(unittest.TestCase):
     def test_kernels_stand_beside_ceiling_and_peer(self):
         text = "\n".join(tables.kernel_tables(KERNELS, PEERS))

@@ -11,7 +11,9 @@ use anyhow::{Context, bail};
 use vitmae::config::MaeConfig;
 use vitmae::distributed::Processes;
 use vitmae::ops::Backend;
-use vitmae::train::{Event, OptimizerSettings, PretrainSettings, RunLength, Sharding, config_of_run, pretrain_together};
+use vitmae::train::{
+    Event, OptimizerSettings, PretrainSettings, RunLength, Sharding, config_of_run, pretrain_together,
+};
 use vitmae::weights::Checkpoint;
 
 use crate::cli::arguments::{Size, at_least_one, at_least_one_u64, decay, mask_ratio, not_negative, positive, threads};

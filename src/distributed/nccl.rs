@@ -40,15 +40,8 @@ struct Library {
         ncclComm_t,
         cudaStream_t,
     ) -> u32,
-    broadcast: unsafe extern "C" fn(
-        *const c_void,
-        *mut c_void,
-        usize,
-        ncclDataType_t,
-        c_int,
-        ncclComm_t,
-        cudaStream_t,
-    ) -> u32,
+    broadcast:
+        unsafe extern "C" fn(*const c_void, *mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, cudaStream_t) -> u32,
     group_start: unsafe extern "C" fn() -> u32,
     group_end: unsafe extern "C" fn() -> u32,
     comm_destroy: unsafe extern "C" fn(ncclComm_t) -> u32,
@@ -246,15 +239,7 @@ impl Nccl {
             let (count, kind) = (part.min(length - start), ncclDataType_t::ncclFloat32);
             // SAFETY: the caller's promise; NCCL allows broadcasts in place. There are no more parts than processes.
             let status = unsafe {
-                (self.library.broadcast)(
-                    numbers,
-                    numbers,
-                    count,
-                    kind,
-                    root as c_int,
-                    self.communicator,
-                    stream.cast(),
-                )
+                (self.library.broadcast)(numbers, numbers, count, kind, root as c_int, self.communicator, stream.cast())
             };
             result = result.and(self.checked("ncclBroadcast", status));
         }

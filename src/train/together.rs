@@ -84,10 +84,8 @@ impl Exchange {
             }
         }
         let sharded = match sharding {
-            Sharding::Optimizer if processes.size() > 1 => {
-                Some(trained.div_ceil(processes.size()).next_multiple_of(ALIGNMENT))
-            }
-            _ => None,
+            Sharding::Optimizer => Some(trained.div_ceil(processes.size()).next_multiple_of(ALIGNMENT)),
+            Sharding::Nothing => None,
         };
         let share = match sharded {
             Some(part) => trained.min(processes.rank() * part)..trained.min((processes.rank() + 1) * part),
@@ -232,10 +230,10 @@ impl<B: Backend> Trainer<B> {
         Ok(())
     }
 
-    /// Whether each process has only a share of the moments.
+    /// Whether this process has only a share of the moments, and needs the others to save them.
     #[must_use]
     pub fn shards_optimizer(&self) -> bool {
-        self.exchange.sharded.is_some()
+        self.exchange.share.len() < self.model.parameters().layout().trained()
     }
 
     /// Gives all the weights of process 0, and their share of its moments and its counters where it has any. Collective.
@@ -247,9 +245,9 @@ impl<B: Backend> Trainer<B> {
         if processes.size() == 1 {
             return Ok(());
         }
-        let shared = self.share_weights(&processes).and_then(|()| {
-            if has_moments { self.share_moments(moments) } else { Ok(()) }
-        });
+        let shared = self
+            .share_weights(&processes)
+            .and_then(|()| if has_moments { self.share_moments(moments) } else { Ok(()) });
         shared.and_then(|()| self.share_state(&processes)).inspect_err(|_| processes.break_off())
     }
 
@@ -345,7 +343,10 @@ mod tests {
                 stage = stages.end;
                 let from = model.finished_from(stage)?;
                 for bucket in &exchange.buckets[next..*finished] {
-                    assert!(bucket.start >= from && (bucket.end <= layout.matrices() || from == 0), "{bucket:?}, {from}");
+                    assert!(
+                        bucket.start >= from && (bucket.end <= layout.matrices() || from == 0),
+                        "{bucket:?}, {from}"
+                    );
                     sent[bucket.clone()].iter_mut().for_each(|times| *times += 1);
                 }
                 next = *finished;
