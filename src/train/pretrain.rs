@@ -212,9 +212,10 @@ impl<'s, B: Backend> Run<'s, B> {
         let recipe = Recipe::new(settings, resolved, done);
         let (mut files, mut history) = (None, Vec::new());
         if let Some(lock) = lock {
+            let events = EventFile::create(settings.events.as_ref().unwrap_or(out), done)?;
             write_json(&out.join("recipe.json"), &recipe)?;
             let (metrics, kept) = MetricsFile::open(&out.join("metrics.jsonl"), done)?;
-            files = Some(Files { metrics, events: EventFile::create(out, done)?, _lock: lock });
+            files = Some(Files { metrics, events, _lock: lock });
             history = kept;
         }
         processes.ready()?;

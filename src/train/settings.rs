@@ -28,6 +28,8 @@ pub struct PretrainSettings {
     pub validation: Option<OsString>,
     /// Where the files go.
     pub out: PathBuf,
+    /// Where TensorBoard's events go, if not to `out`.
+    pub events: Option<PathBuf>,
     /// The model to train.
     pub config: MaeConfig,
     /// Weights to start from, instead of fresh ones.
@@ -199,6 +201,7 @@ impl PretrainSettings {
             data: recipe.data.into(),
             validation: recipe.validation.map(Into::into),
             out: out.into(),
+            events: None,
             config,
             from: recipe.from,
             length: recipe.length,

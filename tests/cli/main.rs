@@ -3,6 +3,7 @@
 mod bad_input;
 mod commands;
 mod damage;
+mod original;
 mod outputs;
 mod pretraining;
 mod survival;
