@@ -106,6 +106,10 @@ impl Pictures for Shards {
         self.classes.as_deref()
     }
 
+    fn file_size(&self, index: usize) -> Result<Option<u64>> {
+        Ok(self.samples.get(index).map(|sample| u64::from(sample.bytes)))
+    }
+
     fn read_file(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Option<Decoder>> {
         let Some(sample) = self.samples.get(index) else {
             return Err(Error::value("picture index", format!("{index} is not below {}", self.samples.len())));

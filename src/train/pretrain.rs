@@ -63,6 +63,8 @@ pub(super) struct Run<'s, B: Backend> {
     pub settings: &'s PretrainSettings,
     pub trainer: Trainer<B>,
     pub loader: Loader,
+    /// That of the pictures as they were when the run was started.
+    pub fingerprint: String,
     /// The batch that was prefetched.
     pub upcoming: Option<Batch>,
     pub processor: ImageProcessor,
@@ -208,7 +210,8 @@ impl<'s, B: Backend> Run<'s, B> {
             }
         }
 
-        let resolved = Resolved { data_fingerprint: fingerprint, pictures, total_steps, steps_per_epoch, schedule };
+        let resolved =
+            Resolved { data_fingerprint: fingerprint.clone(), pictures, total_steps, steps_per_epoch, schedule };
         let recipe = Recipe::new(settings, resolved, done);
         let (mut files, mut history) = (None, Vec::new());
         if let Some(lock) = lock {
@@ -239,6 +242,7 @@ impl<'s, B: Backend> Run<'s, B> {
             settings,
             trainer,
             loader,
+            fingerprint,
             upcoming: None,
             normalization: processor.normalization(),
             processor,

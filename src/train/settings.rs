@@ -85,6 +85,7 @@ pub(super) struct Recipe {
     vitmae_version: String,
     device: String,
     data: String,
+    /// [`Source::fingerprint`](crate::data::Source::fingerprint): names, classes and sizes, of many pictures those of a sample.
     data_fingerprint: String,
     pictures: usize,
     #[serde(default)]
@@ -268,8 +269,8 @@ impl PretrainSettings {
             Some(expected) if expected != found => Err(Error::Data {
                 source_name: self.data.to_string_lossy().into_owned(),
                 problem: format!(
-                    "these are not the pictures of the recipe (fingerprint {found}, expected {expected}): their number, names \
-                     or classes differ"
+                    "these are not the pictures of the recipe (fingerprint {found}, expected {expected}): their number, \
+                     names, sizes or classes differ"
                 ),
             }),
             _ => Ok(()),

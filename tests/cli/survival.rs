@@ -244,6 +244,32 @@ fn a_resumed_run_keeps_its_settings() {
     assert_eq!(losses(&out).len(), 6);
 }
 
+/// Pictures that were replaced under their names are seen by their sizes; a run that loses one on the way keeps its fingerprint.
+#[test]
+fn pictures_of_other_sizes_are_another_set() {
+    let place = Place::new();
+    let (model, pictures, out) = (model(&place), place.pictures(12), place.path("run"));
+    let line = "pretrain --data {} --out {} --model {} --batch-size 4 --checkpoint-every 2 --steps";
+    run(&format!("{line} 4"), &[&pictures, &out, &model]).succeeded();
+    let picture = pictures.join("picture 05.png");
+    let before = fs::read(&picture).unwrap();
+    image::RgbImage::new(50, 50).save(&picture).unwrap();
+    assert_ne!(fs::read(&picture).unwrap().len(), before.len());
+    let resume = || run(&format!("{line} 6 --resume"), &[&pictures, &out, &model]);
+    resume().failed(1, &["cannot resume", "fingerprint", "sizes"]);
+    let (recipe, again) = (out.join("recipe.json"), place.path("again"));
+    let repeat = || run("pretrain --recipe {} --out {}", &[&recipe, &again]);
+    repeat().failed(1, &["not the pictures of the recipe", "sizes"]);
+    assert!(!again.exists());
+    fs::write(&picture, before).unwrap();
+    resume().succeeded();
+    repeat().succeeded();
+    // Every checkpoint has what the recipe has.
+    let json = |path: &Path| serde_json::from_slice::<Value>(&fs::read(path).unwrap()).unwrap();
+    let state = json(&out.join("checkpoint-6/trainer_state.json"));
+    assert_eq!(state["data_fingerprint"], json(&recipe)["data_fingerprint"]);
+}
+
 /// Metrics that lost a line keep the others; without metrics, checkpoints still say that there is a run.
 #[test]
 fn what_a_run_left_is_not_lost() {

@@ -67,6 +67,22 @@ fn shards_give_pictures_and_their_classes_in_order() {
     assert_eq!(Source::parse(folder.path().join("t-01.tar"), &options(8)).unwrap().len(), 1);
 }
 
+/// As in a folder: another size under the same name is another set.
+#[test]
+fn a_shards_fingerprint_sees_sizes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tar");
+    let fingerprint = |second: &[u8]| {
+        shard(&path, &[("a.png", &png(0)), ("b.png", second)]);
+        Source::parse(&path, &options(8)).unwrap().fingerprint()
+    };
+    let (png, mut longer) = (png(1), png(1));
+    let before = fingerprint(&png);
+    assert_eq!(fingerprint(&png), before);
+    longer.push(0);
+    assert_ne!(fingerprint(&longer), before);
+}
+
 #[test]
 fn a_class_that_is_missing_somewhere_is_missing_everywhere() {
     let folder = tempfile::tempdir().unwrap();

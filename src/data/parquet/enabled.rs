@@ -291,6 +291,15 @@ impl Pictures for Parquet {
         self.classes.as_deref()
     }
 
+    /// That of the pictures of its row group together: a page would have to be read to know more.
+    fn file_size(&self, index: usize) -> Result<Option<u64>> {
+        let number = self.groups.partition_point(|group| group.first <= index).saturating_sub(1);
+        Ok(self.groups.get(number).map(|group| {
+            let table = &self.files[group.file];
+            table.metadata.row_group(group.number).column(table.column).byte_range().1
+        }))
+    }
+
     fn read_file(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Option<Decoder>> {
         let bytes = self.value(index).map_err(|problem| Error::Picture { path: self.name(index), problem })?;
         buffer.clear();
