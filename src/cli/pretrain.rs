@@ -259,6 +259,12 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, qu
     if report.skipped_steps > 0 && processes.is_chief() {
         tracing::warn!("{} steps were skipped because they were not finite", report.skipped_steps);
     }
+    if report.failed_validations > 0 && processes.is_chief() {
+        tracing::warn!(
+            "{} validation losses were left out: their pictures could not be read",
+            report.failed_validations
+        );
+    }
     if report.interrupted {
         bail!(
             "stopped after step {} as asked; the checkpoint is {}: go on with --resume",

@@ -131,8 +131,9 @@ impl<'s, B: Backend> Run<'s, B> {
         let pictures = source.len();
         let fingerprint = source.fingerprint();
         settings.check_fingerprint(&fingerprint)?;
-        let validation =
-            settings.validation.as_ref().map(|spec| Validation::open(spec, settings, &processor)).transpose()?;
+        let validation = settings.validation.as_ref();
+        let validation = validation.map(|spec| Validation::open(spec, settings, &processor, processes)).transpose()?;
+        validation.as_ref().map_or(Ok(()), Validation::check)?;
         let shown = shown_pictures(&source, &processor)?;
 
         let images_per_step = batch_size * accumulate;
@@ -317,6 +318,7 @@ impl<'s, B: Backend> Run<'s, B> {
             loss: first_and_last(&self.history),
             skipped_pictures: self.loader.bad_pictures(),
             skipped_steps: self.trainer.non_finite_steps(),
+            failed_validations: self.validation.as_ref().map_or(0, |validation| validation.failures),
             best: if self.files.is_some() { checkpoint::best(&self.settings.out)? } else { None },
         })
     }
@@ -406,8 +408,8 @@ impl<'s, B: Backend> Run<'s, B> {
     fn validate(&mut self) -> Result<Option<f64>> {
         self.last_validation = None;
         let due = self.done == self.schedule.total_steps || self.done.is_multiple_of(self.checkpoint_every());
-        let Some(validation) = self.validation.as_ref().filter(|_| due) else { return Ok(None) };
-        let loss = validation.loss(&mut self.trainer, &self.processes)?;
+        let Some(validation) = self.validation.as_mut().filter(|_| due) else { return Ok(None) };
+        let Some(loss) = validation.loss(&mut self.trainer, &self.processes)? else { return Ok(None) };
         if !loss.is_finite() && self.processes.is_chief() {
             tracing::warn!("step {}: the validation loss is not finite", self.done);
         }

@@ -7,6 +7,7 @@ mod original;
 mod outputs;
 mod pretraining;
 mod survival;
+mod validation;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
