@@ -364,12 +364,15 @@ impl<'s, B: Backend> Run<'s, B> {
         let seconds = started.elapsed().as_secs_f64();
         let processes = self.processes.size() as f64;
         let images_per_second = (batch_size * accumulate) as f64 / seconds;
-        if let Some(share) = self.starvation.see(waited, seconds, Instant::now()) {
+        if let Some(starved) = self.starvation.see(waited, seconds, Instant::now()) {
             tracing::warn!(
-                "step {}: the loader does not keep up: {:.0} % of the last steps was spent waiting for pictures; give it more \
-                 threads (--num-workers), smaller pictures or a faster disk",
+                "step {}: the loader does not keep up: {:.0} % of the last {} steps ({:.0} of {:.0} seconds) was spent waiting \
+                 for pictures; give it more threads (--num-workers), smaller pictures or a faster disk",
                 self.done,
-                100.0 * share
+                100.0 * starved.waited / starved.seconds,
+                starved.steps,
+                starved.waited,
+                starved.seconds
             );
         }
         // The step is done, whatever becomes of this: its line is written before an error is told.
