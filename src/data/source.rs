@@ -168,8 +168,8 @@ impl Source {
                 let names = if path.exists() { vec![path.to_path_buf()] } else { shards::expand(&text)? };
                 return Self::shards(names, text.into_owned(), options);
             }
-            if ends(&[".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"]) {
-                return refuse("compressed shards are not read: uncompress them, pictures hardly shrink".to_owned());
+            if let Some(problem) = shards::compressed_by_name(&text) {
+                return refuse(problem);
             }
             let (file, columns) = text.rsplit_once('#').filter(|(file, _)| file.ends_with(".parquet")).unzip();
             if ends(&[".parquet"]) || file.is_some() {
@@ -192,8 +192,16 @@ impl Source {
             Ok(data) if data.is_dir() => match Self::folder(path, options) {
                 Err(error @ Error::Data { .. }) => {
                     let (description, shards) = (text.into_owned(), shards::in_folder(path, "tar")?);
+                    let compressed = shards::compressed_in_folder(path)?;
                     if !shards.is_empty() {
+                        if let Some((first, count)) = compressed {
+                            tracing::warn!("{count} compressed shards are left out: {}, …", first.display());
+                        }
                         return Self::shards(shards, description, options);
+                    }
+                    if let Some((first, _)) = compressed {
+                        let problem = shards::compressed_by_name(&first.to_string_lossy()).unwrap_or_default();
+                        return Err(Error::Data { source_name: first.display().to_string(), problem });
                     }
                     match shards::in_folder(path, "parquet")? {
                         none if none.is_empty() => Err(error),

@@ -123,7 +123,9 @@ fn one_file_is_a_source_whatever_its_name() {
 #[test]
 fn what_is_not_read_is_said() {
     for (spec, wanted) in [
-        ("train.tar.gz", "compressed shards are not read"),
+        ("train.tar.gz", "decompress it first (gunzip)"),
+        ("train-{00..12}.TGZ", "decompress it first (gunzip)"),
+        ("train.tar.zst", "decompress it first (unzstd)"),
         #[cfg(not(feature = "parquet"))]
         ("/data/train.parquet", "--features parquet"),
         #[cfg(feature = "parquet")]
