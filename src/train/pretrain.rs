@@ -301,7 +301,11 @@ impl<'s, B: Backend> Run<'s, B> {
                 break;
             }
         }
-        self.draw_curve(watch)?;
+        self.draw_curve(watch).map_err(|error| self.explain(error))?;
+        let best = match self.files {
+            Some(_) => checkpoint::best(&self.settings.out).map_err(|error| self.explain(error))?,
+            None => None,
+        };
         let checkpoint = match self.saved.take() {
             Some((_, folder)) => folder,
             None => {
@@ -319,7 +323,7 @@ impl<'s, B: Backend> Run<'s, B> {
             skipped_pictures: self.loader.bad_pictures(),
             skipped_steps: self.trainer.non_finite_steps(),
             failed_validations: self.validation.as_ref().map_or(0, |validation| validation.failures),
-            best: if self.files.is_some() { checkpoint::best(&self.settings.out)? } else { None },
+            best,
         })
     }
 
