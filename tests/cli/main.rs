@@ -3,6 +3,8 @@
 mod bad_input;
 mod commands;
 mod damage;
+mod measures;
+mod memory;
 mod original;
 mod outputs;
 mod pretraining;

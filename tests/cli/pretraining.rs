@@ -165,7 +165,7 @@ fn a_run_learns_photographs() {
 }
 
 /// The records of an event file, checked as TensorFlow's record reader checks them.
-fn records(path: &Path) -> Vec<Vec<u8>> {
+pub(crate) fn records(path: &Path) -> Vec<Vec<u8>> {
     // CRC-32C bit by bit, from its polynomial.
     let checksum = |bytes: &[u8]| {
         let crc = bytes.iter().fold(u32::MAX, |crc, &byte| {
