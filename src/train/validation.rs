@@ -14,8 +14,8 @@ use crate::{Error, Result};
 /// The epoch whose masks hide the pictures: none that a run comes to.
 const MASKS: u32 = u32::MAX;
 
-/// The share of files that cannot be opened above which a set is refused.
-const UNREADABLE_SHARE: f64 = 0.1;
+/// The share of bad pictures above which a set is refused, as in training.
+const BAD_SHARE: f64 = 0.1;
 
 /// Pictures as the model sees them at inference, hidden by the same masks each time.
 #[derive(Debug)]
@@ -64,7 +64,7 @@ impl Validation {
         let Shard { rank, world } = self.shard;
         let share: Vec<usize> = (rank..self.source.len()).step_by(world).collect();
         let unreadable: Vec<Error> = share.par_iter().filter_map(|&index| self.source.file_size(index).err()).collect();
-        if unreadable.len() as f64 > UNREADABLE_SHARE * share.len() as f64 {
+        if unreadable.len() as f64 > BAD_SHARE * share.len() as f64 {
             let examples: Vec<String> = unreadable.iter().take(3).map(ToString::to_string).collect();
             return Err(self.refuse(format!(
                 "{} of {} files cannot be opened: {}",
@@ -75,7 +75,7 @@ impl Validation {
         }
         match self.loader()?.next_batch().map_err(of_validation)? {
             // The others may have no share of a small set.
-            None if rank == 0 => Err(self.refuse(NONE_DECODED.to_owned())),
+            None if rank == 0 => Err(self.refuse("none of its pictures can be decoded".to_owned())),
             _ => Ok(()),
         }
     }
@@ -100,11 +100,16 @@ impl Validation {
         let mut sums = [own.0, own.1 as f64, f64::from(u8::from(problem.is_some()))];
         processes.sum_f64(&mut sums)?;
         let [sum, pictures, failed] = sums;
-        if failed == 0.0 && pictures == 0.0 {
-            problem = Some(self.refuse(NONE_DECODED.to_owned()));
+        // A process with a small share cannot tell chance from a bad set; all together can.
+        let all = self.source.len() as f64;
+        if failed == 0.0 && all - pictures > BAD_SHARE * all {
+            problem = Some(self.refuse(format!("only {pictures} of its {all} pictures can be read")));
         }
         if let Some(problem) = &problem {
-            tracing::warn!("the validation loss is left out, and the run goes on: {problem}");
+            // What all have found out together, one says.
+            if failed > 0.0 || processes.is_chief() {
+                tracing::warn!("the validation loss is left out, and the run goes on: {problem}");
+            }
         } else if failed > 0.0 && processes.is_chief() {
             tracing::warn!("the validation loss is left out, as another process cannot read its pictures");
         }
@@ -160,8 +165,6 @@ impl Validation {
         of_validation(Error::Data { source_name: self.source.description().to_owned(), problem })
     }
 }
-
-const NONE_DECODED: &str = "none of its pictures can be decoded";
 
 /// The error of a set with the flag that it was given with.
 fn of_validation(error: Error) -> Error {
