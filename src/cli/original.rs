@@ -1,5 +1,5 @@
-//! What `main_pretrain.py` of the original calls otherwise, or has and `pretrain` does not need: its command lines work as they are,
-//! and are refused where they would do something else here.
+//! What `main_pretrain.py` of the original (facebookresearch/mae) calls otherwise, or has and `pretrain` does not need: its command
+//! lines work as they are, and are refused where a flag would do something else here. Names alone are aliases in `pretrain`.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
