@@ -26,7 +26,7 @@ pub struct Batch {
     pub index: usize,
     /// Bad pictures met while this batch was built.
     pub skipped: usize,
-    /// How long [`Loader::next_batch`] waited for it.
+    /// How long [`Loader::next_batch`](crate::data::Loader::next_batch) waited for it.
     pub data_wait: Duration,
     pub(super) slots: Vec<Slot>,
     pub(super) failure: Option<Error>,
