@@ -36,6 +36,17 @@ pub(crate) fn png(path: PathBuf) -> Result<PathBuf, String> {
     }
 }
 
+/// A file for features.
+pub(crate) fn feature_file(path: PathBuf) -> Result<PathBuf, String> {
+    match path.extension().and_then(|end| end.to_str()) {
+        Some("npy" | "safetensors") => Ok(path),
+        _ => {
+            Err("features are written as NumPy's or safetensors: give a name that ends with .npy or .safetensors"
+                .into())
+        }
+    }
+}
+
 /// A mask ratio in [0, 1).
 pub(crate) fn mask_ratio(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {

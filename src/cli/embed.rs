@@ -5,13 +5,14 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use vitmae::data::{Loader, LoaderOptions, Source, SourceOptions, Transform};
 use vitmae::files::{check_output_beside, write_atomically};
 use vitmae::model::{Extras, ImageValues, Images, MaeEncoder, Masking, PositionInterpolation};
 use vitmae::ops::Backend;
 use vitmae::weights::{Checkpoint, Tensor, Values, write_tensors};
 
-use crate::cli::arguments::{Size, at_least_one, processor_for};
+use crate::cli::arguments::{Size, at_least_one, feature_file, processor_for};
 use crate::cli::progress;
 
 #[derive(Debug, clap::Args)]
@@ -23,7 +24,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SRC")]
     data: OsString,
     /// FILE.safetensors (features, samples, labels) or FILE.npy (features); FILE.names.txt then says which picture a row is
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = PathBufValueParser::new().try_map(feature_file))]
     out: PathBuf,
     /// The class token, the mean of the patch tokens, or all tokens, behind the last LayerNorm
     #[arg(long, value_name = "POOL", default_value = "cls")]
@@ -44,11 +45,7 @@ enum Pool {
 }
 
 pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, quiet: bool) -> anyhow::Result<()> {
-    let as_npy = match arguments.out.extension().and_then(|end| end.to_str()) {
-        Some("npy") => true,
-        Some("safetensors") => false,
-        _ => bail!("{}: expected a name that ends in .safetensors or .npy", arguments.out.display()),
-    };
+    let as_npy = arguments.out.extension().is_some_and(|end| end == "npy");
     let mut names_path = arguments.out.clone().into_os_string();
     names_path.push(".names.txt");
     let names_path = PathBuf::from(names_path);

@@ -168,14 +168,17 @@ fn model(out: &mut impl Write, path: &Path, batch_size: Option<usize>, precision
         config.intermediate_size,
         config.hidden_act
     )?;
-    writeln!(
-        out,
-        "decoder      {} blocks, width {}, {} heads, MLP {}",
-        config.decoder_num_hidden_layers,
-        config.decoder_hidden_size,
-        config.decoder_num_attention_heads,
-        config.decoder_intermediate_size
-    )?;
+    // A configuration always has a decoder: where the weights have none, nothing is said of it.
+    if whole {
+        writeln!(
+            out,
+            "decoder      {} blocks, width {}, {} heads, MLP {}",
+            config.decoder_num_hidden_layers,
+            config.decoder_hidden_size,
+            config.decoder_num_attention_heads,
+            config.decoder_intermediate_size
+        )?;
+    }
     writeln!(
         out,
         "images       {}x{}, {} channels, patches of {}x{}: {rows}x{columns} = {} of which {keep} visible (mask ratio {})",
@@ -187,49 +190,56 @@ fn model(out: &mut impl Write, path: &Path, batch_size: Option<usize>, precision
         image.patches(),
         config.mask_ratio
     )?;
-    writeln!(
-        out,
-        "loss         {}, LayerNorm epsilon {:e}",
-        if config.norm_pix_loss { "normalised patches" } else { "raw pixels" },
-        config.layer_norm_eps
-    )?;
-    writeln!(
-        out,
-        "parameters   {:.2} M: encoder {:.2} M, decoder {:.2} M (position tables included)",
-        all / 1e6,
-        encoder / 1e6,
-        (all - encoder) / 1e6
-    )?;
-    let flops = config.flops(config.mask_ratio)?;
-    writeln!(
-        out,
-        "GFLOP/image  {:.2} forward, {:.2} in a training step",
-        flops.forward as f64 / 1e9,
-        flops.step as f64 / 1e9
-    )?;
+    if whole {
+        writeln!(
+            out,
+            "loss         {}, LayerNorm epsilon {:e}",
+            if config.norm_pix_loss { "normalised patches" } else { "raw pixels" },
+            config.layer_norm_eps
+        )?;
+        writeln!(
+            out,
+            "parameters   {:.2} M: encoder {:.2} M, decoder {:.2} M (position tables included)",
+            all / 1e6,
+            encoder / 1e6,
+            (all - encoder) / 1e6
+        )?;
+        let flops = config.flops(config.mask_ratio)?;
+        writeln!(
+            out,
+            "GFLOP/image  {:.2} forward, {:.2} in a training step",
+            flops.forward as f64 / 1e9,
+            flops.step as f64 / 1e9
+        )?;
+    } else {
+        writeln!(out, "norms        LayerNorm epsilon {:e}", config.layer_norm_eps)?;
+        writeln!(out, "parameters   {:.2} M (position table included)", encoder / 1e6)?;
+    }
     writeln!(out)?;
-    writeln!(out, "memory in {:5} MB      encode    forward   training", format!("{precision},"))?;
+    let purposes: &[(&str, Purpose)] = match whole {
+        true => &[("encode", Purpose::Encode), ("forward", Purpose::Predict), ("training", Purpose::Train)],
+        false => &[("encode", Purpose::Encode)],
+    };
+    write!(out, "memory in {:5} MB  ", format!("{precision},"))?;
+    purposes.iter().try_for_each(|(name, _)| write!(out, "{name:>10} "))?;
+    writeln!(out)?;
     let element_bytes = if precision == Precision::Bf16 { 2 } else { 4 };
     let batches = batch_size.map_or_else(|| vec![1, 16, 64], |batch| vec![batch]);
     for batch in batches {
-        let shape = |purpose: Purpose| {
-            let keep = if purpose == Purpose::Encode { image.patches() } else { keep };
-            WorkspaceShape { batch, image, keep, purpose, interpolation: None, recompute: false }
-        };
-        let megabytes = |purpose: Purpose| {
-            MemoryUse::with_elements(&config, &shape(purpose), element_bytes).map(|memory| memory.total() as f64 / 1e6)
-        };
+        write!(out, "  {batch:>4} at a time  ")?;
+        for (_, purpose) in purposes {
+            let keep = if *purpose == Purpose::Encode { image.patches() } else { keep };
+            let shape = WorkspaceShape { batch, image, keep, purpose: *purpose, interpolation: None, recompute: false };
+            let bytes = MemoryUse::with_elements(&config, &shape, element_bytes)?.total();
+            write!(out, "{:>10.0} ", bytes as f64 / 1e6)?;
+        }
+        writeln!(out)?;
+    }
+    if whole {
         writeln!(
             out,
-            "  {batch:>4} at a time {:>12.0} {:>10.0} {:>10.0}",
-            megabytes(Purpose::Encode)?,
-            megabytes(Purpose::Predict)?,
-            megabytes(Purpose::Train)?
+            "(training puts a batch through the model in micro-batches: on the CPU 16 at a time unless told otherwise)"
         )?;
     }
-    writeln!(
-        out,
-        "(training puts a batch through the model in micro-batches: on the CPU 16 at a time unless told otherwise)"
-    )?;
     Ok(())
 }

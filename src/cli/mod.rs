@@ -6,6 +6,7 @@ mod arguments;
 mod embed;
 mod forward;
 mod info;
+mod original;
 mod pretrain;
 mod progress;
 mod reconstruct;

@@ -17,25 +17,31 @@ use vitmae::train::{
 use vitmae::weights::Checkpoint;
 
 use crate::cli::arguments::{Size, at_least_one, at_least_one_u64, decay, mask_ratio, not_negative, positive, threads};
+use crate::cli::original::{Original, resumes, training_pictures};
 use crate::cli::progress;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     /// Folder for checkpoints, metrics, loss curve and reconstructions
-    #[arg(long, value_name = "DIR", alias = "output_dir")]
+    #[arg(long, value_name = "DIR", aliases = ["output_dir", "output-dir"])]
     out: PathBuf,
+    /// Folder for TensorBoard's events [default: that of --out]
+    #[arg(long, value_name = "DIR", alias = "log_dir")]
+    log_dir: Option<PathBuf>,
     /// Do the run of this recipe.json once more: it replaces the flags that decide what a run does
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
-    /// Go on from the last checkpoint in --out
-    #[arg(long)]
-    resume: bool,
+    /// Go on from the last checkpoint in --out, which may be named
+    #[arg(long, value_name = "CKPT", num_args = 0..=1)]
+    resume: Option<Option<OsString>>,
     /// Threads that read and decode pictures [default: those of --threads]
     #[arg(long, value_name = "N", alias = "num_workers", value_parser = threads)]
     num_workers: Option<usize>,
     /// The device's peak, of which the log shows the share used (MFU) [default: that of the GPU's data sheet]
     #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = positive)]
     peak_tflops: Option<f64>,
+    #[command(flatten)]
+    original: Original,
     #[command(flatten)]
     settings: Settings,
 }
@@ -45,8 +51,11 @@ pub(crate) struct Arguments {
 #[group(id = "settings", multiple = true, conflicts_with = "recipe")]
 struct Settings {
     /// Pictures: a folder (class sub-folders optional), tar shards (braces allowed), or synthetic[:COUNT]
-    #[arg(long, value_name = "SRC", required_unless_present = "recipe")]
+    #[arg(long, value_name = "SRC", required_unless_present_any = ["recipe", "data_path"])]
     data: Option<OsString>,
+    /// The original's name: a folder, whose pictures are those of its sub-folder `train` where it has one
+    #[arg(long, value_name = "DIR", alias = "data_path", conflicts_with = "data", hide = true)]
+    data_path: Option<OsString>,
     /// Other pictures, whose reconstruction loss is taken at every checkpoint; the best checkpoint is kept
     #[arg(long, value_name = "SRC")]
     val: Option<OsString>,
@@ -66,7 +75,7 @@ struct Settings {
     #[arg(long, value_name = "N", alias = "batch_size", default_value_t = 64, value_parser = at_least_one)]
     batch_size: usize,
     /// Batches in an optimiser step; gives what one large batch gives
-    #[arg(long, value_name = "N", alias = "accum_iter", default_value_t = 1, value_parser = at_least_one)]
+    #[arg(long, value_name = "N", aliases = ["accum_iter", "accum-iter"], default_value_t = 1, value_parser = at_least_one)]
     accumulate: usize,
     /// Base learning rate: that of 256 pictures in a step
     #[arg(long, value_name = "F", default_value_t = 1.5e-4, allow_negative_numbers = true, value_parser = not_negative)]
@@ -96,7 +105,7 @@ struct Settings {
     #[arg(long, alias = "norm_pix_loss")]
     norm_pix_loss: bool,
     /// Pixels of a side, or HEIGHTxWIDTH [default: the model's, 224]
-    #[arg(long, value_name = "N|HxW", alias = "input_size")]
+    #[arg(long, value_name = "N|HxW", aliases = ["input_size", "input-size"])]
     image_size: Option<Size>,
     /// Pixels of a patch's side, or HEIGHTxWIDTH [default: the model's, 16]
     #[arg(long, value_name = "N|HxW")]
@@ -131,10 +140,10 @@ struct Settings {
 
 impl Arguments {
     /// The run's settings: those of the recipe, or of the flags.
-    fn settings(self, many_at_a_time: bool) -> anyhow::Result<PretrainSettings> {
+    fn settings(self, resume: bool, many_at_a_time: bool) -> anyhow::Result<PretrainSettings> {
         match self.recipe {
             Some(recipe) => Ok(PretrainSettings::from_recipe(recipe, self.out)?),
-            None => self.settings.resolve(self.out, self.resume, many_at_a_time),
+            None => self.settings.resolve(self.out, resume, many_at_a_time),
         }
     }
 }
@@ -144,9 +153,10 @@ impl Settings {
     fn resolve(self, out: PathBuf, resume: bool, many_at_a_time: bool) -> anyhow::Result<PretrainSettings> {
         let config = self.config(if resume { config_of_run(&out)? } else { None })?;
         Ok(PretrainSettings {
-            data: self.data.context("--data is missing")?,
+            data: self.data.or(self.data_path.map(training_pictures)).context("--data is missing")?,
             validation: self.val,
             out,
+            events: None,
             config,
             from: self.from,
             length: match self.steps {
@@ -222,10 +232,13 @@ pub(crate) struct Place {
 }
 
 pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, quiet: bool) -> anyhow::Result<()> {
-    let (resume, workers) = (arguments.resume, arguments.num_workers.unwrap_or(place.threads));
+    let workers = arguments.num_workers.unwrap_or(place.threads);
     let peak_flops = arguments.peak_tflops.map(|peak| peak * 1e12).or(place.peak_flops);
     let processes = &place.processes;
-    let mut settings = arguments.settings(backend.records())?;
+    arguments.original.explain(processes)?;
+    let resume = resumes(arguments.resume.as_ref().map(Option::as_deref), &arguments.out, processes)?;
+    let events = arguments.log_dir.clone();
+    let mut settings = arguments.settings(resume, backend.records())?;
     settings.config = shared_config(settings.config, processes)?;
     if settings.data_fingerprint.is_some() && settings.device != place.device {
         tracing::warn!(
@@ -234,7 +247,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, qu
             place.device
         );
     }
-    settings = PretrainSettings { resume, workers, peak_flops, device: place.device, ..settings };
+    settings = PretrainSettings { resume, workers, peak_flops, events, device: place.device, ..settings };
 
     let stop = stop_on_signals().context("listening to signals")?;
     let mut watcher = Watcher { bar: None, quiet, seen: 0, mean_loss: None, last_line: Instant::now() };
@@ -252,6 +265,12 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, qu
     }
     if report.skipped_steps > 0 && processes.is_chief() {
         tracing::warn!("{} steps were skipped because they were not finite", report.skipped_steps);
+    }
+    if report.failed_validations > 0 && processes.is_chief() {
+        tracing::warn!(
+            "{} validation losses were left out: their pictures could not be read",
+            report.failed_validations
+        );
     }
     if report.interrupted {
         bail!(

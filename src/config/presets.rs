@@ -69,9 +69,9 @@ impl MaeConfig {
         match name {
             "tiny" => Ok(Self::tiny()),
             "small" => Ok(Self::small()),
-            "base" | "mae_vit_base_patch16" => Ok(Self::base()),
-            "large" | "mae_vit_large_patch16" => Ok(Self::large()),
-            "huge" | "mae_vit_huge_patch14" => Ok(Self::huge()),
+            "base" | "mae_vit_base_patch16" | "mae_vit_base_patch16_dec512d8b" => Ok(Self::base()),
+            "large" | "mae_vit_large_patch16" | "mae_vit_large_patch16_dec512d8b" => Ok(Self::large()),
+            "huge" | "mae_vit_huge_patch14" | "mae_vit_huge_patch14_dec512d8b" => Ok(Self::huge()),
             _ => Err(Error::Config(format!("model size {name:?} is not known; known are {}", PRESETS.join(", ")))),
         }
     }

@@ -5,6 +5,7 @@
 //! which turns it white); the EXIF orientation is applied (`ImageOps.exif_transpose`); and JPEG files
 //! differ by a few levels in builds without the feature `turbojpeg`, with which they give the same bytes.
 
+use std::fs::File;
 use std::io::{Cursor, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -110,6 +111,20 @@ impl Decoder {
     /// Reads a file into `bytes`, if it is not larger than any picture.
     pub(crate) fn read_file(&self, path: &Path, bytes: &mut Vec<u8>) -> Result<()> {
         bytes.clear();
+        let (file, length) = self.open_file(path)?;
+        bytes.reserve(length as usize);
+        file.take(self.max_bytes())
+            .read_to_end(bytes)
+            .map_err(|error| picture(path, format!("cannot be read: {error}")))?;
+        Ok(())
+    }
+
+    /// Bytes of a file that [`Decoder::read_file`] can open.
+    pub(crate) fn file_size(&self, path: &Path) -> Result<u64> {
+        Ok(self.open_file(path)?.1)
+    }
+
+    fn open_file(&self, path: &Path) -> Result<(File, u64)> {
         let unreadable = |problem: &dyn std::fmt::Display| picture(path, format!("cannot be read: {problem}"));
         let (file, length) = open(path).map_err(|error| match error {
             Error::Io { cause, .. } => unreadable(&cause),
@@ -121,9 +136,7 @@ impl Decoder {
                 self.max_pixels
             )));
         }
-        bytes.reserve(length as usize);
-        file.take(self.max_bytes()).read_to_end(bytes).map_err(|error| unreadable(&error))?;
-        Ok(())
+        Ok((file, length))
     }
 
     /// Eight bytes hold a 16-bit RGBA pixel; files and decoders keep a little beside the picture.

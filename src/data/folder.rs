@@ -131,6 +131,10 @@ impl Pictures for Folder {
         self.classes.as_deref()
     }
 
+    fn file_size(&self, index: usize) -> Result<Option<u64>> {
+        self.decoder.file_size(&self.path(index)).map(Some)
+    }
+
     fn read_file(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Option<Decoder>> {
         self.decoder.read_file(&self.path(index), buffer)?;
         Ok(Some(self.decoder))

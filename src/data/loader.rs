@@ -3,26 +3,27 @@
 //! Which pictures a batch holds, and their crops, depend on (seed, epoch, batch) and the set alone: not on the number
 //! of workers, on timing, or on where a run was resumed.
 
+mod batch;
+mod build;
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rayon::prelude::*;
+pub use batch::Batch;
+use build::Shared;
 
 use crate::data::health::Health;
-use crate::data::jpeg::Part;
 use crate::data::order::Order;
 use crate::data::source::Source;
-use crate::data::transform::{Resizer, Transform};
+use crate::data::transform::Transform;
 use crate::{Error, Result};
 
 /// Two batches are built at a time, so that the last pictures of one do not leave workers idle.
 const LANES: usize = 2;
-/// A slot that meets this many bad pictures in a row gives up: the set is bad.
-const CHAIN: usize = 64;
 
 /// A place in training.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -76,112 +77,6 @@ impl Default for LoaderOptions {
             shard: Shard::default(),
         }
     }
-}
-
-/// Pictures for one step. Dropping it hands its memory back to the loader.
-#[derive(Debug)]
-pub struct Batch {
-    /// `[B, height, width, channels]`.
-    pub pixels: Vec<u8>,
-    /// The index of each picture in the source `[B]`.
-    pub samples: Vec<u64>,
-    /// The class of each picture `[B]`, if the source has classes.
-    pub labels: Option<Vec<u32>>,
-    /// Rows of a picture.
-    pub height: usize,
-    /// Columns of a picture.
-    pub width: usize,
-    /// Channels of a picture.
-    pub channels: usize,
-    /// Passes over the set before this one.
-    pub epoch: u32,
-    /// Batches of this epoch before this one.
-    pub index: usize,
-    /// Bad pictures met while this batch was built.
-    pub skipped: usize,
-    /// How long [`Loader::next_batch`] waited for it.
-    pub data_wait: Duration,
-    slots: Vec<Slot>,
-    failure: Option<Error>,
-    home: Option<SyncSender<Buffers>>,
-}
-
-impl Batch {
-    /// How many pictures it holds.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.samples.len()
-    }
-
-    /// Whether it holds none, which does not happen.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.samples.is_empty()
-    }
-
-    /// One picture `[height, width, channels]`.
-    #[must_use]
-    pub fn picture(&self, index: usize) -> Option<&[u8]> {
-        self.pixels.chunks_exact(self.height * self.width * self.channels).nth(index)
-    }
-}
-
-impl Drop for Batch {
-    fn drop(&mut self) {
-        if let Some(home) = self.home.take() {
-            let buffers = Buffers {
-                pixels: std::mem::take(&mut self.pixels),
-                samples: std::mem::take(&mut self.samples),
-                labels: self.labels.take().unwrap_or_default(),
-                slots: std::mem::take(&mut self.slots),
-            };
-            // Full, or nobody left to use it: then it is freed.
-            let _ = home.try_send(buffers);
-        }
-    }
-}
-
-/// The memory of a batch, between two uses.
-#[derive(Debug, Default)]
-struct Buffers {
-    pixels: Vec<u8>,
-    samples: Vec<u64>,
-    labels: Vec<u32>,
-    slots: Vec<Slot>,
-}
-
-/// What became of one place in a batch.
-#[derive(Debug, Default)]
-struct Slot {
-    sample: Option<usize>,
-    /// Bad pictures that were tried here.
-    bad: Vec<(usize, Error)>,
-    /// Anything that is not a matter of one picture.
-    fatal: Option<Error>,
-}
-
-/// What lanes and workers share.
-#[derive(Debug)]
-struct Shared {
-    source: Source,
-    transform: Transform,
-    options: LoaderOptions,
-    training: bool,
-    order: Order,
-    channels: usize,
-    pool: rayon::ThreadPool,
-    scratch: Vec<Mutex<Scratch>>,
-    returned: Mutex<Receiver<Buffers>>,
-    home: SyncSender<Buffers>,
-    stop: AtomicBool,
-}
-
-/// A worker's buffers.
-#[derive(Debug, Default)]
-struct Scratch {
-    file: Vec<u8>,
-    part: Part,
-    resizer: Resizer,
 }
 
 /// Yields batches, read and decoded on threads of its own.
@@ -433,102 +328,4 @@ impl Drop for Loader {
 
 fn batches_per_epoch(count: usize, batch: usize, training: bool) -> usize {
     if training { (count / batch).max(1) } else { count.div_ceil(batch) }
-}
-
-impl Shared {
-    /// Builds the batch of a number counted from epoch 0.
-    fn build(&self, number: u64, batches: u64) -> Batch {
-        let (epoch, index) = ((number / batches) as u32, (number % batches) as usize);
-        let (height, width) = self.transform.size();
-        let length = height * width * self.channels;
-        let Buffers { mut pixels, mut samples, mut labels, mut slots } =
-            { self.returned.lock().unwrap_or_else(PoisonError::into_inner).try_recv().unwrap_or_default() };
-        let Shard { rank, world } = self.options.shard;
-        let first = (index * world + rank) * self.options.batch_size;
-        let size = if self.training {
-            self.options.batch_size
-        } else {
-            self.options.batch_size.min(self.source.len().saturating_sub(first))
-        };
-        pixels.resize(size * length, 0);
-        slots.resize_with(size, Slot::default);
-        let order = self.training.then(|| self.order.epoch(epoch));
-        self.pool.install(|| {
-            pixels.par_chunks_exact_mut(length).zip(slots.par_iter_mut()).enumerate().for_each(|(at, (out, slot))| {
-                self.fill(out, slot, first + at, epoch, order.as_deref());
-            });
-        });
-        let failure = slots.iter_mut().find_map(|slot| slot.fatal.take());
-        samples.clear();
-        labels.clear();
-        for (at, slot) in slots.iter().enumerate() {
-            let Some(sample) = slot.sample else { continue };
-            // Close the gaps that bad pictures leave in an evaluation.
-            let to = samples.len();
-            if to != at {
-                pixels.copy_within(at * length..(at + 1) * length, to * length);
-            }
-            samples.push(sample as u64);
-            labels.extend(self.source.label(sample));
-        }
-        pixels.truncate(samples.len() * length);
-        let skipped = slots.iter().map(|slot| slot.bad.len()).sum();
-        let labels = (self.source.classes().is_some() && labels.len() == samples.len()).then_some(labels);
-        let home = Some(self.home.clone());
-        Batch {
-            pixels,
-            samples,
-            labels,
-            height,
-            width,
-            channels: self.channels,
-            epoch,
-            index,
-            skipped,
-            data_wait: Duration::ZERO,
-            slots,
-            failure,
-            home,
-        }
-    }
-
-    /// Puts a picture into a slot. `place` counts slots from the start of the epoch.
-    fn fill(&self, out: &mut [u8], slot: &mut Slot, place: usize, epoch: u32, order: Option<&[u32]>) {
-        *slot = Slot { bad: std::mem::take(&mut slot.bad), ..Slot::default() };
-        slot.bad.clear();
-        let count = self.source.len();
-        let worker = rayon::current_thread_index().unwrap_or(0) % self.scratch.len();
-        let mut scratch = self.scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        let Scratch { file, part, resizer } = &mut *scratch;
-        let tries = if order.is_some() { count.min(CHAIN) } else { 1 };
-        for step in 0..tries {
-            if self.stop.load(Ordering::Relaxed) {
-                return;
-            }
-            let place = (place + step) % count;
-            let sample = order.map_or(place, |order| order[place] as usize);
-            let keys = (self.options.seed, epoch, sample as u64);
-            let choose = |height, width| self.transform.region(height, width, keys).0;
-            let result = self.source.read_part(sample, file, choose, part);
-            let result = result.and_then(|()| self.transform.apply_part(out, part, keys, resizer));
-            match result {
-                Ok(()) => {
-                    slot.sample = Some(sample);
-                    return;
-                }
-                Err(error @ Error::Picture { .. }) => slot.bad.push((sample, error)),
-                Err(error) => {
-                    slot.fatal = Some(error);
-                    return;
-                }
-            }
-        }
-        if order.is_some() {
-            let examples: Vec<String> = slot.bad.iter().take(3).map(|(_, error)| error.to_string()).collect();
-            slot.fatal = Some(Error::Data {
-                source_name: self.source.description().to_owned(),
-                problem: format!("{tries} pictures in a row cannot be read: {}; …", examples.join("; ")),
-            });
-        }
-    }
 }

@@ -12,6 +12,7 @@
 //! ```
 
 mod decode;
+mod fingerprint;
 mod folder;
 mod health;
 mod jpeg;

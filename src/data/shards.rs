@@ -23,6 +23,40 @@ const MOST_CLASSES: u32 = 1_000_000;
 /// Bytes of one picture file, at most.
 const MOST_BYTES: u64 = 1 << 30;
 
+/// How compressed files end, and begin, with what compressed them and what undoes it.
+const COMPRESSED: [(&[&str], &[u8], &str, &str); 4] = [
+    (&[".tar.gz", ".tgz"], &[0x1f, 0x8b], "gzip", "gunzip"),
+    (&[".tar.zst", ".tzst"], &[0x28, 0xb5, 0x2f, 0xfd], "zstd", "unzstd"),
+    (&[".tar.bz2", ".tbz2"], b"BZh", "bzip2", "bunzip2"),
+    (&[".tar.xz", ".txz"], b"\xfd7zXZ\x00", "xz", "unxz"),
+];
+
+/// What a shard with this name is compressed with, and what to do about it.
+pub(crate) fn compressed_by_name(name: &str) -> Option<String> {
+    let name = name.to_ascii_lowercase();
+    let ends = |ends: &[&str]| ends.iter().any(|end| name.ends_with(end));
+    COMPRESSED.iter().find(|(names, ..)| ends(names)).map(|&(_, _, by, tool)| advice(by, tool))
+}
+
+/// The same by how a file begins: its name may say nothing.
+fn compressed_by_content(start: &[u8]) -> Option<String> {
+    COMPRESSED.iter().find(|(_, magic, ..)| start.starts_with(magic)).map(|&(_, _, by, tool)| advice(by, tool))
+}
+
+fn advice(by: &str, tool: &str) -> String {
+    format!(
+        "it is compressed with {by}, and compressed shards are not read, as they have no places to go to: decompress it first \
+         ({tool}); pictures hardly shrink"
+    )
+}
+
+/// The first compressed shard of a folder, and how many there are.
+pub(crate) fn compressed_in_folder(folder: &Path) -> Result<Option<(PathBuf, usize)>> {
+    let files = listed(folder, |name| compressed_by_name(&name.to_string_lossy()).is_some())?;
+    let count = files.len();
+    Ok(files.into_iter().next().map(|first| (first, count)))
+}
+
 /// Pictures in tar files.
 #[derive(Debug)]
 pub(crate) struct Shards {
@@ -106,6 +140,10 @@ impl Pictures for Shards {
         self.classes.as_deref()
     }
 
+    fn file_size(&self, index: usize) -> Result<Option<u64>> {
+        Ok(self.samples.get(index).map(|sample| u64::from(sample.bytes)))
+    }
+
     fn read_file(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Option<Decoder>> {
         let Some(sample) = self.samples.get(index) else {
             return Err(Error::value("picture index", format!("{index} is not below {}", self.samples.len())));
@@ -133,8 +171,15 @@ struct Index {
 impl Index {
     fn read(&mut self, number: u32, path: &Path) -> Result<()> {
         let refuse = |problem: String| Error::Data { source_name: path.display().to_string(), problem };
-        let file = File::open(path).map_err(|error| refuse(error.to_string()))?;
+        let mut file = File::open(path).map_err(|error| refuse(error.to_string()))?;
         let length = file.metadata().map_err(|error| refuse(error.to_string()))?.len();
+        let mut start = Vec::new();
+        let read = file.by_ref().take(8).read_to_end(&mut start).and_then(|_| file.rewind());
+        read.map_err(|error| refuse(error.to_string()))?;
+        // A tar file begins with a name, and none of these is one.
+        if let Some(problem) = compressed_by_content(&start) {
+            return Err(refuse(problem));
+        }
         let mut archive = tar::Archive::new(file);
         let entries = archive.entries_with_seek().map_err(|error| refuse(error.to_string()))?;
         // The sample that is being put together: its name up to the first dot, its class, and its picture in `samples`.

@@ -45,6 +45,16 @@ pub trait Pictures: fmt::Debug + Send + Sync {
     /// The names of the classes.
     fn classes(&self) -> Option<&[String]>;
 
+    /// Bytes of a picture's file, or of the part of a larger file that it lies in; `None` where pictures are no files. It is what
+    /// [`Source::fingerprint`] sees of a picture besides its name, and is not asked for reading.
+    ///
+    /// # Errors
+    /// [`Error::Picture`] for a file that cannot be opened.
+    fn file_size(&self, index: usize) -> Result<Option<u64>> {
+        let _ = index;
+        Ok(None)
+    }
+
     /// Reads one picture; `buffer` may be used for its encoded bytes. Pictures that are files need only
     /// [`Pictures::read_file`], pictures that are not only this.
     ///
@@ -158,8 +168,8 @@ impl Source {
                 let names = if path.exists() { vec![path.to_path_buf()] } else { shards::expand(&text)? };
                 return Self::shards(names, text.into_owned(), options);
             }
-            if ends(&[".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"]) {
-                return refuse("compressed shards are not read: uncompress them, pictures hardly shrink".to_owned());
+            if let Some(problem) = shards::compressed_by_name(&text) {
+                return refuse(problem);
             }
             let (file, columns) = text.rsplit_once('#').filter(|(file, _)| file.ends_with(".parquet")).unzip();
             if ends(&[".parquet"]) || file.is_some() {
@@ -182,8 +192,16 @@ impl Source {
             Ok(data) if data.is_dir() => match Self::folder(path, options) {
                 Err(error @ Error::Data { .. }) => {
                     let (description, shards) = (text.into_owned(), shards::in_folder(path, "tar")?);
+                    let compressed = shards::compressed_in_folder(path)?;
                     if !shards.is_empty() {
+                        if let Some((first, count)) = compressed {
+                            tracing::warn!("{count} compressed shards are left out: {}, …", first.display());
+                        }
                         return Self::shards(shards, description, options);
+                    }
+                    if let Some((first, _)) = compressed {
+                        let problem = shards::compressed_by_name(&first.to_string_lossy()).unwrap_or_default();
+                        return Err(Error::Data { source_name: first.display().to_string(), problem });
                     }
                     match shards::in_folder(path, "parquet")? {
                         none if none.is_empty() => Err(error),
@@ -294,6 +312,17 @@ impl Source {
         self.pictures.name(index)
     }
 
+    /// A picture's name without the folder that the set is in, which may have moved.
+    pub(crate) fn name_inside(&self, index: usize) -> PathBuf {
+        let name = self.name(index);
+        name.strip_prefix(&self.root).map(Path::to_path_buf).unwrap_or(name)
+    }
+
+    /// Bytes of a picture's file, where it is one.
+    pub(crate) fn file_size(&self, index: usize) -> Result<Option<u64>> {
+        self.pictures.file_size(index)
+    }
+
     /// Reads one picture.
     ///
     /// # Errors
@@ -332,35 +361,5 @@ impl Source {
     #[must_use]
     pub fn description(&self) -> &str {
         &self.description
-    }
-
-    /// A hash of how many pictures there are, their names and their classes; it tells whether two runs saw the same set.
-    /// File contents are not read.
-    #[must_use]
-    pub fn fingerprint(&self) -> String {
-        let mut hash = Fnv(0xcbf2_9ce4_8422_2325);
-        hash.add(&(self.len() as u64).to_le_bytes());
-        for class in self.classes().unwrap_or_default() {
-            hash.add(class.as_bytes());
-            hash.add(&[0]);
-        }
-        for index in 0..self.len() {
-            let name = self.name(index);
-            // Relative to the folder, which may have moved.
-            hash.add(name.strip_prefix(&self.root).unwrap_or(&name).as_os_str().as_encoded_bytes());
-            hash.add(&self.label(index).unwrap_or(u32::MAX).to_le_bytes());
-        }
-        format!("{:016x}", hash.0)
-    }
-}
-
-/// FNV-1a, 64 bits.
-struct Fnv(u64);
-
-impl Fnv {
-    fn add(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-        }
     }
 }

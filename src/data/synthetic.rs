@@ -4,7 +4,9 @@
 //! above, with smaller things around it that may hide a part of it, lit from one side, with soft shadows and a little
 //! sensor noise. The shape of the main object is the class.
 
+mod color;
 mod noise;
+mod object;
 mod scene;
 mod shapes;
 

@@ -94,7 +94,11 @@ impl TrainerState {
             ("seed", self.seed.to_string(), now.seed.to_string()),
             ("batch size", self.batch_size.to_string(), now.batch_size.to_string()),
             ("accumulation", self.accumulate.to_string(), now.accumulate.to_string()),
-            ("data", self.data_fingerprint.clone(), now.data_fingerprint.clone()),
+            (
+                "data (fingerprint of names, sizes and classes)",
+                self.data_fingerprint.clone(),
+                now.data_fingerprint.clone(),
+            ),
             ("blr", self.base_learning_rate.to_string(), now.base_learning_rate.to_string()),
             ("min-lr", self.minimum_learning_rate.to_string(), now.minimum_learning_rate.to_string()),
             ("warmup-epochs", shown(self.warmup_epochs), shown(now.warmup_epochs)),

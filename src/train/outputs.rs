@@ -83,7 +83,7 @@ impl<B: Backend> Run<'_, B> {
             self.saved = Some((self.done, self.settings.out.join(checkpoint::folder_name(self.done))));
             return Ok(());
         }
-        let mut state = TrainerState::new(self.done, self.settings, self.loader.source().fingerprint());
+        let mut state = TrainerState::new(self.done, self.settings, self.fingerprint.clone());
         state.validation_loss = self.last_validation;
         state.total_steps = self.schedule.total_steps;
         let folder = checkpoint::save(&self.settings.out, &self.trainer, moments.as_ref(), &self.processor, &state)?;

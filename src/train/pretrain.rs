@@ -63,6 +63,8 @@ pub(super) struct Run<'s, B: Backend> {
     pub settings: &'s PretrainSettings,
     pub trainer: Trainer<B>,
     pub loader: Loader,
+    /// That of the pictures as they were when the run was started.
+    pub fingerprint: String,
     /// The batch that was prefetched.
     pub upcoming: Option<Batch>,
     pub processor: ImageProcessor,
@@ -129,8 +131,9 @@ impl<'s, B: Backend> Run<'s, B> {
         let pictures = source.len();
         let fingerprint = source.fingerprint();
         settings.check_fingerprint(&fingerprint)?;
-        let validation =
-            settings.validation.as_ref().map(|spec| Validation::open(spec, settings, &processor)).transpose()?;
+        let validation = settings.validation.as_ref();
+        let validation = validation.map(|spec| Validation::open(spec, settings, &processor, processes)).transpose()?;
+        validation.as_ref().map_or(Ok(()), Validation::check)?;
         let shown = shown_pictures(&source, &processor)?;
 
         let images_per_step = batch_size * accumulate;
@@ -212,13 +215,15 @@ impl<'s, B: Backend> Run<'s, B> {
             }
         }
 
-        let resolved = Resolved { data_fingerprint: fingerprint, pictures, total_steps, steps_per_epoch, schedule };
+        let resolved =
+            Resolved { data_fingerprint: fingerprint.clone(), pictures, total_steps, steps_per_epoch, schedule };
         let recipe = Recipe::new(settings, resolved, done);
         let (mut files, mut history) = (None, Vec::new());
         if let Some(lock) = lock {
+            let events = EventFile::create(settings.events.as_ref().unwrap_or(out), done)?;
             write_json(&out.join("recipe.json"), &recipe)?;
             let (metrics, kept) = MetricsFile::open(&out.join("metrics.jsonl"), done)?;
-            files = Some(Files { metrics, events: EventFile::create(out, done)?, _lock: lock });
+            files = Some(Files { metrics, events, _lock: lock });
             history = kept;
         }
         processes.ready()?;
@@ -242,6 +247,7 @@ impl<'s, B: Backend> Run<'s, B> {
             settings,
             trainer,
             loader,
+            fingerprint,
             upcoming: None,
             normalization: processor.normalization(),
             processor,
@@ -299,7 +305,11 @@ impl<'s, B: Backend> Run<'s, B> {
                 break;
             }
         }
-        self.draw_curve(watch)?;
+        self.draw_curve(watch).map_err(|error| self.explain(error))?;
+        let best = match self.files {
+            Some(_) => checkpoint::best(&self.settings.out).map_err(|error| self.explain(error))?,
+            None => None,
+        };
         let checkpoint = match self.saved.take() {
             Some((_, folder)) => folder,
             None => {
@@ -316,7 +326,8 @@ impl<'s, B: Backend> Run<'s, B> {
             loss: first_and_last(&self.history),
             skipped_pictures: self.loader.bad_pictures(),
             skipped_steps: self.trainer.non_finite_steps(),
-            best: if self.files.is_some() { checkpoint::best(&self.settings.out)? } else { None },
+            failed_validations: self.validation.as_ref().map_or(0, |validation| validation.failures),
+            best,
         })
     }
 
@@ -363,12 +374,15 @@ impl<'s, B: Backend> Run<'s, B> {
         let seconds = started.elapsed().as_secs_f64();
         let processes = self.processes.size() as f64;
         let images_per_second = (batch_size * accumulate) as f64 / seconds;
-        if let Some(share) = self.starvation.see(waited, seconds, Instant::now()) {
+        if let Some(starved) = self.starvation.see(waited, seconds, Instant::now()) {
             tracing::warn!(
-                "step {}: the loader does not keep up: {:.0} % of the last steps was spent waiting for pictures; give it more \
-                 threads (--num-workers), smaller pictures or a faster disk",
+                "step {}: the loader does not keep up: {:.0} % of the last {} steps ({:.0} of {:.0} seconds) was spent waiting \
+                 for pictures; give it more threads (--num-workers), smaller pictures or a faster disk",
                 self.done,
-                100.0 * share
+                100.0 * starved.waited / starved.seconds,
+                starved.steps,
+                starved.waited,
+                starved.seconds
             );
         }
         // The step is done, whatever becomes of this: its line is written before an error is told.
@@ -407,8 +421,8 @@ impl<'s, B: Backend> Run<'s, B> {
     fn validate(&mut self) -> Result<Option<f64>> {
         self.last_validation = None;
         let due = self.done == self.schedule.total_steps || self.done.is_multiple_of(self.checkpoint_every());
-        let Some(validation) = self.validation.as_ref().filter(|_| due) else { return Ok(None) };
-        let loss = validation.loss(&mut self.trainer, &self.processes)?;
+        let Some(validation) = self.validation.as_mut().filter(|_| due) else { return Ok(None) };
+        let Some(loss) = validation.loss(&mut self.trainer, &self.processes)? else { return Ok(None) };
         if !loss.is_finite() && self.processes.is_chief() {
             tracing::warn!("step {}: the validation loss is not finite", self.done);
         }

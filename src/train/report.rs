@@ -43,6 +43,8 @@ pub struct PretrainReport {
     pub skipped_pictures: usize,
     /// Steps that were skipped because they were not finite.
     pub skipped_steps: u64,
+    /// Validation losses that were left out because their pictures could not be read.
+    pub failed_validations: u64,
     /// The kept checkpoint with the lowest validation loss, and that loss.
     pub best: Option<(f64, PathBuf)>,
 }

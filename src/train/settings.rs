@@ -28,6 +28,8 @@ pub struct PretrainSettings {
     pub validation: Option<OsString>,
     /// Where the files go.
     pub out: PathBuf,
+    /// Where TensorBoard's events go, if not to `out`.
+    pub events: Option<PathBuf>,
     /// The model to train.
     pub config: MaeConfig,
     /// Weights to start from, instead of fresh ones.
@@ -85,6 +87,7 @@ pub(super) struct Recipe {
     vitmae_version: String,
     device: String,
     data: String,
+    /// [`Source::fingerprint`](crate::data::Source::fingerprint): names, classes and sizes, of many pictures those of a sample.
     data_fingerprint: String,
     pictures: usize,
     #[serde(default)]
@@ -204,6 +207,7 @@ impl PretrainSettings {
             data: recipe.data.into(),
             validation: recipe.validation.map(Into::into),
             out: out.into(),
+            events: None,
             config,
             from: recipe.from,
             length: recipe.length,
@@ -271,8 +275,8 @@ impl PretrainSettings {
             Some(expected) if expected != found => Err(Error::Data {
                 source_name: self.data.to_string_lossy().into_owned(),
                 problem: format!(
-                    "these are not the pictures of the recipe (fingerprint {found}, expected {expected}): their number, names \
-                     or classes differ"
+                    "these are not the pictures of the recipe (fingerprint {found}, expected {expected}): their number, \
+                     names, sizes or classes differ"
                 ),
             }),
             _ => Ok(()),

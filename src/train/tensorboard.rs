@@ -1,7 +1,7 @@
 //! TensorBoard's event files: records of a length, its checksum, an `Event` message in protocol buffers and its checksum, as
 //! TensorFlow's `record_writer.h`, `event.proto` and `summary.proto` have them.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -16,13 +16,14 @@ pub(crate) struct EventFile {
 }
 
 impl EventFile {
-    /// Starts a file of its own in `folder`; TensorBoard reads all of a folder as one run. What others there say of the
+    /// Starts a file of its own in `folder`, which is made where it is missing; TensorBoard reads all of a folder as one run. What others there say of the
     /// steps behind `done`, which come once more, is taken back.
     pub fn create(folder: &Path, done: u64) -> Result<Self> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // Sorted by time; the process number keeps runs apart that start in the same second.
         let name = format!("events.out.tfevents.{:010}.{}.vitmae", now.as_secs(), std::process::id());
         let path = folder.join(name);
+        fs::create_dir_all(folder).map_err(|error| Error::io("creating", folder, error))?;
         let file = OpenOptions::new().append(true).create(true).open(&path);
         let mut events = Self { file: file.map_err(|error| Error::io("creating", &path, error))?, path };
         let mut version = Message::default();

@@ -2,6 +2,8 @@
 
 use std::ffi::OsStr;
 
+use rayon::prelude::*;
+
 use crate::data::{ImageProcessor, Loader, LoaderOptions, Shard, Source, SourceOptions, Transform};
 use crate::distributed::Processes;
 use crate::model::{ImageValues, Images, Masking};
@@ -12,6 +14,9 @@ use crate::{Error, Result};
 /// The epoch whose masks hide the pictures: none that a run comes to.
 const MASKS: u32 = u32::MAX;
 
+/// The share of bad pictures above which a set is refused, as in training.
+const BAD_SHARE: f64 = 0.1;
+
 /// Pictures as the model sees them at inference, hidden by the same masks each time.
 #[derive(Debug)]
 pub(super) struct Validation {
@@ -20,15 +25,59 @@ pub(super) struct Validation {
     batch_size: usize,
     workers: usize,
     seed: u64,
+    shard: Shard,
+    /// The pictures that the last loss is of.
+    pictures: Option<u64>,
+    /// Losses that could not be taken.
+    pub failures: u64,
 }
 
 impl Validation {
-    pub fn open(spec: &OsStr, settings: &PretrainSettings, processor: &ImageProcessor) -> Result<Self> {
+    pub fn open(
+        spec: &OsStr,
+        settings: &PretrainSettings,
+        processor: &ImageProcessor,
+        processes: &Processes,
+    ) -> Result<Self> {
         let image = settings.config.image();
         let source = Source::parse(spec, &SourceOptions::new(image.channels, image.height, image.width)?)?;
         let &PretrainSettings { batch_size, micro_batch, workers, seed, .. } = settings;
-        // No more at a time than in training: they share its memory.
-        Ok(Self { source, processor: processor.clone(), batch_size: batch_size.min(micro_batch), workers, seed })
+        Ok(Self {
+            source,
+            processor: processor.clone(),
+            // No more at a time than in training: they share its memory.
+            batch_size: batch_size.min(micro_batch),
+            workers,
+            seed,
+            shard: Shard { rank: processes.rank(), world: processes.size() },
+            pictures: None,
+            failures: 0,
+        })
+    }
+
+    /// Opens every file of this process' share and decodes its first batch, so that a wrong path ends the run before there is
+    /// work to lose and not at its first checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Data`] where too many files cannot be opened or decoded.
+    pub fn check(&self) -> Result<()> {
+        let Shard { rank, world } = self.shard;
+        let share: Vec<usize> = (rank..self.source.len()).step_by(world).collect();
+        let unreadable: Vec<Error> = share.par_iter().filter_map(|&index| self.source.file_size(index).err()).collect();
+        if unreadable.len() as f64 > BAD_SHARE * share.len() as f64 {
+            let examples: Vec<String> = unreadable.iter().take(3).map(ToString::to_string).collect();
+            return Err(self.refuse(format!(
+                "{} of {} files cannot be opened: {}",
+                unreadable.len(),
+                share.len(),
+                examples.join("; ")
+            )));
+        }
+        match self.loader()?.next_batch().map_err(of_validation)? {
+            // The others may have no share of a small set.
+            None if rank == 0 => Err(self.refuse("none of its pictures can be decoded".to_owned())),
+            _ => Ok(()),
+        }
     }
 
     /// Tells whether processes see the same pictures.
@@ -36,26 +85,55 @@ impl Validation {
         self.source.fingerprint()
     }
 
-    /// The mean over the hidden patches of all its pictures, of which each process takes its share.
-    pub fn loss<B: Backend>(&self, trainer: &mut Trainer<B>, processes: &Processes) -> Result<f64> {
-        let options = LoaderOptions {
-            batch_size: self.batch_size,
-            workers: self.workers,
-            seed: self.seed,
-            shard: Shard { rank: processes.rank(), world: processes.size() },
-            ..Default::default()
+    /// The mean over the hidden patches of all its pictures, of which each process takes its share. `None`, on all processes,
+    /// where the pictures of one of them cannot be read: that says nothing against the training, and the log has why.
+    ///
+    /// # Errors
+    /// What the device says, and what is wrong between the processes.
+    pub fn loss<B: Backend>(&mut self, trainer: &mut Trainer<B>, processes: &Processes) -> Result<Option<f64>> {
+        let (own, mut problem) = match self.own_sum(trainer) {
+            Ok(own) => (own, None),
+            Err(error @ (Error::Data { .. } | Error::Picture { .. } | Error::Io { .. })) => ((0.0, 0), Some(error)),
+            Err(error) => return Err(error),
         };
-        let transform = Transform::Inference(self.processor.clone());
-        let mut loader = Loader::evaluation(self.source.clone(), transform, &options)?;
+        processes.ready()?;
+        let mut sums = [own.0, own.1 as f64, f64::from(u8::from(problem.is_some()))];
+        processes.sum_f64(&mut sums)?;
+        let [sum, pictures, failed] = sums;
+        // A process with a small share cannot tell chance from a bad set; all together can.
+        let all = self.source.len() as f64;
+        if failed == 0.0 && all - pictures > BAD_SHARE * all {
+            problem = Some(self.refuse(format!("only {pictures} of its {all} pictures can be read")));
+        }
+        if let Some(problem) = &problem {
+            // What all have found out together, one says.
+            if failed > 0.0 || processes.is_chief() {
+                tracing::warn!("the validation loss is left out, and the run goes on: {problem}");
+            }
+        } else if failed > 0.0 && processes.is_chief() {
+            tracing::warn!("the validation loss is left out, as another process cannot read its pictures");
+        }
+        if problem.is_some() || failed > 0.0 {
+            self.failures += 1;
+            return Ok(None);
+        }
+        let pictures = pictures as u64;
+        if let Some(before) = self.pictures.replace(pictures).filter(|&before| before != pictures)
+            && processes.is_chief()
+        {
+            tracing::warn!(
+                "the validation loss is now of {pictures} pictures, and was of {before}: the two do not compare"
+            );
+        }
+        Ok(Some(sum / pictures as f64))
+    }
+
+    /// The sum over this process' pictures of their losses, and how many pictures these are.
+    fn own_sum<B: Backend>(&self, trainer: &mut Trainer<B>) -> Result<(f64, usize)> {
+        let mut loader = self.loader()?;
         let (mean, deviation) = self.processor.normalization();
         let ratio = trainer.model().config().mask_ratio;
         let (mut sum, mut pictures) = (0.0, 0);
-        let of_validation = |error| match error {
-            Error::Data { source_name, problem } => {
-                Error::Data { source_name: format!("{source_name} (--val)"), problem }
-            }
-            other => other,
-        };
         while let Some(batch) = loader.next_batch().map_err(of_validation)? {
             let (count, random) = (batch.len(), RandomMask { seed: self.seed, epoch: MASKS });
             let images = Images {
@@ -69,15 +147,30 @@ impl Validation {
             sum += trainer.evaluate(&images, &masking)? * count as f64;
             pictures += count;
         }
-        processes.ready()?;
-        let mut sums = [sum, pictures as f64];
-        processes.sum_f64(&mut sums)?;
-        let [sum, pictures] = sums;
-        if pictures == 0.0 {
-            let source_name = self.source.description().to_owned();
-            return Err(Error::Data { source_name, problem: "none of its pictures can be decoded".to_owned() });
-        }
-        Ok(sum / pictures)
+        Ok((sum, pictures))
+    }
+
+    fn loader(&self) -> Result<Loader> {
+        let options = LoaderOptions {
+            batch_size: self.batch_size,
+            workers: self.workers,
+            seed: self.seed,
+            shard: self.shard,
+            ..Default::default()
+        };
+        Loader::evaluation(self.source.clone(), Transform::Inference(self.processor.clone()), &options)
+    }
+
+    fn refuse(&self, problem: String) -> Error {
+        of_validation(Error::Data { source_name: self.source.description().to_owned(), problem })
+    }
+}
+
+/// The error of a set with the flag that it was given with.
+fn of_validation(error: Error) -> Error {
+    match error {
+        Error::Data { source_name, problem } => Error::Data { source_name: format!("{source_name} (--val)"), problem },
+        other => other,
     }
 }
 

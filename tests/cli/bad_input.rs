@@ -188,6 +188,10 @@ fn wrong_numbers_are_wrong_usage() {
     run("info base --batch-size 10000000000000", &[]).failed(2, &["at most 1048576"]);
     run("--threads 3000 info", &[]).failed(2, &["--threads", "at most 1024"]);
     run("reconstruct --from {} {} --out {}", &[&pictures, &pictures, &place.path("out.jpg")]).failed(2, &["PNG"]);
+    for name in ["features.bin", "features", "features.NPY"] {
+        run("embed --from {} --data {} --out {}", &[&pictures, &pictures, &place.path(name)])
+            .failed(2, &["--out", ".npy or .safetensors"]);
+    }
     run("", &[]).failed(2, &["Usage"]);
     assert!(!place.path("run").exists());
 }

@@ -17,6 +17,29 @@ fn info_shows_devices_and_models() {
     assert!(ran.out.contains("32x32, 3 channels") && ran.out.contains("3 at a time"), "{}", ran.out);
 }
 
+/// What a configuration says of a decoder that the weights do not have is not shown.
+#[test]
+fn info_shows_no_decoder_of_an_encoder() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases/encoder_only");
+    let ran = run("info {}", &[&folder]).succeeded();
+    for word in ["(encoder only)", "2 blocks, width 24", "encode", "16x16"] {
+        assert!(ran.out.contains(word), "{word} is not in {}", ran.out);
+    }
+    // The path of the model is in the first line.
+    let shown = ran.out.lines().skip(1).collect::<Vec<_>>().join("\n");
+    for word in ["decoder", "loss", "training", "forward", "width 20", "GFLOP"] {
+        assert!(!shown.contains(word), "{word} is in {shown}");
+    }
+    // Token, patch embedding, two blocks and a norm by hand, and 17 positions: 24 + (48 * 24 + 24) + 2 * (4 * 24 * 24 + 2 * 24
+    // * 40 + 4 * 24 + 40 + 24 + 4 * 24) + 48 + 17 * 24 = 10,616.
+    assert!(shown.contains("parameters   0.01 M"), "{shown}");
+    let whole = Place::new();
+    let ran = run("info {}", &[&whole.checkpoint()]).succeeded();
+    for word in ["decoder      1 blocks, width 16", "loss", "training", "forward", "GFLOP"] {
+        assert!(ran.out.contains(word), "{word} is not in {}", ran.out);
+    }
+}
+
 #[test]
 fn forward_writes_everything_that_was_asked_for() {
     let place = Place::new();

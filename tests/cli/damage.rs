@@ -26,7 +26,7 @@ fn pretrain(place: &Place, data: &Path, out: &Path, steps: usize) -> Command {
 }
 
 /// A PNG whose header promises this many pixels.
-fn promising(place: &Place, width: u32, height: u32) -> Vec<u8> {
+pub(crate) fn promising(place: &Place, width: u32, height: u32) -> Vec<u8> {
     let path = place.path("small.png");
     image::RgbImage::new(4, 4).save(&path).unwrap();
     let mut bytes = fs::read(&path).unwrap();

@@ -3,9 +3,13 @@
 mod bad_input;
 mod commands;
 mod damage;
+mod measures;
+mod memory;
+mod original;
 mod outputs;
 mod pretraining;
 mod survival;
+mod validation;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;

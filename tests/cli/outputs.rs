@@ -195,6 +195,29 @@ fn outputs_and_sizes_are_checked_first() {
     }
 }
 
+/// What fails when all is trained, as on a disk that is full at the very end, costs nothing and says so.
+#[test]
+fn a_last_picture_that_cannot_be_written_does_not_hide_the_checkpoint() {
+    let place = Place::new();
+    let (pictures, model) = (place.pictures(4), config_file(&place, |_| ()));
+    let line = "pretrain --data {} --out {} --model {} --batch-size 4 --steps 4 --threads 1";
+    let curve = place.path("curve");
+    run(line, &[&pictures, &curve, &model]).succeeded();
+    // The curve alone, as a run draws it that is resumed at its end.
+    fs::remove_file(curve.join("loss.svg")).unwrap();
+    fs::create_dir(curve.join("loss.svg")).unwrap();
+    let folder = |run: &Path| run.join("checkpoint-4").display().to_string();
+    let ran = run(&format!("{line} --resume"), &[&pictures, &curve, &model]);
+    ran.failed(1, &["loss.svg", "the checkpoint of step 4 is whole", &folder(&curve)]);
+    run("info {}", &[&curve.join("checkpoint-4")]).succeeded();
+    // The last reconstruction.
+    let last = place.path("last");
+    fs::create_dir_all(last.join("reconstruction-4.png")).unwrap();
+    let ran = run(line, &[&pictures, &last, &model]);
+    ran.failed(1, &["reconstruction-4.png", "the checkpoint of step 4 is whole", &folder(&last)]);
+    run("info {}", &[&last.join("checkpoint-4")]).succeeded();
+}
+
 /// A result never replaces the model that it was made with.
 #[test]
 fn a_checkpoint_is_not_written_over() {

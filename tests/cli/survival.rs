@@ -1,13 +1,13 @@
 //! What a run outlives: being killed, stopped and resumed, damage, and other runs.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::pretraining::{losses, model};
+use crate::pretraining::{losses, model, values};
 use crate::{Place, run};
 
 #[test]
@@ -114,52 +114,95 @@ fn a_resumed_run_says_that_its_length_is_another() {
     assert!(!ran.err.contains("was to have"), "{}", ran.err);
 }
 
-/// Killed without warning again and again, during the writing of checkpoints too.
+/// A run killed without warning again and again, during the writing of checkpoints too, and an undisturbed one.
+#[cfg(unix)]
+struct Killed {
+    place: Place,
+    whole: PathBuf,
+    killed: PathBuf,
+    steps: usize,
+}
+
+#[cfg(unix)]
+impl Killed {
+    fn new(steps: usize, kills: usize, more: &[&str]) -> Self {
+        let place = Place::new();
+        let model = model(&place);
+        let (whole, killed) = (place.path("whole"), place.path("killed"));
+        let train = |out: &Path| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_vitmae"));
+            command.args(["pretrain", "--data", "synthetic:50", "--batch-size", "4", "--picture-every", "1000"]);
+            command.args(["--resume", "--steps", &steps.to_string(), "--model"]).arg(&model).arg("--out").arg(out);
+            command.args(more).stderr(Stdio::null()).stdout(Stdio::null());
+            command
+        };
+        assert!(train(&whole).status().unwrap().success());
+        let done =
+            || fs::read(killed.join("metrics.jsonl")).map_or(0, |text| text.iter().filter(|&&b| b == b'\n').count());
+        let mut state = 0x9e37_79b9_u32;
+        let mut random = |below: u32| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            ((u64::from(state) * u64::from(below)) >> 32) as u32
+        };
+        for _ in 0..kills {
+            // Some steps on (none at times), and then somewhere in a step or in the writing of its checkpoint.
+            let goal = done() + random(10) as usize;
+            let mut child = train(&killed).spawn().unwrap();
+            let started = std::time::Instant::now();
+            while done() < goal && started.elapsed() < Duration::from_secs(20) {
+                std::thread::sleep(Duration::from_micros(300));
+            }
+            std::thread::sleep(Duration::from_micros(u64::from(random(8000))));
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        // It had to go on from somewhere, and there was something left to do.
+        let before = done();
+        assert!((kills..steps).contains(&before), "killed behind step {before}");
+        assert!(train(&killed).status().unwrap().success());
+        Self { place, whole, killed, steps }
+    }
+
+    /// The last checkpoints have the same bytes in these files, and the metrics the same values.
+    fn check(&self, files: &[&str], keys: &[&str]) {
+        for file in files {
+            let bytes = |run: &Path| fs::read(run.join(format!("checkpoint-{}", self.steps)).join(file)).unwrap();
+            assert!(bytes(&self.whole) == bytes(&self.killed), "{file} differs");
+        }
+        for key in keys {
+            assert_eq!(values(&self.whole, key), values(&self.killed, key), "{key}");
+        }
+        let left = self.place.list("killed");
+        assert!(!left.iter().any(|name| name.ends_with(".tmp")), "{left:?}");
+    }
+}
+
 #[test]
 #[cfg(unix)]
 fn a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been() {
-    let place = Place::new();
-    let model = model(&place);
-    let (whole, killed) = (place.path("whole"), place.path("killed"));
-    const STEPS: usize = 600;
-    let settings = ["pretrain", "--data", "synthetic:50", "--batch-size", "4", "--checkpoint-every", "1"];
-    let more = ["--steps", "600", "--picture-every", "1000", "--resume", "--model"];
-    let train = |out: &Path| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vitmae"));
-        command.args(settings).args(more).arg(&model).arg("--out").arg(out);
-        command.stderr(Stdio::null()).stdout(Stdio::null());
-        command
-    };
-    assert!(train(&whole).status().unwrap().success());
-    let steps =
-        || fs::read(killed.join("metrics.jsonl")).map_or(0, |text| text.iter().filter(|&&b| b == b'\n').count());
-    let mut state = 0x9e37_79b9_u32;
-    let mut random = |below: u32| {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        ((u64::from(state) * u64::from(below)) >> 32) as u32
-    };
-    for _ in 0..50 {
-        // Some steps on (none at times), and then somewhere in a step or in the writing of its checkpoint.
-        let goal = steps() + random(10) as usize;
-        let mut child = train(&killed).spawn().unwrap();
-        let started = std::time::Instant::now();
-        while steps() < goal && started.elapsed() < Duration::from_secs(20) {
-            std::thread::sleep(Duration::from_micros(300));
-        }
-        std::thread::sleep(Duration::from_micros(u64::from(random(8000))));
-        child.kill().unwrap();
-        child.wait().unwrap();
+    let run = Killed::new(600, 50, &["--checkpoint-every", "1"]);
+    run.check(&["model.safetensors", "optimizer.safetensors"], &["loss"]);
+}
+
+/// The same with everything that lies beside the weights: averages, validation losses, and checkpoints that are removed.
+#[test]
+#[cfg(unix)]
+fn a_killed_run_keeps_its_average_its_best_and_its_newest() {
+    let more = ["--checkpoint-every", "3", "--keep", "2", "--ema", "0.9", "--val", "synthetic:6:7", "--blr", "0.02"];
+    let run = Killed::new(300, 15, &more);
+    let files = ["model.safetensors", "optimizer.safetensors", "ema/model.safetensors", "trainer_state.json"];
+    run.check(&files, &["loss", "validation_loss"]);
+    let losses = values(&run.whole, "validation_loss");
+    assert_eq!(losses.len(), 100);
+    let best = losses.iter().copied().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap().0;
+    let mut expected = vec!["checkpoint-297".to_owned(), "checkpoint-300".to_owned(), format!("checkpoint-{best}")];
+    expected.sort();
+    expected.dedup();
+    for name in ["whole", "killed"] {
+        let mut kept = run.place.list(name);
+        kept.retain(|name| name.starts_with("checkpoint-"));
+        assert_eq!(kept, expected, "{name}");
     }
-    // It had to go on from somewhere, and there was something left to do.
-    let before = steps();
-    assert!((50..STEPS).contains(&before), "killed behind step {before}");
-    assert!(train(&killed).status().unwrap().success());
-    for file in ["model.safetensors", "optimizer.safetensors"] {
-        let bytes = |folder: &Path| fs::read(folder.join(format!("checkpoint-{STEPS}")).join(file)).unwrap();
-        assert!(bytes(&whole) == bytes(&killed), "{file} differs");
-    }
-    assert_eq!(losses(&whole), losses(&killed));
-    assert!(!place.list("killed").iter().any(|name| name.ends_with(".tmp")), "{:?}", place.list("killed"));
 }
 
 #[test]
@@ -242,6 +285,32 @@ fn a_resumed_run_keeps_its_settings() {
     // Without --model it goes on with the model that it has.
     run("pretrain --data synthetic:20 --out {} --batch-size 4 --threads 1 --steps 6 --resume", &[&out]).succeeded();
     assert_eq!(losses(&out).len(), 6);
+}
+
+/// Pictures that were replaced under their names are seen by their sizes; a run that loses one on the way keeps its fingerprint.
+#[test]
+fn pictures_of_other_sizes_are_another_set() {
+    let place = Place::new();
+    let (model, pictures, out) = (model(&place), place.pictures(12), place.path("run"));
+    let line = "pretrain --data {} --out {} --model {} --batch-size 4 --checkpoint-every 2 --steps";
+    run(&format!("{line} 4"), &[&pictures, &out, &model]).succeeded();
+    let picture = pictures.join("picture 05.png");
+    let before = fs::read(&picture).unwrap();
+    image::RgbImage::new(50, 50).save(&picture).unwrap();
+    assert_ne!(fs::read(&picture).unwrap().len(), before.len());
+    let resume = || run(&format!("{line} 6 --resume"), &[&pictures, &out, &model]);
+    resume().failed(1, &["cannot resume", "fingerprint", "sizes"]);
+    let (recipe, again) = (out.join("recipe.json"), place.path("again"));
+    let repeat = || run("pretrain --recipe {} --out {}", &[&recipe, &again]);
+    repeat().failed(1, &["not the pictures of the recipe", "sizes"]);
+    assert!(!again.exists());
+    fs::write(&picture, before).unwrap();
+    resume().succeeded();
+    repeat().succeeded();
+    // Every checkpoint has what the recipe has.
+    let json = |path: &Path| serde_json::from_slice::<Value>(&fs::read(path).unwrap()).unwrap();
+    let state = json(&out.join("checkpoint-6/trainer_state.json"));
+    assert_eq!(state["data_fingerprint"], json(&recipe)["data_fingerprint"]);
 }
 
 /// Metrics that lost a line keep the others; without metrics, checkpoints still say that there is a run.

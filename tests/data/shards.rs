@@ -67,6 +67,58 @@ fn shards_give_pictures_and_their_classes_in_order() {
     assert_eq!(Source::parse(folder.path().join("t-01.tar"), &options(8)).unwrap().len(), 1);
 }
 
+/// Compressed shards say so by their names or by how they begin.
+#[test]
+fn compressed_shards_say_what_to_do() {
+    // What `gzip -n` makes of an empty file, and how the others begin.
+    let gzip = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let refused = |path: &Path, words: &[&str]| {
+        let error = Source::parse(path, &options(8)).unwrap_err();
+        assert!(matches!(error, Error::Data { .. }), "{error:?}");
+        words.iter().for_each(|word| assert!(error.to_string().contains(word), "{word}: {error}"));
+    };
+    for (start, tool) in [
+        (&gzip[..], "gunzip"),
+        (b"\x28\xb5\x2f\xfd rest", "unzstd"),
+        (b"BZh91AY&SY", "bunzip2"),
+        (b"\xfd7zXZ\x00\x00\x04", "unxz"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("b.tar");
+        fs::write(&path, start).unwrap();
+        refused(&path, &["b.tar", "decompress it first", tool]);
+        // Beside a good one, and as all that a folder has.
+        shard(&folder.path().join("a.tar"), &[("a.png", &png(0))]);
+        refused(folder.path(), &["b.tar", tool]);
+        let name = match tool {
+            "gunzip" => "b.tar.gz",
+            "unzstd" => "b.tar.zst",
+            "bunzip2" => "b.tar.bz2",
+            _ => "b.tar.xz",
+        };
+        fs::rename(&path, folder.path().join(name)).unwrap();
+        assert_eq!(Source::parse(folder.path(), &options(8)).unwrap().len(), 1);
+        fs::remove_file(folder.path().join("a.tar")).unwrap();
+        refused(folder.path(), &[name, tool]);
+    }
+}
+
+/// As in a folder: another size under the same name is another set.
+#[test]
+fn a_shards_fingerprint_sees_sizes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tar");
+    let fingerprint = |second: &[u8]| {
+        shard(&path, &[("a.png", &png(0)), ("b.png", second)]);
+        Source::parse(&path, &options(8)).unwrap().fingerprint()
+    };
+    let (png, mut longer) = (png(1), png(1));
+    let before = fingerprint(&png);
+    assert_eq!(fingerprint(&png), before);
+    longer.push(0);
+    assert_ne!(fingerprint(&longer), before);
+}
+
 #[test]
 fn a_class_that_is_missing_somewhere_is_missing_everywhere() {
     let folder = tempfile::tempdir().unwrap();

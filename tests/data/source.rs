@@ -123,7 +123,9 @@ fn one_file_is_a_source_whatever_its_name() {
 #[test]
 fn what_is_not_read_is_said() {
     for (spec, wanted) in [
-        ("train.tar.gz", "compressed shards are not read"),
+        ("train.tar.gz", "decompress it first (gunzip)"),
+        ("train-{00..12}.TGZ", "decompress it first (gunzip)"),
+        ("train.tar.zst", "decompress it first (unzstd)"),
         #[cfg(not(feature = "parquet"))]
         ("/data/train.parquet", "--features parquet"),
         #[cfg(feature = "parquet")]
@@ -151,6 +153,47 @@ fn a_fingerprint_follows_names_and_not_the_place() {
     };
     assert_eq!(make(&["a.png", "b.png"]), make(&["a.png", "b.png"]));
     assert_ne!(make(&["a.png", "b.png"]), make(&["a.png", "c.png"]));
+}
+
+/// Names may stay where pictures change.
+#[test]
+fn a_fingerprint_sees_sizes() {
+    let folder = tempfile::tempdir().unwrap();
+    let paths = ["a.png", "b.png", "c.png"].map(|name| folder.path().join(name));
+    for path in &paths {
+        save_png(&gradient(4, 4), path);
+    }
+    let fingerprint = || Source::parse(folder.path(), &options(8)).unwrap().fingerprint();
+    let before = fingerprint();
+    assert_eq!(before.len(), 16);
+    let bytes = fs::read(&paths[1]).unwrap();
+    let mut seen = vec![before.clone()];
+    // Longer, empty, and the lengths of two files exchanged.
+    for (second, third) in [(bytes.len() + 1, bytes.len()), (0, bytes.len()), (bytes.len(), bytes.len() + 1)] {
+        for (path, length) in [(&paths[1], second), (&paths[2], third)] {
+            let mut changed = bytes.clone();
+            changed.resize(length, 0);
+            fs::write(path, changed).unwrap();
+        }
+        let found = fingerprint();
+        assert!(!seen.contains(&found), "{second} and {third} bytes");
+        seen.push(found);
+    }
+    // What is in them is not read, and where the folder is does not matter.
+    fs::write(&paths[2], &bytes).unwrap();
+    let mut other = bytes.clone();
+    *other.last_mut().unwrap() ^= 1;
+    fs::write(&paths[1], other).unwrap();
+    assert_eq!(fingerprint(), before);
+    #[cfg(unix)]
+    {
+        // A link that leads nowhere now.
+        fs::rename(&paths[0], folder.path().join("kept")).unwrap();
+        std::os::unix::fs::symlink(folder.path().join("kept"), &paths[0]).unwrap();
+        assert_eq!(fingerprint(), before);
+        fs::remove_file(folder.path().join("kept")).unwrap();
+        assert_ne!(fingerprint(), before);
+    }
 }
 
 #[test]

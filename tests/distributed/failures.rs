@@ -86,6 +86,45 @@ fn what_fails_in_one_process_ends_all_and_saves_what_was_trained() {
     assert_eq!(ran.checkpoints(), [steps], "{}", ran.err);
 }
 
+/// The validation pictures of one process go: all leave the loss out at the same steps, and train on.
+#[test]
+fn a_validation_that_fails_in_one_process_is_left_out_by_all() {
+    // Process 0 has the first half of the pictures. With few of them a process cannot say that its share is bad, and all together
+    // can.
+    for (half, words) in [
+        (8_u8, &["val (--val): only 8 of its 16 pictures can be read"][..]),
+        (32, &["another process cannot read its pictures", "process 1 of 2: ", "val (--val): "]),
+    ] {
+        let place = Place::new();
+        let pictures = place.path("val");
+        std::fs::create_dir(&pictures).unwrap();
+        let name = |index: u8| pictures.join(format!("{index:02}.png"));
+        for index in 0..2 * half {
+            let picture = image::RgbImage::from_fn(40, 40, |x, y| image::Rgb([x as u8 * 6, y as u8 * 6, index * 3]));
+            picture.save(name(index)).unwrap();
+        }
+        let val = pictures.to_str().unwrap();
+        let line = format!(
+            "--data synthetic:128 --batch-size 64 --micro-batch {half} --checkpoint-every 10 --steps 100 --val {val}"
+        );
+        let running = place.start(Way::Sockets(2), "run", &line);
+        running.wait_for_steps(11);
+        for index in half..2 * half {
+            std::fs::remove_file(name(index)).unwrap();
+        }
+        let ran = running.wait().succeeded();
+        let metrics = ran.metrics();
+        let taken = metrics.iter().filter(|step| step["validation_loss"].is_number()).count();
+        assert_eq!(metrics.len(), 100);
+        assert!((1..10).contains(&taken), "{taken}: {}", ran.err);
+        let left_out = format!("{} validation losses were left out", 10 - taken);
+        for words in words.iter().chain(&["the validation loss is left out, and the run goes on", left_out.as_str()]) {
+            assert!(ran.err.contains(words), "{words}: {}", ran.err);
+        }
+        assert!(ran.out.contains("best checkpoint"), "{}", ran.out);
+    }
+}
+
 #[test]
 fn processes_with_different_settings_do_not_start() {
     let place = Place::new();

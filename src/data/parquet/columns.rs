@@ -1,6 +1,6 @@
 //! Which columns hold pictures and classes.
 
-use parquet::basic::{LogicalType, Type as Physical};
+use parquet::basic::{CompressionCodec, LogicalType, Type as Physical};
 use parquet::file::metadata::ParquetMetaData;
 use parquet::schema::types::SchemaDescriptor;
 
@@ -9,6 +9,26 @@ pub(super) const MOST_CLASSES: i64 = 1_000_000;
 /// Names of columns that are taken for pictures, and for classes, in this order.
 const PICTURES: [&str; 8] = ["image", "img", "picture", "photo", "pixel_values", "jpg", "jpeg", "png"];
 const LABELS: [&str; 5] = ["label", "labels", "cls", "class", "fine_label"];
+
+/// Refuses columns whose compression is not read here: every one of their pictures would be bad.
+pub(super) fn check_compression(
+    metadata: &ParquetMetaData,
+    columns: impl IntoIterator<Item = usize> + Clone,
+) -> std::result::Result<(), String> {
+    let mut chunks =
+        metadata.row_groups().iter().flat_map(|group| columns.clone().into_iter().map(|at| group.column(at)));
+    let known = [CompressionCodec::UNCOMPRESSED, CompressionCodec::SNAPPY];
+    match chunks.find(|chunk| !known.contains(&chunk.compression_codec())) {
+        None => Ok(()),
+        Some(chunk) => Err(format!(
+            "the column {} is compressed with {:?}, and only SNAPPY or none is read; write the file once more without, which \
+             hardly makes pictures larger: in Python, pyarrow.parquet.write_table(pyarrow.parquet.read_table(OLD), NEW, \
+             compression=\"none\")",
+            chunk.column_path().string(),
+            chunk.compression_codec()
+        )),
+    }
+}
 
 /// The columns as a person would list them.
 fn columns(schema: &SchemaDescriptor) -> String {

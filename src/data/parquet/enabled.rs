@@ -15,7 +15,7 @@ use parquet::file::serialized_reader::SerializedPageReader;
 use tracing::warn;
 
 use super::Request;
-use super::columns::{MOST_CLASSES, assign, class_names, label_column, picture_column};
+use super::columns::{MOST_CLASSES, assign, check_compression, class_names, label_column, picture_column};
 use super::file::Positioned;
 use super::pages::{self, Place};
 use crate::data::decode::{Decoder, guarded};
@@ -88,6 +88,7 @@ pub(crate) fn open(request: &Request, options: &SourceOptions) -> Result<Arc<dyn
         let schema = metadata.file_metadata().schema_descr();
         let column = picture_column(schema, request.picture.as_deref()).map_err(inside)?;
         let label = label_column(schema, request.label.as_deref()).map_err(inside)?;
+        check_compression(&metadata, [Some(column), label].into_iter().flatten()).map_err(inside)?;
         let first = count;
         let before = groups.len();
         for (number, group) in metadata.row_groups().iter().enumerate() {
@@ -289,6 +290,15 @@ impl Pictures for Parquet {
 
     fn classes(&self) -> Option<&[String]> {
         self.classes.as_deref()
+    }
+
+    /// That of the pictures of its row group together: a page would have to be read to know more.
+    fn file_size(&self, index: usize) -> Result<Option<u64>> {
+        let number = self.groups.partition_point(|group| group.first <= index).saturating_sub(1);
+        Ok(self.groups.get(number).map(|group| {
+            let table = &self.files[group.file];
+            table.metadata.row_group(group.number).column(table.column).byte_range().1
+        }))
     }
 
     fn read_file(&self, index: usize, buffer: &mut Vec<u8>) -> Result<Option<Decoder>> {
