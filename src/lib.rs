@@ -10,6 +10,7 @@ pub mod device;
 pub mod distributed;
 mod error;
 pub mod files;
+mod instructions;
 pub mod model;
 pub mod ops;
 pub mod picture;

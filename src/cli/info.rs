@@ -45,7 +45,7 @@ fn devices(out: &mut impl Write, device: DeviceChoice, precision: Option<Precisi
     writeln!(out, "vitmae {}", env!("CARGO_PKG_VERSION"))?;
     writeln!(out)?;
     writeln!(out, "devices")?;
-    writeln!(out, "  cpu      {threads} threads, {}", vector_unit())?;
+    writeln!(out, "  cpu      {threads} threads, {}", vitmae::cpu::Instructions::used())?;
     gpus(out)?;
     writeln!(
         out,
@@ -64,22 +64,6 @@ fn devices(out: &mut impl Write, device: DeviceChoice, precision: Option<Precisi
     writeln!(out)?;
     writeln!(out, "models: tiny, small, base, large, huge; try `vitmae info base`")?;
     Ok(())
-}
-
-/// The widest vectors that the CPU backend uses here.
-fn vector_unit() -> &'static str {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            return "AVX-512";
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            return "AVX2";
-        }
-        "SSE2"
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    std::env::consts::ARCH
 }
 
 #[cfg(feature = "cuda")]

@@ -20,6 +20,7 @@ mod scratch;
 mod simd;
 mod tokens;
 
+pub use crate::instructions::Instructions;
 pub use float::Float;
 pub use memory::CpuBuffer;
 

@@ -4,6 +4,7 @@ use std::fmt::Debug;
 
 use crate::cpu::Float;
 use crate::cpu::kernel::Block;
+use crate::instructions::{Instructions, dispatch};
 
 /// A register full of numbers, in the order of memory.
 ///
@@ -91,26 +92,21 @@ pub trait Lanes: Copy + Debug {
 
 #[cfg(target_arch = "x86_64")]
 fn has_avx512() -> bool {
-    std::arch::is_x86_feature_detected!("avx512f")
+    Instructions::used() >= Instructions::Avx512
 }
 
 #[cfg(target_arch = "x86_64")]
 fn has_avx2() -> bool {
-    std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
+    Instructions::used() >= Instructions::Avx2
 }
 
 impl Lanes for f32 {
     fn lanes() -> usize {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if has_avx512() {
-                return 16;
-            }
-            if has_avx2() {
-                return 8;
-            }
+        match Instructions::used() {
+            Instructions::Avx512 => 16,
+            Instructions::Avx2 => 8,
+            Instructions::Plain => 4,
         }
-        4
     }
 
     unsafe fn multiply_block(block: &Block<f32>) {
@@ -138,7 +134,7 @@ impl Lanes for f32 {
         row: usize,
     ) -> usize {
         #[cfg(target_arch = "x86_64")]
-        if width.is_multiple_of(2) && std::arch::is_x86_feature_detected!("avx") {
+        if width.is_multiple_of(2) && has_avx2() {
             // SAFETY: the instructions are there; the rest is the caller's promise.
             return unsafe { x86::transpose(panel, width, count, depth, source, row) };
         }
@@ -148,7 +144,7 @@ impl Lanes for f32 {
 
     #[inline(always)]
     fn dispatch<J: pulp::WithSimd>(job: J) -> J::Output {
-        pulp::Arch::new().dispatch(job)
+        dispatch(job, Instructions::used())
     }
 }
 
@@ -175,11 +171,7 @@ impl Lanes for f64 {
 
     #[inline(always)]
     fn dispatch<J: pulp::WithSimd>(job: J) -> J::Output {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(simd) = pulp::x86::V3::try_new() {
-            return pulp::Simd::vectorize(simd, job);
-        }
-        job.with_simd(pulp::Scalar)
+        dispatch(job, Instructions::used().min(Instructions::Avx2))
     }
 }
 

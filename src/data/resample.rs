@@ -7,6 +7,7 @@
 use std::f64::consts::PI;
 
 use crate::data::transform::{CropBox, Resample};
+use crate::instructions::{Instructions, dispatch};
 
 /// Bits of a weight behind the point: a byte, a sign and a bit of overshoot make 32.
 const BITS: u32 = 22;
@@ -155,22 +156,20 @@ impl Resampler {
             let Self { rows, interleaved, results, between, .. } = self;
             interleaved.resize(source.width, [0; 4 * ROWS]);
             results.resize(width, [0; 4 * ROWS]);
-            dispatch(RowPass::<C> { out: between, stride, source, table: rows, interleaved, results });
+            let pass = RowPass::<C> { out: between, stride, source, table: rows, interleaved, results };
+            dispatch(pass, Instructions::used());
             Pixels { bytes: &self.between, stride, height: source.height, width }
         } else {
             source
         };
         if low {
             self.columns.fill(source.height, height, resample, false);
-            dispatch(ColumnPass { out, length: width * C, source: between, table: &self.columns });
+            let pass = ColumnPass { out, length: width * C, source: between, table: &self.columns };
+            dispatch(pass, Instructions::used());
         } else {
             between.copy_to(out, C);
         }
     }
-}
-
-fn dispatch<J: pulp::WithSimd>(job: J) -> J::Output {
-    pulp::Arch::new().dispatch(job)
 }
 
 fn nearest<const C: usize>(out: &mut [u8], (height, width): (usize, usize), source: Pixels<'_>, mirrored: bool) {
