@@ -12,7 +12,7 @@ use super::emulated::{
     Cuda, CudaElement, CudaError, MULTIPROCESSORS, Options, SEEDS, Stream, TestDevice, device, device_with,
 };
 use super::listing::Listing;
-use super::reference::{Bench, random};
+use super::reference::{Bench, as_close_as_naive, random};
 
 fn shape(batch: usize, tokens: usize, heads: usize, head_dim: usize) -> AttentionShape {
     AttentionShape { batch, tokens, heads, head_dim }
@@ -189,24 +189,6 @@ fn naive<E: CudaElement>(shape: AttentionShape, inputs: &Inputs) -> Outputs {
     outputs
 }
 
-fn largest(values: impl Iterator<Item = f64>) -> f64 {
-    values.fold(0.0, |largest, value| if value.abs() > largest { value.abs() } else { largest })
-}
-
-/// Asserts that `found` is no further from `exact` than `factor` times `naive` is, and `slack` of the largest number, or of
-/// `size` where that is larger.
-#[track_caller]
-fn close(what: &str, [found, naive, exact]: [&[f64]; 3], factor: f64, slack: f64, size: f64) {
-    assert_eq!(found.len(), exact.len(), "{what}");
-    let error = largest(naive.iter().zip(exact).map(|(naive, exact)| naive - exact));
-    let allowed = factor * error + slack * largest(exact.iter().copied()).max(size);
-    for (index, (found, exact)) in found.iter().zip(exact).enumerate() {
-        // Written so that a NaN fails.
-        let within = (found - exact).abs() <= allowed;
-        assert!(within, "{what}[{index}]: {found} instead of {exact}, more than {allowed} off");
-    }
-}
-
 /// Queries', keys' or values' part of dqkv.
 fn part(shape: AttentionShape, dqkv: &[f64], which: usize) -> Vec<f64> {
     dqkv.chunks_exact(shape.width()).skip(which).step_by(3).flatten().copied().collect()
@@ -228,16 +210,16 @@ fn check_all<E: CudaElement>(streams: &[Stream], shape: AttentionShape, spread: 
         // No assert_eq: the message would be all numbers.
         assert!(run_on(stream) == found, "{what}: other bits in order {index}");
     }
-    close(&format!("out, {what}"), [&found.out, &naive.out, &exact.out], 2.0, slack, 0.0);
+    as_close_as_naive(&format!("out, {what}"), [&found.out, &naive.out, &exact.out], 2.0, slack, 0.0);
     let statistics = [&found.log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp].map(Vec::as_slice);
-    close(&format!("log-sum-exp, {what}"), statistics, 1.0, 1e-6, 0.0);
+    as_close_as_naive(&format!("log-sum-exp, {what}"), statistics, 1.0, 1e-6, 0.0);
     let probabilities = [&found.probabilities, &naive.probabilities, &exact.probabilities].map(Vec::as_slice);
-    close(&format!("probabilities, {what}"), probabilities, 2.0, slack, 0.0);
+    as_close_as_naive(&format!("probabilities, {what}"), probabilities, 2.0, slack, 0.0);
     for (which, name) in ["dq", "dk", "dv"].into_iter().enumerate() {
         let [found, naive, exact] = [&found, &naive, &exact].map(|outputs| part(shape, &outputs.dqkv, which));
         // Where one key takes all, gradients of scores cancel to nothing, but for the rounding of the log-sum-exp.
         let uncancelled = if which < 2 { spread * shape.scale() * (shape.head_dim as f64).sqrt() } else { 0.0 };
-        close(&format!("{name}, {what}"), [&found, &naive, &exact], 3.0, slack, uncancelled);
+        as_close_as_naive(&format!("{name}, {what}"), [&found, &naive, &exact], 3.0, slack, uncancelled);
     }
 }
 
@@ -343,8 +325,8 @@ fn long_sequences_are_attended_to_piece_by_piece() {
     let exact = run(&reference, shape, &inputs);
     let naive = naive::<bf16>(shape, &inputs);
     let (out, log_sum_exp) = forward(&Bench { backend: &Cuda::new(device.stream()), shift: 0 });
-    close("out", [&out, &naive.out, &exact.out], 2.0, 1e-5, 0.0);
-    close("log-sum-exp", [&log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp], 1.0, 1e-6, 0.0);
+    as_close_as_naive("out", [&out, &naive.out, &exact.out], 2.0, 1e-5, 0.0);
+    as_close_as_naive("log-sum-exp", [&log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp], 1.0, 1e-6, 0.0);
 }
 
 #[test]
