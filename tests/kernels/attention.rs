@@ -26,6 +26,10 @@ struct Run {
     f32: bool,
 }
 
+/// What arithmetic in f32 may cost, as a share of the largest number: scores in f32, and the exponentials of them. The most that was
+/// seen on the emulator is 2.3e-6, of probabilities in f32.
+const SLACK: f64 = 5e-6;
+
 /// Lengths of the short sequences.
 const SHORT: usize = 65;
 
@@ -244,7 +248,7 @@ fn check_runs<E: CudaElement>(of: impl Fn(&Run) -> bool) {
         let devices: Option<Vec<_>> = seeds.iter().map(|&seed| with_shared_memory(seed, run.kilobytes)).collect();
         let Some(devices) = devices else { return };
         let streams: Vec<_> = devices.iter().map(TestDevice::stream).collect();
-        check_all::<E>(&streams, run.shape, 4.0, 1e-5);
+        check_all::<E>(&streams, run.shape, 4.0, SLACK);
         checked += 1;
     }
     assert!(checked > 0);
@@ -293,14 +297,14 @@ fn the_shapes_reach_every_attention_kernel() {
 #[test]
 fn f32_attention_fits_into_less_shared_memory() {
     let Some(device) = with_shared_memory(2, 99) else { return };
-    check::<f32>(&device.stream(), shape(1, 33, 1, 128), 4.0, 1e-5);
+    check::<f32>(&device.stream(), shape(1, 33, 1, 128), 4.0, SLACK);
 }
 
 #[test]
 fn f32_attention_takes_heads_of_any_width() {
     let Some(device) = device(3) else { return };
     for head_dim in [1, 7, 100, 127] {
-        check::<f32>(&device.stream(), shape(2, 33, 1, head_dim), 2.0, 1e-5);
+        check::<f32>(&device.stream(), shape(2, 33, 1, head_dim), 2.0, SLACK);
     }
 }
 
@@ -309,16 +313,17 @@ fn attention_survives_extreme_scores() {
     let Some(device) = device(2) else { return };
     for shape in [shape(1, 50, 1, 64), shape(1, 65, 1, 80), shape(1, 97, 1, 32), shape(1, 70, 1, 128)] {
         // Up to about ten thousand. A score in f32 is then known to a thousandth, and so is a probability relative to itself.
-        let spread = 128.0;
-        check::<bf16>(&device.stream(), shape, spread, 1e-2);
-        check::<f32>(&device.stream(), shape, spread, 1e-2);
+        // The most that was seen on the emulator is 1.4e-3.
+        let (spread, slack) = (128.0, 5e-3);
+        check::<bf16>(&device.stream(), shape, spread, slack);
+        check::<f32>(&device.stream(), shape, spread, slack);
     }
 }
 
 #[test]
 fn long_sequences_are_attended_to_piece_by_piece() {
     let Some(device) = device(3) else { return };
-    check::<bf16>(&device.stream(), shape(1, 577, 1, 16), 4.0, 1e-5);
+    check::<bf16>(&device.stream(), shape(1, 577, 1, 16), 4.0, SLACK);
     let shape = shape(1, 1025, 1, 8);
     let inputs = Inputs::new(shape, 4.0);
     let forward = |bench: &Bench<'_, Cuda<bf16>>| {
@@ -332,7 +337,7 @@ fn long_sequences_are_attended_to_piece_by_piece() {
     let exact = run(&reference, shape, &inputs);
     let naive = naive::<bf16>(shape, &inputs);
     let (out, log_sum_exp) = forward(&Bench { backend: &Cuda::new(device.stream()), shift: 0 });
-    as_close_as_naive("out", [&out, &naive.out, &exact.out], 2.0, 1e-5, 0.0);
+    as_close_as_naive("out", [&out, &naive.out, &exact.out], 2.0, SLACK, 0.0);
     as_close_as_naive("log-sum-exp", [&log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp], 1.0, 1e-6, 0.0);
 }
 

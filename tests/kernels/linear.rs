@@ -8,7 +8,7 @@ use super::emulated::linear::{
     activation_backward, bias_backward, bias_backward_scratch, linear_backward_weight_and_bias,
 };
 use super::emulated::{Cuda, CudaBuffer, CudaElement, SEEDS, device};
-use super::reference::as_close_as_naive;
+use super::reference::{ARITHMETIC, as_close_as_naive};
 
 const ACTIVATIONS: [Activation; 5] =
     [Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Silu, Activation::QuickGelu];
@@ -78,7 +78,7 @@ fn largest(values: impl Iterator<Item = f64>) -> f64 {
 /// The error is at most `times` that of a naive computation in the same precision, plus a rounding of f32 sums.
 #[track_caller]
 fn assert_close(found: &[f64], naive: &[f64], exact: &[f64], times: f64, what: &str) {
-    as_close_as_naive(what, [found, naive, exact], times, 2e-6, 0.0);
+    as_close_as_naive(what, [found, naive, exact], times, ARITHMETIC, 0.0);
 }
 
 /// Every op of a layer of one shape; buffers start `shift` elements after an aligned address.

@@ -86,8 +86,9 @@ fn without_guards(mut values: Vec<f64>) -> Vec<f64> {
     values
 }
 
-/// What arithmetic in f32 may cost, as a share of the largest number: sums of up to a few thousand numbers.
-const ARITHMETIC: f64 = 1e-5;
+/// What arithmetic in f32 may cost, as a share of the largest number: sums of up to a few thousand numbers. The most that was seen
+/// on the emulator is 5.2e-7, of a patch's loss.
+pub const ARITHMETIC: f64 = 2e-6;
 
 /// Asserts that `found` is as near to `exact` as a `naive` computation in the same precision, but for a `factor` and `slack`.
 /// Each number is held to the naive computation's largest error, and all of them to its Euclidean norm, so that small numbers count
