@@ -249,8 +249,10 @@ DEVICE void store_rows(const HeadRows<bf16>& to, const f32x4 (&sums)[WIDTH / 8],
         }
         UNROLL
         for (u32 i = EIGHTS / 4 * 4; i < EIGHTS; ++i) {
+            // No shuffle holds the last product of these sums in front of the condition, which each lane decides for itself.
+            const u32 word = opaque(packed[i]);
             if (target != nullptr && 8 * i < shape.head_dim) {
-                *reinterpret_cast<u32*>(target + 8 * i + 2 * column) = packed[i];
+                *reinterpret_cast<u32*>(target + 8 * i + 2 * column) = word;
             }
         }
     }

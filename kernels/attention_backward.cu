@@ -5,7 +5,9 @@
 //   dv = p^T dout     dp = dout v^T     delta = sum over keys of p * dp     ds = p * (dp - delta)
 //   dq = ds k / sqrt(D)                 dk = ds^T q / sqrt(D)
 //
-// The output is not read: delta comes from p and dp in f32.
+// The output is not read: delta comes from p and dp in f32. It is not divided by the sum of p, as attention_plain.cu does: the
+// rounding of log_sum_exp makes that sum 1 but for about |log_sum_exp| 2^-23, which is below the 2^-9 that rounding ds to bf16
+// costs while scores stay below about 10^4. delta from a stored output in bf16 would be off by 2^-9 always.
 //
 //   attention_backward_whole_d64_n64_bf16     short sequences: a block per head, a warp per 16 keys, all queries at once
 //   attention_backward_whole_d64_n80_bf16

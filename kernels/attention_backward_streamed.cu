@@ -5,7 +5,7 @@
 //   dv = p^T dout     dp = dout v^T     delta = sum over keys of p * dp     ds = p * (dp - delta)
 //   dq = ds k / sqrt(D)                 dk = ds^T q / sqrt(D)
 //
-// The output is not read: delta comes from p and dp in f32.
+// The output is not read: delta comes from p and dp in f32, and is not divided by the sum of p: attention_backward.cu says why.
 //
 // First delta; then dk and dv of a block of keys, queries streaming past; then dq of a block of queries, keys streaming past:
 //

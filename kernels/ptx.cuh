@@ -40,7 +40,8 @@
 //   multiply_add_rn                               a * b + c with one rounding
 //   reciprocal_square_root                        1 / sqrt(value) to the nearest float, or the one beside it
 //   opaque(value), value u32 or a pointer         the same value, of which the compiler knows nothing: it computes again what
-//                                                 follows from it, where it would keep that in registers
+//                                                 follows from it, where it would keep that in registers, and the value
+//                                                 itself before any condition that comes later
 //   square_root_rn(value), float or double        one rounding, to nearest even
 //   is_finite(value), double                      neither NaN nor infinite
 //   reciprocal_approximate(x)                     1 / x, to one unit in the last place; 0 for an infinity, and where x is above
@@ -171,7 +172,8 @@ DEVICE u32x4 load_matrices_transposed(const void* row) {
 }
 
 // Not volatile: its result is all that it does, so a sum that nobody uses may go, and independent products may change places.
-// What the loads do to memory is volatile above. The whole warp uses each sum, in loops that add to it, before a condition does.
+// What the loads do to memory is volatile above. No product may move behind a condition that lanes decide differently: the
+// whole warp uses each sum before one, in a loop that adds to it, in a shuffle or in `opaque`.
 DEVICE f32x4 multiply_matrices(const u32x4& a, u32 b_0, u32 b_1, f32x4 sum) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"

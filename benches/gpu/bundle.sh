@@ -2,7 +2,10 @@
 # Makes a bundle that checks and measures vitmae on a GPU machine without Rust: test and bench programs, the release program,
 # goldens, and the scripts that run them and the PyTorch peers.
 #
-#     benches/gpu/bundle.sh [FOLDER]            default: target/gpu-bundle; beside it a .tar.gz, which must be under 60 MB
+#     benches/gpu/bundle.sh [--check] [FOLDER]  default: target/gpu-bundle; beside it a .tar.gz, which must be under 60 MB
+#
+# --check packs the programs of `cargo test` instead, which are hardly optimised and mostly built already: for CI, to see that a
+# bundle can be made and used.
 #
 # On the GPU machine (Python with PyTorch, NVIDIA's driver; the CUDA toolkit for compute-sanitizer and ncu):
 #
@@ -10,6 +13,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
+check=
+if [ "${1:-}" = --check ]; then
+    check=1
+    shift
+fi
 folder=${1:-target/gpu-bundle}
 limit=60000000
 
@@ -28,23 +36,33 @@ for line in sys.stdin:
         print(message["target"]["kind"][0], message["target"]["name"], message["executable"])'
 }
 
+# Copies those programs into the bundle, tests and benches by their kind.
 take() {
-    cp "$2" "$folder/bin/$1"
-    strip "$folder/bin/$1"
+    while read -r kind name path; do
+        case $kind in test | bench) name=$kind-$name ;; esac
+        cp "$path" "$folder/bin/$name"
+        strip "$folder/bin/$name"
+    done
 }
 
-echo "tests" >&2
-programs test --test kernels --test emulated_model --no-run | while read -r kind name path; do
-    [ "$kind" != test ] || take "test-$name" "$path"
+tests=(--test kernels --test emulated_model)
+examples=(--example measure --example own_stream)
+if [ -n "$check" ]; then
+    programs test "${tests[@]}" --bench ops --no-run | grep -E "^(test|bench) " | take
+    programs build --bin vitmae "${examples[@]}" | take
+else
+    echo "tests" >&2
+    programs test "${tests[@]}" --no-run | grep "^test " | take
+    # Optimised, without the link-time optimisation that costs minutes and gives our kernels nothing.
+    export CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16
+    echo "benches" >&2
+    programs bench --bench ops --no-run | grep "^bench " | take
+    echo "programs" >&2
+    programs build --release --bin vitmae "${examples[@]}" | take
+fi
+for program in test-kernels test-emulated_model bench-ops vitmae measure own_stream; do
+    [ -x "$folder/bin/$program" ] || { echo "cargo built no $program" >&2; exit 1; }
 done
-# Optimised, without the link-time optimisation that costs minutes and gives our kernels nothing.
-export CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16
-echo "benches" >&2
-programs bench --bench ops --no-run | while read -r kind name path; do
-    [ "$kind" != bench ] || take "bench-$name" "$path"
-done
-echo "programs" >&2
-programs build --release --bin vitmae --example measure --example own_stream | while read -r _ name path; do take "$name" "$path"; done
 
 cp --parents -r kernels tests/golden/cases benches/gpu benches/peers "$folder"
 find "$folder" -name __pycache__ -prune -exec rm -rf {} +

@@ -1,12 +1,14 @@
 //! Matrix products on a GPU: cuBLASLt, with the algorithm of each product chosen once.
 //!
 //! The algorithm is the fastest of those that cuBLASLt proposes, timed at the product's first call, and kept in the user's
-//! cache folder, so that later runs on the same machine choose the same one and repeat bitwise. While a graph is captured
-//! nothing can be timed: a product that is new then gets the choice that was kept, else the first proposal.
+//! cache folder, so that later runs on the same machine choose the same one and repeat bitwise. What was kept only says which
+//! of the proposals to take: a file that is old, damaged or edited names none of them, and the choice is made again. While a
+//! graph is captured nothing can be timed: a product that is new then gets the choice that was kept, else the first proposal.
 //! `VITMAE_GEMM_TUNING=0` takes the first proposal that runs, always.
 //!
 //! In-place split-K reductions are not allowed, and f32 products are not computed in TF32.
 
+mod choice;
 mod descriptors;
 mod library;
 
@@ -22,24 +24,20 @@ use cudarc::cublaslt::sys;
 use cudarc::driver::sys::{CUstream, CUstreamCaptureStatus};
 use cudarc::driver::{CudaContext, result as driver};
 
+use self::choice::{Choice, SCHEME, choose, chosen_before, file_name};
 use self::descriptors::{Preference, Product, failed};
 pub use self::library::probe;
 use super::discovery::DeviceInfo;
 use super::driver::{call, reserving};
 use super::error::{CudaError, Result};
 use super::gemm::{GemmAddresses, GemmDescription, Layout, span};
-use super::hash::hash;
-use super::modules::{cache_folder, read_cached, write_cached};
+use super::modules::{cache_folder, write_cached};
 
 /// What NVIDIA recommends for Hopper; smaller GPUs are content with less and have room for it.
 const WORKSPACE_BYTES: usize = 32 << 20;
 
 /// Proposals that are timed for a product, at most.
 const CANDIDATES: usize = 8;
-
-/// A candidate replaces one that cuBLASLt ranks before it if it takes less than this share of its time. Below that, noise
-/// would choose.
-const FASTER: f64 = 0.97;
 
 /// Products on the streams of one context, one at a time.
 pub(super) struct CublasLt {
@@ -137,15 +135,11 @@ impl CublasLt {
         let status = status.map_err(|error| call("asking whether a stream is captured", error))?;
         let captured = status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         let tunes = std::env::var("VITMAE_GEMM_TUNING").as_deref() != Ok("0");
-        let kept = cache_folder().filter(|_| tunes).map(|folder| {
-            let name = hash(&[self.machine.as_bytes(), format!("{key:?}").as_bytes()]);
-            folder.join(format!("gemm-{name:032x}"))
-        });
-        let from_before = kept.as_deref().and_then(read_cached).and_then(|bytes| self.checked(&product, &bytes));
-        if let Some(algorithm) = from_before {
+        let kept = cache_folder().filter(|_| tunes).map(|folder| folder.join(file_name(SCHEME, &self.machine, key)));
+        let candidates = self.candidates(&product, key)?;
+        if let Some(algorithm) = kept.as_deref().and_then(|path| chosen_before(path, &candidates)) {
             return Ok(Some(Plan { product, algorithm }));
         }
-        let candidates = self.candidates(&product, key)?;
         let untried = candidates.first().copied();
         if captured || untried.is_none() {
             return Ok(untried.map(|algorithm| Plan { product, algorithm }));
@@ -165,20 +159,7 @@ impl CublasLt {
         Ok(Some(Plan { product, algorithm }))
     }
 
-    /// An algorithm that was kept, if it still is one.
-    fn checked(&self, product: &Product, bytes: &[u8]) -> Option<sys::cublasLtMatmulAlgo_t> {
-        let data = bytemuck::try_pod_read_unaligned(bytes).ok()?;
-        let algorithm = sys::cublasLtMatmulAlgo_t { data };
-        let mut found = no_result();
-        let Product { descriptor, a, b, d, .. } = product;
-        // SAFETY: cublasLtMatmulAlgoCheck(handle, desc, A, B, C, D, algo, result); all exist.
-        let status = unsafe {
-            sys::cublasLtMatmulAlgoCheck(self.handle, descriptor.0, a.0, b.0, d.0, d.0, &algorithm, &mut found)
-        };
-        (status.result().is_ok() && found.workspaceSize <= WORKSPACE_BYTES).then_some(algorithm)
-    }
-
-    /// What cuBLASLt proposes, best first.
+    /// What cuBLASLt proposes and the product can use, best first. No other algorithm ever runs.
     fn candidates(&self, product: &Product, key: &Key) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
         const CALL: &str = "asking cuBLASLt for algorithms";
         let preference = Preference::new()?;
@@ -360,37 +341,6 @@ impl Drop for CublasLt {
     }
 }
 
-/// What became of candidates.
-#[derive(Debug, PartialEq, Eq)]
-enum Choice<A> {
-    /// This one.
-    Made(A),
-    /// None of them runs.
-    AllRefused,
-    /// There was no memory to try them in.
-    NoRoom,
-}
-
-/// The candidate of the least time, of those that have one: a later one only where it is clearly faster. The first that has
-/// a time where they are not `compared`.
-fn choose<A: Copy>(
-    candidates: &[A],
-    compared: bool,
-    mut time: impl FnMut(&A) -> Result<Option<Duration>>,
-) -> Result<Choice<A>> {
-    let mut best: Option<(Duration, A)> = None;
-    for candidate in candidates {
-        let Some(time) = time(candidate)? else { continue };
-        if best.is_none_or(|(so_far, _)| time.as_secs_f64() < FASTER * so_far.as_secs_f64()) {
-            best = Some((time, *candidate));
-        }
-        if !compared {
-            break;
-        }
-    }
-    Ok(best.map_or(Choice::AllRefused, |(_, candidate)| Choice::Made(candidate)))
-}
-
 /// Memory for a moment.
 struct Memory(u64);
 
@@ -445,39 +395,4 @@ fn describe(description: &GemmDescription) -> String {
     let GemmDescription { gemm, input, output, adds, epilogue } = description;
     let (rows, columns, depth) = (gemm.rows, gemm.columns, gemm.depth);
     format!("[{rows}, {depth}] x [{depth}, {columns}], {input:?} to {output:?}, epilogue {epilogue:?}, adds {adds}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cuda::gemm::{EpilogueKind, Gemm, GemmType};
-
-    #[test]
-    fn the_clearly_fastest_of_those_that_run_is_chosen() {
-        let times = [None, Some(100), Some(98), Some(50), None, Some(49)];
-        let time = |&index: &usize| Ok(times[index].map(Duration::from_micros));
-        let chosen = |candidates: &[usize], compared| choose(candidates, compared, time).expect("no failure");
-        assert_eq!(chosen(&[0, 1, 2], true), Choice::Made(1));
-        assert_eq!(chosen(&[0, 1, 2, 3, 4, 5], true), Choice::Made(3));
-        assert_eq!(chosen(&[0, 1, 3], false), Choice::Made(1));
-        for compared in [false, true] {
-            assert_eq!(chosen(&[0, 4], compared), Choice::AllRefused);
-        }
-        let broken = choose(&[1], true, |_| Err(CudaError::Recording { what: "a failure" }));
-        assert!(broken.is_err());
-    }
-
-    #[test]
-    fn a_key_sees_alignment_and_aliasing() {
-        let at = GemmAddresses { output: 0x1000, left: 0x1002, right: 0x1010, addend: 0x1000, bias: 0, pre: 0 };
-        let (left, right) = (Layout::transposed(8), Layout::rows(16));
-        let gemm = Gemm { rows: 8, columns: 16, depth: 4, left, right, output_stride: 16 };
-        let (input, output, epilogue) = (GemmType::Bf16, GemmType::F32, EpilogueKind::Nothing);
-        let description = GemmDescription { gemm, input, output, adds: true, epilogue };
-        let key = Key::new(description, &at);
-        assert!(key.in_place);
-        assert_eq!(key.alignments, [256, 2, 16, 256, 256, 256]);
-        let apart = Key::new(key.description, &GemmAddresses { addend: 0x2008, ..at });
-        assert!(!apart.in_place && apart != key);
-    }
 }

@@ -117,11 +117,6 @@ pub enum Epilogue<'a, O> {
         /// What GELU is applied to, for backward.
         pre: SliceMut<'a, O>,
     },
-    /// Multiplies by the derivative of GELU in its tanh form at `pre`. Alignment as for the forward pass.
-    GeluTanhBackward {
-        /// What [`Epilogue::BiasGeluTanh`] stored.
-        pre: &'a Slice<'a, O>,
-    },
     /// Leaves the sums alone, and stores the sum of every row of the left factor over the depth, `[rows]`: with the left
     /// factor `dyᵀ` a bias's gradient.
     LeftSums(SliceMut<'a, O>),
@@ -136,8 +131,6 @@ pub enum EpilogueKind {
     Bias,
     /// [`Epilogue::BiasGeluTanh`].
     BiasGeluTanh,
-    /// [`Epilogue::GeluTanhBackward`].
-    GeluTanhBackward,
     /// [`Epilogue::LeftSums`].
     LeftSums,
 }
@@ -299,10 +292,6 @@ impl Stream {
             Epilogue::BiasGeluTanh { bias, pre } => {
                 let pre = matrix("length of the activation's input", pre.place())?;
                 (EpilogueKind::BiasGeluTanh, Some((bias.place(), columns)), pre)
-            }
-            Epilogue::GeluTanhBackward { pre } => {
-                let pre = matrix("length of the activation's input", pre.place())?;
-                (EpilogueKind::GeluTanhBackward, None, pre)
             }
             Epilogue::LeftSums(sums) => (EpilogueKind::LeftSums, Some((sums.place(), rows)), 0),
         };

@@ -22,7 +22,8 @@ const MAX_UNITS: usize = 5;
 /// Rows that a warp takes at once, by path.
 const ROWS_PER_WARP: [u32; MAX_UNITS + 1] = [1, 4, 2, 1, 1, 1];
 
-/// Most blocks of a backward per multiprocessor, on any path.
+/// Most blocks of a backward per multiprocessor, on any path. More would add partial sums and no loads in flight that memory
+/// has use for.
 const MAX_BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 
 /// An element type that the kernels take: `f32` or `bf16`.
@@ -39,7 +40,10 @@ mod sealed {
         const FORWARD: Kernel;
         /// By path: for any width, then by units.
         const BACKWARD: [Kernel; MAX_UNITS + 1];
-        /// Blocks that a multiprocessor holds of each, by their registers.
+        /// Blocks that a multiprocessor holds of each, by their registers on sm_90a, at most
+        /// [`MAX_BLOCKS_PER_MULTIPROCESSOR`]. A constant and not the driver's answer, so that the order of the sums, and with it
+        /// every bit, depends on the number of multiprocessors alone. tests/kernels/layernorm.rs holds it against
+        /// kernels/REPORT.md, on other architectures to one block more or less, which costs time only.
         const BLOCKS: [u32; MAX_UNITS + 1];
     }
 
@@ -222,7 +226,7 @@ pub fn layernorm_backward<T: LayerNormElement>(
     unsafe { stream.launch(PARAMETERS, grid, &arguments) }
 }
 
-/// `LayerNormShape` of kernels/layernorm.cu.
+/// `LayerNormShape` of kernels/layernorm.cuh.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct LayerNormParameters {

@@ -124,13 +124,6 @@ pub fn linear_activation_backward_input<T: LinearElement>(
 ) -> Result<()> {
     const OP: &str = "linear_activation_backward_input";
     let length = product(OP, "length of dpre", &[shape.rows, shape.inputs], u64::MAX)? as usize;
-    if has_epilogue::<T>(activation, shape.inputs, pre.is_aligned_16()) {
-        let epilogue = Epilogue::GeluTanhBackward { pre };
-        match stream.gemm(input_gemm(shape), dpre, dy, weight, Addend::Nothing, epilogue) {
-            Err(CudaError::NoAlgorithm { .. }) => {}
-            done => return done,
-        }
-    }
     linear_backward_input(stream, dpre, dy, weight, shape, Write::Assign)?;
     activation_backward(stream, &mut dpre.range(0..length)?, &pre.range(0..length)?, activation)
 }

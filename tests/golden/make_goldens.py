@@ -60,6 +60,9 @@ MODELS = {
     "head_64": (
         shape((64, 1, 1, 40), (32, 1, 1, 36), 16, 4, 1, 0.75, layer_norm_eps=1e-6), 2, {},
         "Heads of 64 and 32 and the epsilon of the published models."),
+    "head_80": (
+        shape((80, 1, 1, 16), (40, 1, 1, 16), 12, 4, 1, 0.75, layer_norm_eps=1e-6), 2, {},
+        "A head of 80, the huge model's, and one of 40."),
     "mask_ratio_zero": (
         shape((24, 1, 3, 32), (16, 1, 2, 24), 12, 4, 3, 0.0), 2, {},
         "Nothing is hidden. transformers' loss is 0 / 0 here; the loss stored is 0 by this project's contract, and "

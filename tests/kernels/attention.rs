@@ -12,7 +12,7 @@ use super::emulated::{
     Cuda, CudaElement, CudaError, MULTIPROCESSORS, Options, SEEDS, Stream, TestDevice, device, device_with,
 };
 use super::listing::Listing;
-use super::reference::{Bench, random};
+use super::reference::{Bench, as_close_as_naive, random};
 
 fn shape(batch: usize, tokens: usize, heads: usize, head_dim: usize) -> AttentionShape {
     AttentionShape { batch, tokens, heads, head_dim }
@@ -26,8 +26,18 @@ struct Run {
     f32: bool,
 }
 
-/// Lengths that any order of threads can be tried on.
+/// What arithmetic in f32 may cost, as a share of the largest number: scores in f32, and the exponentials of them. The most that was
+/// seen on the emulator is 2.3e-6, of probabilities in f32.
+const SLACK: f64 = 5e-6;
+
+/// Lengths of the short sequences.
 const SHORT: usize = 65;
+
+/// The longest sequences that the emulator has time to try in every order of threads, by bytes of an element: matrix instructions
+/// are one step to it, and the f32 kernels many.
+fn every_order(bytes: usize) -> usize {
+    if bytes == 2 { 300 } else { SHORT }
+}
 
 /// Shapes for every kernel: lengths of all kinds of tiles, and heads narrower than, as wide as and between them. The smallest
 /// GPU's shared memory for short sequences, which fit into it, and the largest's for long ones.
@@ -48,13 +58,14 @@ fn runs() -> Vec<Run> {
     for head_dim in [24, 48, 72, 88, 120] {
         runs.extend([17, 130].map(|tokens| run(shape(1, tokens, 1, head_dim), true, tokens == 17)));
     }
-    for (tokens, head_dims) in [(197, [32, 64, 80]), (257, [32, 80, 40]), (300, [16, 64, 128])] {
-        runs.extend(head_dims.map(|head_dim| run(shape(1, tokens, 1, head_dim), true, head_dim == 16)));
+    for tokens in [197, 257, 300, 785] {
+        for head_dim in [8, 16, 32, 40, 64, 80, 128] {
+            // f32 has the same kernels at every shape, and the emulator is slow at them.
+            runs.push(run(shape(1, tokens, 1, head_dim), true, head_dim == 8 || (tokens < 300 && head_dim % 16 == 0)));
+        }
     }
     // From 321 tokens on heads do not stay in shared memory.
-    runs.extend([100, 257, 330].map(|tokens| run(shape(1, tokens, 1, 64), true, false)));
-    runs.extend([(197, 32), (257, 80)].map(|(tokens, head_dim)| run(shape(1, tokens, 1, head_dim), false, true)));
-    runs.push(run(shape(1, 785, 1, 8), true, true));
+    runs.extend([100, 330].map(|tokens| run(shape(1, tokens, 1, 64), true, false)));
     // 99 KB are what consumer GPUs have; with 74 KB, every width takes the kernels that need least.
     for (kilobytes, shape) in [
         (99, shape(1, 197, 1, 64)),
@@ -114,6 +125,11 @@ struct Outputs {
     probabilities: Vec<f64>,
 }
 
+/// Whether probabilities are asked for: one kernel gives them at every shape, and it takes the emulator longer than all others.
+fn shows(shape: AttentionShape) -> bool {
+    shape.tokens <= 130 || shape.head_dim <= 16
+}
+
 /// Gives all three ops to a backend: their outputs on it.
 fn give<B: Attention>(bench: &Bench<'_, B>, shape: AttentionShape, inputs: &Inputs) -> Given<B> {
     let AttentionShape { batch, tokens, heads, .. } = shape;
@@ -121,11 +137,13 @@ fn give<B: Attention>(bench: &Bench<'_, B>, shape: AttentionShape, inputs: &Inpu
     let (qkv, dout) = (bench.elements(&inputs.qkv), bench.elements(&inputs.dout));
     let (mut out, mut dqkv) = (bench.poisoned(numbers), bench.poisoned(3 * numbers));
     let mut log_sum_exp = bench.masters(&vec![f64::NAN; batch * heads * tokens]);
-    let mut probabilities = bench.poisoned(batch * heads * tokens * tokens);
+    let mut probabilities = bench.poisoned(if shows(shape) { batch * heads * tokens * tokens } else { 0 });
     let backend = bench.backend;
     backend.attention_forward(shape, &mut out, &mut log_sum_exp, &qkv).expect("no fault");
     backend.attention_backward(shape, &mut dqkv, &dout, &qkv, &log_sum_exp).expect("no fault");
-    backend.attention_probabilities(shape, &mut probabilities, &qkv, &log_sum_exp).expect("no fault");
+    if shows(shape) {
+        backend.attention_probabilities(shape, &mut probabilities, &qkv, &log_sum_exp).expect("no fault");
+    }
     Given { out, log_sum_exp, dqkv, probabilities }
 }
 
@@ -154,7 +172,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 /// The same by the definition, with every tensor rounded to the element type: what nobody can blame a kernel for.
 fn naive<E: CudaElement>(shape: AttentionShape, inputs: &Inputs) -> Outputs {
     let round = |value: f64| Cuda::<E>::element_f64(Cuda::<E>::element(value));
-    let AttentionShape { batch, tokens, heads, head_dim } = shape;
+    let AttentionShape { batch, tokens, heads, .. } = shape;
     let mut outputs = Outputs {
         out: vec![0.0; inputs.dout.len()],
         log_sum_exp: Vec::new(),
@@ -173,38 +191,24 @@ fn naive<E: CudaElement>(shape: AttentionShape, inputs: &Inputs) -> Outputs {
             let delta = dot(&p, &dp);
             let ds: Vec<f64> = p.iter().zip(&dp).map(|(p, dp)| round(p * (dp - delta))).collect();
             let p: Vec<f64> = p.into_iter().map(round).collect();
-            for d in 0..head_dim {
-                for j in 0..tokens {
-                    outputs.out[place(shape, 1, sample, head, 0, i) + d] += p[j] * v[j][d];
-                    outputs.dqkv[at(0, i) + d] += ds[j] * k[j][d] * shape.scale();
-                    outputs.dqkv[at(1, j) + d] += ds[j] * q[i][d] * shape.scale();
-                    outputs.dqkv[at(2, j) + d] += p[j] * dout[i][d];
-                }
+            // to += factor * from
+            let add = |to: &mut [f64], factor: f64, from: &[f64]| {
+                to.iter_mut().zip(from).for_each(|(to, from)| *to += factor * from);
+            };
+            for j in 0..tokens {
+                add(&mut outputs.out[place(shape, 1, sample, head, 0, i)..], p[j], &v[j]);
+                add(&mut outputs.dqkv[at(0, i)..], ds[j] * shape.scale(), &k[j]);
+                add(&mut outputs.dqkv[at(1, j)..], ds[j] * shape.scale(), &q[i]);
+                add(&mut outputs.dqkv[at(2, j)..], p[j], &dout[i]);
             }
             outputs.log_sum_exp.push(log_sum_exp);
-            outputs.probabilities.extend(p);
+            if shows(shape) {
+                outputs.probabilities.extend(p);
+            }
         }
     }
     outputs.out.iter_mut().chain(&mut outputs.dqkv).for_each(|value| *value = round(*value));
     outputs
-}
-
-fn largest(values: impl Iterator<Item = f64>) -> f64 {
-    values.fold(0.0, |largest, value| if value.abs() > largest { value.abs() } else { largest })
-}
-
-/// Asserts that `found` is no further from `exact` than `factor` times `naive` is, and `slack` of the largest number, or of
-/// `size` where that is larger.
-#[track_caller]
-fn close(what: &str, [found, naive, exact]: [&[f64]; 3], factor: f64, slack: f64, size: f64) {
-    assert_eq!(found.len(), exact.len(), "{what}");
-    let error = largest(naive.iter().zip(exact).map(|(naive, exact)| naive - exact));
-    let allowed = factor * error + slack * largest(exact.iter().copied()).max(size);
-    for (index, (found, exact)) in found.iter().zip(exact).enumerate() {
-        // Written so that a NaN fails.
-        let within = (found - exact).abs() <= allowed;
-        assert!(within, "{what}[{index}]: {found} instead of {exact}, more than {allowed} off");
-    }
 }
 
 /// Queries', keys' or values' part of dqkv.
@@ -228,16 +232,16 @@ fn check_all<E: CudaElement>(streams: &[Stream], shape: AttentionShape, spread: 
         // No assert_eq: the message would be all numbers.
         assert!(run_on(stream) == found, "{what}: other bits in order {index}");
     }
-    close(&format!("out, {what}"), [&found.out, &naive.out, &exact.out], 2.0, slack, 0.0);
+    as_close_as_naive(&format!("out, {what}"), [&found.out, &naive.out, &exact.out], 2.0, slack, 0.0);
     let statistics = [&found.log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp].map(Vec::as_slice);
-    close(&format!("log-sum-exp, {what}"), statistics, 1.0, 1e-6, 0.0);
+    as_close_as_naive(&format!("log-sum-exp, {what}"), statistics, 1.0, 1e-6, 0.0);
     let probabilities = [&found.probabilities, &naive.probabilities, &exact.probabilities].map(Vec::as_slice);
-    close(&format!("probabilities, {what}"), probabilities, 2.0, slack, 0.0);
+    as_close_as_naive(&format!("probabilities, {what}"), probabilities, 2.0, slack, 0.0);
     for (which, name) in ["dq", "dk", "dv"].into_iter().enumerate() {
         let [found, naive, exact] = [&found, &naive, &exact].map(|outputs| part(shape, &outputs.dqkv, which));
         // Where one key takes all, gradients of scores cancel to nothing, but for the rounding of the log-sum-exp.
         let uncancelled = if which < 2 { spread * shape.scale() * (shape.head_dim as f64).sqrt() } else { 0.0 };
-        close(&format!("{name}, {what}"), [&found, &naive, &exact], 3.0, slack, uncancelled);
+        as_close_as_naive(&format!("{name}, {what}"), [&found, &naive, &exact], 3.0, slack, uncancelled);
     }
 }
 
@@ -246,16 +250,16 @@ fn with_shared_memory(seed: u64, kilobytes: u32) -> Option<TestDevice> {
     device_with(Options { seed, shared_bytes: kilobytes << 10 })
 }
 
-/// Checks an element type at the shapes of which `of` is true, in every order of threads where they are short, else in two.
+/// Checks an element type at the shapes of which `of` is true, in every order of threads where there is time, else in two.
 fn check_runs<E: CudaElement>(of: impl Fn(&Run) -> bool) {
     let mut checked = 0;
     for (index, run) in runs().into_iter().filter(|run| of(run)).enumerate() {
         let two = [SEEDS[index % 2], SEEDS[2 + index % 2]];
-        let seeds = if run.shape.tokens <= SHORT { &SEEDS[..] } else { &two[..] };
+        let seeds = if run.shape.tokens <= every_order(size_of::<E>()) { &SEEDS[..] } else { &two[..] };
         let devices: Option<Vec<_>> = seeds.iter().map(|&seed| with_shared_memory(seed, run.kilobytes)).collect();
         let Some(devices) = devices else { return };
         let streams: Vec<_> = devices.iter().map(TestDevice::stream).collect();
-        check_all::<E>(&streams, run.shape, 4.0, 1e-5);
+        check_all::<E>(&streams, run.shape, 4.0, SLACK);
         checked += 1;
     }
     assert!(checked > 0);
@@ -304,14 +308,14 @@ fn the_shapes_reach_every_attention_kernel() {
 #[test]
 fn f32_attention_fits_into_less_shared_memory() {
     let Some(device) = with_shared_memory(2, 99) else { return };
-    check::<f32>(&device.stream(), shape(1, 33, 1, 128), 4.0, 1e-5);
+    check::<f32>(&device.stream(), shape(1, 33, 1, 128), 4.0, SLACK);
 }
 
 #[test]
 fn f32_attention_takes_heads_of_any_width() {
     let Some(device) = device(3) else { return };
     for head_dim in [1, 7, 100, 127] {
-        check::<f32>(&device.stream(), shape(2, 33, 1, head_dim), 2.0, 1e-5);
+        check::<f32>(&device.stream(), shape(2, 33, 1, head_dim), 2.0, SLACK);
     }
 }
 
@@ -320,16 +324,17 @@ fn attention_survives_extreme_scores() {
     let Some(device) = device(2) else { return };
     for shape in [shape(1, 50, 1, 64), shape(1, 65, 1, 80), shape(1, 97, 1, 32), shape(1, 70, 1, 128)] {
         // Up to about ten thousand. A score in f32 is then known to a thousandth, and so is a probability relative to itself.
-        let spread = 128.0;
-        check::<bf16>(&device.stream(), shape, spread, 1e-2);
-        check::<f32>(&device.stream(), shape, spread, 1e-2);
+        // The most that was seen on the emulator is 1.4e-3.
+        let (spread, slack) = (128.0, 5e-3);
+        check::<bf16>(&device.stream(), shape, spread, slack);
+        check::<f32>(&device.stream(), shape, spread, slack);
     }
 }
 
 #[test]
 fn long_sequences_are_attended_to_piece_by_piece() {
     let Some(device) = device(3) else { return };
-    check::<bf16>(&device.stream(), shape(1, 577, 1, 16), 4.0, 1e-5);
+    check::<bf16>(&device.stream(), shape(1, 577, 1, 16), 4.0, SLACK);
     let shape = shape(1, 1025, 1, 8);
     let inputs = Inputs::new(shape, 4.0);
     let forward = |bench: &Bench<'_, Cuda<bf16>>| {
@@ -343,8 +348,8 @@ fn long_sequences_are_attended_to_piece_by_piece() {
     let exact = run(&reference, shape, &inputs);
     let naive = naive::<bf16>(shape, &inputs);
     let (out, log_sum_exp) = forward(&Bench { backend: &Cuda::new(device.stream()), shift: 0 });
-    close("out", [&out, &naive.out, &exact.out], 2.0, 1e-5, 0.0);
-    close("log-sum-exp", [&log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp], 1.0, 1e-6, 0.0);
+    as_close_as_naive("out", [&out, &naive.out, &exact.out], 2.0, SLACK, 0.0);
+    as_close_as_naive("log-sum-exp", [&log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp], 1.0, 1e-6, 0.0);
 }
 
 #[test]

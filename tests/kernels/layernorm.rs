@@ -1,12 +1,16 @@
 //! LayerNorm against the CPU in f64.
 
+use std::collections::BTreeMap;
+
 use half::bf16;
 use vitmae::cpu::Cpu;
-use vitmae::ops::{LayerNorm, LayerNormShape, Write};
+use vitmae::ops::{LayerNorm, LayerNormShape, Memory, Write};
 
+use super::emulated::launch::Limits;
 use super::emulated::layernorm::{LayerNormGradients, LayerNormSaved, layernorm_backward};
 use super::emulated::layernorm::{LayerNormOutput, layernorm_backward_partials, layernorm_forward};
-use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, Stream, device};
+use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, Stream, device, kernels_folder};
+use super::listing::Listing;
 use super::reference::{Bench, close, close_masters, random};
 
 fn shape(rows: usize, width: usize) -> LayerNormShape {
@@ -132,6 +136,65 @@ fn layernorm_backward_matches_the_cpu_at_every_width() {
         check_backward::<bf16>(&stream, shape(3, 64), Write::Accumulate, 1);
         check_backward::<f32>(&stream, shape(3, 64), Write::Assign, 2);
         check_backward::<bf16>(&stream, shape(0, 64), Write::Assign, 0);
+    }
+}
+
+/// Blocks of each kernel that a multiprocessor of an architecture holds, by the report on what the compiler made of them.
+fn blocks_at_once(architecture: &str) -> BTreeMap<String, u32> {
+    let report = std::fs::read_to_string(kernels_folder().join("REPORT.md")).expect("kernels/REPORT.md");
+    let mut blocks = BTreeMap::new();
+    let (mut kernel, mut column) = ("", 0);
+    for line in report.lines() {
+        let cells: Vec<_> = line.split('|').map(str::trim).collect();
+        if let Some(name) = line.strip_prefix("### ") {
+            kernel = name.trim_matches('`');
+        } else if cells.get(1) == Some(&"architecture") {
+            column = cells.iter().position(|&cell| cell == "blocks, occupancy").expect("a column of blocks");
+        } else if cells.get(1) == Some(&architecture) {
+            let count = cells[column].split(',').next().expect("blocks, occupancy");
+            blocks.insert(kernel.to_string(), count.parse().expect("a number of blocks"));
+        }
+    }
+    blocks
+}
+
+/// Blocks per multiprocessor that the launcher gives to the backward kernel of a width, and the kernel's name.
+fn blocks_launched<E: CudaElement>(width: usize) -> (String, u32) {
+    let multiprocessors = 132;
+    let listing = Listing::new(Limits { shared_bytes: 227 << 10, multiprocessors });
+    let backend = Cuda::<E>::new(listing.stream());
+    // More than fill the GPU on every path.
+    let shape = shape(10_000, width);
+    let matrix = || backend.buffer::<E>(shape.rows * width).expect("an address");
+    let vector = |length| backend.buffer::<f32>(length).expect("an address");
+    let (mut dx, dy, x, mean, rstd) = (matrix(), matrix(), matrix(), vector(shape.rows), vector(shape.rows));
+    let (mut dgamma, mut dbeta, gamma) = (vector(width), vector(width), vector(width));
+    backend
+        .layernorm_backward(shape, Write::Assign, &mut dx, &mut dgamma, &mut dbeta, &dy, &x, &mean, &rstd, &gamma)
+        .expect("launched");
+    let mut kernels = listing.symbols().into_iter().filter(|symbol| symbol.starts_with("layernorm_backward_dx"));
+    let symbol = kernels.next().expect("a kernel");
+    let blocks = listing.grid(symbol).expect("launched").blocks;
+    assert!(kernels.next().is_none() && blocks.is_multiple_of(multiprocessors), "{symbol}: {blocks} blocks");
+    (symbol.to_string(), blocks / multiprocessors)
+}
+
+#[test]
+fn a_backward_has_the_blocks_that_a_multiprocessor_holds() {
+    // Tuned for sm_90a; elsewhere one more or less, which costs time and nothing else.
+    let reports = [("sm_90a", 0), ("sm_80", 1), ("sm_86", 1), ("sm_89", 1), ("sm_100", 1), ("sm_120", 1)];
+    for (architecture, slack) in reports {
+        let held = blocks_at_once(architecture);
+        for width in [1288, 256, 512, 768, 1024, 1280] {
+            for (kernel, launched) in [blocks_launched::<f32>(width), blocks_launched::<bf16>(width)] {
+                // The widest path needs few registers; more than four blocks make no more loads, only more partial sums.
+                let expected = held.get(&kernel).unwrap_or_else(|| panic!("{kernel} is not in the report")).min(&4);
+                assert!(
+                    launched.abs_diff(*expected) <= slack,
+                    "{kernel} on {architecture}: {launched}, not {expected}"
+                );
+            }
+        }
     }
 }
 

@@ -4,29 +4,29 @@ use half::bf16;
 use vitmae::cpu::Cpu;
 use vitmae::ops::{Activation, Element, Linear, LinearShape, Memory, Write};
 
-use super::emulated::gemm::{Addend, Epilogue, Gemm, GemmElement, Layout};
 use super::emulated::linear::{
     activation_backward, bias_backward, bias_backward_scratch, linear_backward_weight_and_bias,
 };
-use super::emulated::{Cuda, CudaBuffer, CudaElement, CudaError, SEEDS, device, emulator_itself};
+use super::emulated::{Cuda, CudaBuffer, CudaElement, SEEDS, device};
+use super::reference::{ARITHMETIC, as_close_as_naive};
 
 const ACTIVATIONS: [Activation; 5] =
     [Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Silu, Activation::QuickGelu];
 
 /// `n` numbers with mean 0 and deviation 1 that look random; every call with another seed.
-fn random(n: usize, seed: u32) -> Vec<f64> {
+pub fn random(n: usize, seed: u32) -> Vec<f64> {
     let words = (0..n.div_ceil(4) as u32).flat_map(|block| rand_philox::philox4x32_10([block, 0, 0, 0], [seed, 11]));
     words.take(n).map(|word| (f64::from(word) / f64::from(u32::MAX) - 0.5) * 12f64.sqrt()).collect()
 }
 
-fn rounded<E: CudaElement>(values: &[f64]) -> Vec<f64> {
+pub fn rounded<E: CudaElement>(values: &[f64]) -> Vec<f64> {
     values.iter().map(|&value| <E as CudaElement>::from_f64(value).to_f64()).collect()
 }
 
 /// A buffer with poison before, after and, for an output, in it.
-struct Padded<T: Element> {
+pub struct Padded<T: Element> {
     whole: CudaBuffer<T>,
-    part: CudaBuffer<T>,
+    pub part: CudaBuffer<T>,
     shift: usize,
     length: usize,
 }
@@ -35,7 +35,7 @@ const MARGIN: usize = 5;
 
 impl<T: CudaElement> Padded<T> {
     /// Content that starts `shift` elements after an aligned address.
-    fn new<E: CudaElement>(device: &Cuda<E>, values: &[f64], shift: usize) -> Self {
+    pub fn new<E: CudaElement>(device: &Cuda<E>, values: &[f64], shift: usize) -> Self {
         let length = values.len();
         let mut all = vec![T::from_f64(f64::NAN); length + shift + MARGIN];
         all.iter_mut().skip(shift).zip(values).for_each(|(to, &value)| *to = T::from_f64(value));
@@ -46,12 +46,12 @@ impl<T: CudaElement> Padded<T> {
         Self { whole, part, shift, length }
     }
 
-    fn output<E: CudaElement>(device: &Cuda<E>, length: usize, shift: usize) -> Self {
+    pub fn output<E: CudaElement>(device: &Cuda<E>, length: usize, shift: usize) -> Self {
         Self::new(device, &vec![f64::NAN; length], shift)
     }
 
     /// The content; the poison around it is still there.
-    fn read<E: CudaElement>(&self, device: &Cuda<E>, what: &str) -> Vec<f64> {
+    pub fn read<E: CudaElement>(&self, device: &Cuda<E>, what: &str) -> Vec<f64> {
         let mut all = vec![T::default(); self.length + self.shift + MARGIN];
         device.download(&mut all, &self.whole).expect("downloaded");
         let all: Vec<f64> = all.into_iter().map(T::to_f64).collect();
@@ -76,12 +76,9 @@ fn largest(values: impl Iterator<Item = f64>) -> f64 {
 }
 
 /// The error is at most `times` that of a naive computation in the same precision, plus a rounding of f32 sums.
+#[track_caller]
 fn assert_close(found: &[f64], naive: &[f64], exact: &[f64], times: f64, what: &str) {
-    assert_eq!((found.len(), naive.len()), (exact.len(), exact.len()), "{what}");
-    let error = |values: &[f64]| largest(values.iter().zip(exact).map(|(value, exact)| (value - exact).abs()));
-    let scale = largest(exact.iter().map(|value| value.abs()));
-    let (found, allowed) = (error(found), times * error(naive) + 2e-6 * scale);
-    assert!(found <= allowed, "{what}: error {found:e}, allowed {allowed:e}, scale {scale}");
+    as_close_as_naive(what, [found, naive, exact], times, ARITHMETIC, 0.0);
 }
 
 /// Every op of a layer of one shape; buffers start `shift` elements after an aligned address.
@@ -381,103 +378,6 @@ fn check_bias<E: CudaElement>(device: &Cuda<E>, rows: usize, columns: usize, shi
     assert_close(&found, &naive, &exact, 3.0, &what);
     let again = run();
     assert!(found.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits()), "{what}");
-}
-
-/// A product by its definition, in f64.
-fn multiplied(gemm: Gemm, left: &[f64], right: &[f64]) -> Vec<f64> {
-    let at = |memory: &[f64], layout: Layout, row: usize, column: usize| {
-        let (row, column) = if layout.transposed { (column, row) } else { (row, column) };
-        memory[row * layout.stride + column]
-    };
-    let sum = |row, column| {
-        (0..gemm.depth).map(|i| at(left, gemm.left, row, i) * at(right, gemm.right, i, column)).sum::<f64>()
-    };
-    (0..gemm.rows).flat_map(|row| (0..gemm.columns).map(move |column| (row, column))).map(|(r, c)| sum(r, c)).collect()
-}
-
-#[test]
-fn products_follow_their_layouts() {
-    let Some(device) = device(0) else { return };
-    let device = Cuda::<f32>::new(device.stream());
-    let (rows, columns, depth) = (6, 5, 9);
-    for (left_transposed, right_transposed) in [(false, false), (false, true), (true, false), (true, true)] {
-        let layout =
-            |transposed, rows, columns| Layout { transposed, stride: 3 + if transposed { rows } else { columns } };
-        let gemm = Gemm {
-            rows,
-            columns,
-            depth,
-            left: layout(left_transposed, rows, depth),
-            right: layout(right_transposed, depth, columns),
-            output_stride: columns + 2,
-        };
-        let (left, right) = (rounded::<f32>(&random(12 * 12, 41)), rounded::<f32>(&random(12 * 12, 42)));
-        let (left_d, right_d) = (Padded::<f32>::new(&device, &left, 0), Padded::<f32>::new(&device, &right, 0));
-        let mut output = Padded::<f32>::output(&device, rows * (columns + 2) - 2, 0);
-        device
-            .stream()
-            .gemm(
-                gemm,
-                &mut output.part.slice_mut(),
-                &left_d.part.slice(),
-                &right_d.part.slice(),
-                Addend::Nothing,
-                Epilogue::Nothing,
-            )
-            .expect("no fault");
-        let output = output.read(&device, "output");
-        let expected = multiplied(gemm, &left, &right);
-        for row in 0..rows {
-            for column in 0..columns {
-                let (found, expected) = (output[row * (columns + 2) + column], expected[row * columns + column]);
-                assert!((found - expected).abs() < 1e-5, "{gemm:?}, {row}, {column}: {found}, expected {expected}");
-            }
-            // What is between the rows of the output is not written.
-            assert!(row + 1 == rows || output[row * (columns + 2) + columns].is_nan());
-        }
-    }
-}
-
-#[test]
-fn products_refuse_what_does_not_fit() {
-    let Some(device) = device(0) else { return };
-    let stream = device.stream();
-    let good = Gemm { rows: 4, columns: 6, depth: 5, left: Layout::rows(5), right: Layout::rows(6), output_stride: 6 };
-    fn refused<O: GemmElement>(stream: &super::emulated::Stream, gemm: Gemm, epilogue: Option<usize>) -> String {
-        let (left, right) = (stream.zeros::<f32>(20).expect("reserved"), stream.zeros::<f32>(30).expect("reserved"));
-        let mut output = stream.zeros::<O>(24).expect("reserved");
-        let bias = stream.zeros::<O>(epilogue.unwrap_or(0)).expect("reserved");
-        let bias = bias.as_slice();
-        let epilogue = if epilogue.is_some() { Epilogue::Bias(&bias) } else { Epilogue::Nothing };
-        let (left, right) = (left.as_slice(), right.as_slice());
-        let result = stream.gemm(gemm, &mut output.as_mut_slice(), &left, &right, Addend::Nothing, epilogue);
-        let error = result.expect_err("refused");
-        assert!(matches!(error, CudaError::Shape { .. }), "{error:?}");
-        error.to_string()
-    }
-    let refused_f32 = |gemm, epilogue| refused::<f32>(&stream, gemm, epilogue);
-    assert!(refused_f32(Gemm { rows: 5, ..good }, None).contains("length of the output is 24, expected 30"));
-    assert!(refused_f32(Gemm { depth: 0, ..good }, None).contains("depth is 0"));
-    assert!(refused_f32(Gemm { depth: 6, left: Layout::rows(6), ..good }, None).contains("length of the left factor"));
-    assert!(refused_f32(Gemm { left: Layout::rows(4), ..good }, None).contains("stride is 4, expected 5"));
-    assert!(refused_f32(Gemm { right: Layout::rows(7), ..good }, None).contains("length of the right factor is 30"));
-    assert!(refused_f32(Gemm { output_stride: 5, ..good }, None).contains("stride is 5"));
-    assert!(refused_f32(Gemm { rows: 1 << 31, ..good }, None).contains("rows"));
-    assert!(refused_f32(good, Some(5)).contains("length of the bias is 5"));
-}
-
-#[test]
-fn the_emulators_products_check_their_memory() {
-    let Some(emulator) = emulator_itself(0) else { return };
-    let stream = emulator.stream();
-    let gemm = Gemm { rows: 2, columns: 2, depth: 2, left: Layout::rows(2), right: Layout::rows(2), output_stride: 2 };
-    let unwritten = stream.uninitialised::<f32>(4).expect("reserved");
-    let right = stream.zeros::<f32>(4).expect("reserved");
-    let mut output = stream.zeros::<f32>(4).expect("reserved");
-    let (left, right) = (unwritten.as_slice(), right.as_slice());
-    let result = stream.gemm(gemm, &mut output.as_mut_slice(), &left, &right, Addend::Nothing, Epilogue::Nothing);
-    let message = result.expect_err("a fault").to_string();
-    assert!(message.contains("memory that nothing wrote: byte 0 of buffer 0 (16 bytes)"), "{message}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
-//! A device that runs nothing and keeps the names of the kernels it was asked for: what launchers choose.
+//! A device that runs nothing and keeps what it was asked for: which kernels launchers choose, and their grids.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -10,18 +10,18 @@ use vitmae::cuda::modules::Kernel;
 use vitmae::cuda::recording::RecordedWork;
 use vitmae::cuda::{CudaError, DeviceId, Result, Stream};
 
-/// Names of the kernels that were launched.
+/// The kernels that were launched.
 #[derive(Debug)]
 pub struct Listing {
     limits: Limits,
     next: AtomicU64,
-    symbols: Mutex<BTreeSet<&'static str>>,
+    launches: Mutex<BTreeMap<&'static str, Grid>>,
 }
 
 impl Listing {
     /// A device with the limits of another stream's.
     pub fn new(limits: Limits) -> Arc<Self> {
-        Arc::new(Self { limits, next: AtomicU64::new(256), symbols: Mutex::default() })
+        Arc::new(Self { limits, next: AtomicU64::new(256), launches: Mutex::default() })
     }
 
     pub fn stream(self: &Arc<Self>) -> Stream {
@@ -29,7 +29,12 @@ impl Listing {
     }
 
     pub fn symbols(&self) -> BTreeSet<&'static str> {
-        self.symbols.lock().expect("nobody panics with it").clone()
+        self.launches.lock().expect("nobody panics with it").keys().copied().collect()
+    }
+
+    /// The grid of a kernel's last launch.
+    pub fn grid(&self, symbol: &str) -> Option<Grid> {
+        self.launches.lock().expect("nobody panics with it").get(symbol).copied()
     }
 }
 
@@ -68,8 +73,8 @@ impl Driver for Listing {
         Ok(())
     }
 
-    unsafe fn launch(&self, kernel: Kernel, _: Grid, _: &[Argument<'_>]) -> Result<()> {
-        self.symbols.lock().expect("nobody panics with it").insert(kernel.symbol());
+    unsafe fn launch(&self, kernel: Kernel, grid: Grid, _: &[Argument<'_>]) -> Result<()> {
+        self.launches.lock().expect("nobody panics with it").insert(kernel.symbol(), grid);
         Ok(())
     }
 

@@ -6,6 +6,7 @@ mod attention;
 mod build_script;
 mod cross_entropy;
 mod emulated;
+mod gemm;
 mod layernorm;
 mod linear;
 mod listing;

@@ -31,12 +31,11 @@ impl Product {
             EpilogueKind::Nothing => Kind::CUBLASLT_EPILOGUE_DEFAULT,
             EpilogueKind::Bias => Kind::CUBLASLT_EPILOGUE_BIAS,
             EpilogueKind::BiasGeluTanh => Kind::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-            EpilogueKind::GeluTanhBackward => Kind::CUBLASLT_EPILOGUE_DGELU,
             // Of `b`, which is the left factor.
             EpilogueKind::LeftSums => Kind::CUBLASLT_EPILOGUE_BGRADB,
         };
         descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &(kind as u32))?;
-        if matches!(epilogue, EpilogueKind::BiasGeluTanh | EpilogueKind::GeluTanhBackward) {
+        if epilogue == EpilogueKind::BiasGeluTanh {
             let leading_dimension = view.d.leading_dimension as i64;
             descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &leading_dimension)?;
         }
@@ -56,7 +55,7 @@ impl Product {
         if matches!(self.epilogue, EpilogueKind::Bias | EpilogueKind::BiasGeluTanh | EpilogueKind::LeftSums) {
             self.descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &at.bias)?;
         }
-        if matches!(self.epilogue, EpilogueKind::BiasGeluTanh | EpilogueKind::GeluTanhBackward) {
+        if self.epilogue == EpilogueKind::BiasGeluTanh {
             self.descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &at.pre)?;
         }
         Ok(())
@@ -187,13 +186,8 @@ mod tests {
         }
         // Descriptors need no device.
         let at = GemmAddresses { output: 256, left: 512, right: 1024, addend: 256, bias: 2048, pre: 4096 };
-        for epilogue in [
-            EpilogueKind::Nothing,
-            EpilogueKind::Bias,
-            EpilogueKind::BiasGeluTanh,
-            EpilogueKind::GeluTanhBackward,
-            EpilogueKind::LeftSums,
-        ] {
+        for epilogue in [EpilogueKind::Nothing, EpilogueKind::Bias, EpilogueKind::BiasGeluTanh, EpilogueKind::LeftSums]
+        {
             for output in [GemmType::Bf16, GemmType::F32] {
                 for adds in [false, true] {
                     let product = Product::new(&description(output, adds, epilogue)).expect("described");

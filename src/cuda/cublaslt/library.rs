@@ -12,13 +12,12 @@ use crate::cuda::nvrtc::{reason_of, usual_folders};
 const SONAMES: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
 
 /// What this file calls through cudarc, which panics on a symbol that is missing.
-const SYMBOLS: [&str; 15] = [
+const SYMBOLS: [&str; 14] = [
     "cublasLtCreate",
     "cublasLtDestroy",
     "cublasLtGetVersion",
     "cublasLtMatmul",
     "cublasLtMatmulAlgoCapGetAttribute",
-    "cublasLtMatmulAlgoCheck",
     "cublasLtMatmulAlgoGetHeuristic",
     "cublasLtMatmulDescCreate",
     "cublasLtMatmulDescDestroy",
