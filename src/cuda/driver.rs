@@ -9,13 +9,13 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use super::cublaslt::CublasLt;
 use super::discovery::{DeviceInfo, device_count, device_info, has_event_times};
 use super::error::{CudaError, Result};
+use super::exchange::Exchange;
 use super::gemm::{GemmAddresses, GemmDescription};
 use super::launch::{Argument, DeviceId, Driver, Grid, Limits, MAX_ARGUMENTS, Stream, exactly};
 use super::modules::{KERNELS, Kernel, KernelFile, Target, embedded_kernels};
 use super::recording::{Graph, RecordedWork};
 use super::staging::Staging;
 use super::timing::Mark;
-use crate::distributed::nccl::Nccl;
 use crate::ops::Communicator;
 
 /// An opened GPU with every kernel resolved. Cheap to clone.
@@ -68,7 +68,7 @@ impl Gpu {
             stream: Arc::clone(stream),
             staging: Mutex::default(),
             products: Mutex::new(None),
-            others: Mutex::new(None),
+            exchange: Mutex::new(None),
             allocations: AtomicU64::new(0),
             recording: AtomicBool::new(false),
             released: Mutex::default(),
@@ -183,14 +183,7 @@ struct GpuStream {
     /// Started by the first matrix product.
     products: Mutex<Option<CublasLt>>,
     /// The GPUs of other processes, once this one is connected with them.
-    others: Mutex<Option<Others>>,
-}
-
-/// The way to the GPUs of other processes, and the stream that exchanges run on, beside the work of this one.
-#[derive(Debug)]
-struct Others {
-    nccl: Nccl,
-    exchanges: Arc<CudaStream>,
+    exchange: Mutex<Option<Exchange>>,
 }
 
 impl GpuStream {
@@ -210,15 +203,16 @@ impl GpuStream {
         self.staging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn others(&self) -> MutexGuard<'_, Option<Others>> {
-        self.others.lock().unwrap_or_else(PoisonError::into_inner)
+    fn exchange(&self) -> MutexGuard<'_, Option<Exchange>> {
+        self.exchange.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A stream whose work comes before that of others where both are ready.
-    fn exchange_stream(&self) -> Result<Arc<CudaStream>> {
-        let failed = |error| call("creating a stream", error);
-        let (_, highest) = result::stream::get_priority_range().map_err(failed)?;
-        self.gpu.context.new_stream_with_priority(highest).map_err(failed)
+    /// Waits for the work on the stream. The context is current.
+    fn wait(&self) -> Result<()> {
+        match &*self.exchange() {
+            None => self.stream.synchronize().map_err(|error| call("waiting for the device", error)),
+            Some(exchange) => exchange.wait(&self.stream),
+        }
     }
 
     fn released(&self) -> MutexGuard<'_, Vec<u64>> {
@@ -233,10 +227,10 @@ impl GpuStream {
     unsafe fn free(&self, address: u64) {
         // A drop has nobody to tell: a failure here is a failure of earlier work, and the next call reports it.
         if self.bind().is_ok() {
-            let _ = self.stream.synchronize();
+            let _ = self.wait();
             // An exchange that was started and never finished, because something failed, may still use it.
-            if let Some(others) = &*self.others() {
-                let _ = others.exchanges.synchronize();
+            if let Some(exchange) = &*self.exchange() {
+                exchange.settle();
             }
             // SAFETY: the caller promises that the address is ours and not used again; the work on it is done.
             let _ = unsafe { result::free_sync(address) };
@@ -289,6 +283,10 @@ impl Driver for GpuStream {
 
     unsafe fn download(&self, bytes: &mut [u8], from: u64) -> Result<()> {
         self.bind_for("a copy to the host")?;
+        if self.exchange().is_some() {
+            // The copy itself may wait, and would not notice that another process is gone.
+            self.wait()?;
+        }
         // SAFETY: the caller promises the source; the target lives until the synchronisation below.
         unsafe { result::memcpy_dtoh_async(bytes, from, self.stream.cu_stream()) }
             .map_err(|error| call("copying from the device", error))?;
@@ -311,7 +309,7 @@ impl Driver for GpuStream {
 
     fn synchronize(&self) -> Result<()> {
         self.bind_for("waiting")?;
-        self.stream.synchronize().map_err(|error| call("waiting for the device", error))
+        self.wait()
     }
 
     unsafe fn launch(&self, kernel: Kernel, grid: Grid, arguments: &[Argument<'_>]) -> Result<()> {
@@ -385,40 +383,33 @@ impl Driver for GpuStream {
 
     fn connect(&self, processes: &dyn Communicator) -> crate::Result<bool> {
         self.bind_for("joining other GPUs")?;
-        // Before NCCL, whose start is collective. Few blocks do an exchange: they are to get their turn at once.
-        let exchanges = self.exchange_stream()?;
-        let connected = Nccl::connect(&self.gpu.context, processes)?.map(|nccl| Others { nccl, exchanges });
+        let connected = Exchange::connect(&self.gpu.context, processes)?;
         let has_way = connected.is_some();
-        *self.others() = connected;
+        *self.exchange() = connected;
         Ok(has_way)
     }
 
     unsafe fn start_all_reduce(&self, address: u64, length: usize) -> Result<bool> {
         self.bind_for("a sum over processes")?;
-        let others = self.others();
-        let Some(Others { nccl, exchanges }) = &*others else { return Ok(false) };
-        exchanges.join(&self.stream).map_err(|error| call("waiting for gradients", error))?;
-        // SAFETY: the caller's promise; the stream belongs to the context, which is current.
-        unsafe { nccl.all_reduce(address, length, exchanges.cu_stream()) }.map(|()| true)
+        match &*self.exchange() {
+            None => Ok(false),
+            // SAFETY: the caller's promise; the context is current.
+            Some(exchange) => unsafe { exchange.all_reduce(&self.stream, address, length) }.map(|()| true),
+        }
     }
 
     unsafe fn start_all_gather(&self, address: u64, length: usize, part: usize) -> Result<bool> {
         self.bind_for("an exchange between processes")?;
-        let others = self.others();
-        let Some(Others { nccl, exchanges }) = &*others else { return Ok(false) };
-        exchanges.join(&self.stream).map_err(|error| call("waiting for weights", error))?;
-        // SAFETY: as above.
-        unsafe { nccl.all_gather(address, length, part, exchanges.cu_stream()) }.map(|()| true)
+        match &*self.exchange() {
+            None => Ok(false),
+            // SAFETY: as above.
+            Some(exchange) => unsafe { exchange.all_gather(&self.stream, address, length, part) }.map(|()| true),
+        }
     }
 
     fn finish_exchanges(&self) -> Result<()> {
         self.bind_for("an exchange between processes")?;
-        match &*self.others() {
-            None => Ok(()),
-            Some(others) => {
-                self.stream.join(&others.exchanges).map_err(|error| call("waiting for other processes", error))
-            }
-        }
+        self.exchange().as_ref().map_or(Ok(()), |exchange| exchange.finish(&self.stream))
     }
 
     fn mark(&self) -> Result<Mark> {

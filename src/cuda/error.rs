@@ -47,6 +47,12 @@ pub enum CudaError {
         /// The driver's name for the error, and its text.
         reason: String,
     },
+    /// Numbers that GPUs exchange do not come, because another process is gone or NCCL has failed.
+    #[error("the exchange between GPUs cannot end: {reason}")]
+    Exchange {
+        /// What is wrong.
+        reason: String,
+    },
     /// Memory ran out: that of the GPU, or what the host can pin for copies to it.
     #[error(
         "there is no memory left for the GPU ({}); use a smaller batch (in training --micro-batch, or --recompute), or free \

@@ -13,6 +13,7 @@ pub mod driver;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod error;
+mod exchange;
 pub mod gemm;
 #[path = "../../build/hash.rs"]
 mod hash;

@@ -25,7 +25,7 @@ use std::time::Duration;
 
 pub use launch::{Launch, Meeting};
 
-use crate::ops::{BUCKET, Communicator, Memory};
+use crate::ops::{BUCKET, Communicator, Memory, Watch};
 use crate::{Error, Result};
 
 /// How long processes wait for each other at the start.
@@ -52,6 +52,25 @@ struct Shared {
     local_rank: usize,
     local_size: usize,
     state: AtomicU8,
+}
+
+impl Shared {
+    fn break_off(&self) {
+        self.state.store(BROKEN, Ordering::Relaxed);
+        self.engine.abandon();
+    }
+
+    /// Whether something can still come from the others.
+    fn alive(&self) -> Result<()> {
+        if self.state.load(Ordering::Relaxed) == BROKEN {
+            return Err(broken());
+        }
+        self.engine.alive().inspect_err(|_| self.break_off())
+    }
+}
+
+fn broken() -> Error {
+    Error::Distributed("an earlier exchange between the processes has failed".into())
 }
 
 impl Processes {
@@ -282,13 +301,12 @@ impl Processes {
 
     /// Nothing can be exchanged any more.
     pub(crate) fn break_off(&self) {
-        self.shared.state.store(BROKEN, Ordering::Relaxed);
-        self.shared.engine.abandon();
+        self.shared.break_off();
     }
 
     fn exchange(&self, exchange: impl FnOnce(&dyn Communicator) -> Result<()>) -> Result<()> {
         if self.state() == BROKEN {
-            return Err(Error::Distributed("an earlier exchange between the processes has failed".into()));
+            return Err(broken());
         }
         exchange(&*self.shared.engine).inspect_err(|_| self.break_off())
     }
@@ -328,6 +346,18 @@ impl Communicator for Processes {
 
     fn barrier(&self) -> Result<()> {
         self.exchange(|engine| engine.barrier())
+    }
+
+    fn alive(&self) -> Result<()> {
+        self.shared.alive()
+    }
+
+    fn watch(&self) -> Watch {
+        let shared = Arc::downgrade(&self.shared);
+        Box::new(move || match shared.upgrade() {
+            Some(shared) => shared.alive(),
+            None => Err(broken()),
+        })
     }
 
     fn abandon(&self) {

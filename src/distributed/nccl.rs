@@ -44,6 +44,7 @@ struct Library {
         unsafe extern "C" fn(*const c_void, *mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, cudaStream_t) -> u32,
     group_start: unsafe extern "C" fn() -> u32,
     group_end: unsafe extern "C" fn() -> u32,
+    comm_get_async_error: unsafe extern "C" fn(ncclComm_t, *mut u32) -> u32,
     comm_destroy: unsafe extern "C" fn(ncclComm_t) -> u32,
     comm_abort: unsafe extern "C" fn(ncclComm_t) -> u32,
     get_error_string: unsafe extern "C" fn(u32) -> *const c_char,
@@ -101,6 +102,7 @@ impl Library {
                 broadcast: function(&library, "ncclBroadcast")?,
                 group_start: function(&library, "ncclGroupStart")?,
                 group_end: function(&library, "ncclGroupEnd")?,
+                comm_get_async_error: function(&library, "ncclCommGetAsyncError")?,
                 comm_destroy: function(&library, "ncclCommDestroy")?,
                 comm_abort: function(&library, "ncclCommAbort")?,
                 get_error_string: function(&library, "ncclGetErrorString")?,
@@ -133,6 +135,8 @@ pub(crate) struct Nccl {
     library: &'static Library,
     communicator: ncclComm_t,
     failed: AtomicBool,
+    /// The communicator is gone.
+    aborted: AtomicBool,
     context: Arc<CudaContext>,
 }
 
@@ -188,6 +192,7 @@ impl Nccl {
             // SAFETY: the call succeeded, so it wrote it.
             communicator: unsafe { communicator.assume_init() },
             failed: AtomicBool::new(false),
+            aborted: AtomicBool::new(false),
             context: Arc::clone(context),
         });
         let joined = agree(processes, made)?;
@@ -209,6 +214,7 @@ impl Nccl {
         length: usize,
         stream: CUstream,
     ) -> std::result::Result<(), CudaError> {
+        self.usable()?;
         let numbers = address as *mut c_void;
         let (kind, sum) = (ncclDataType_t::ncclFloat32, ncclRedOp_t::ncclSum);
         // SAFETY: the caller's promise; NCCL allows sums in place.
@@ -230,6 +236,7 @@ impl Nccl {
         part: usize,
         stream: CUstream,
     ) -> std::result::Result<(), CudaError> {
+        self.usable()?;
         // NCCL's own all-gather wants parts of one length.
         // SAFETY: no argument.
         self.checked("ncclGroupStart", unsafe { (self.library.group_start)() })?;
@@ -247,6 +254,36 @@ impl Nccl {
         result.and(self.checked("ncclGroupEnd", unsafe { (self.library.group_end)() }))
     }
 
+    /// An error that NCCL came upon since, such as a connection that is gone.
+    ///
+    /// # Errors
+    /// [`CudaError::Exchange`] for that.
+    pub fn failure(&self) -> std::result::Result<(), CudaError> {
+        self.usable()?;
+        let mut status = SUCCESS;
+        // SAFETY: the communicator lives, and the pointer is valid for a write.
+        let asked = unsafe { (self.library.comm_get_async_error)(self.communicator, &mut status) };
+        // Behind errors there is one for work that is under way, which a communicator that waits in its calls never has.
+        let found = self.library.check("ncclCommGetAsyncError", asked).and(self.library.check("NCCL", status));
+        found.map_err(|error| CudaError::Exchange { reason: error.to_string() })
+    }
+
+    /// Ends all exchanges: the GPU goes on with what comes behind them, though nothing was brought.
+    pub fn abort(&self) {
+        if !self.aborted.swap(true, Ordering::Relaxed) {
+            // SAFETY: the communicator is not used again, see `usable`. A failure here is one of a failure.
+            let _ = unsafe { (self.library.comm_abort)(self.communicator) };
+        }
+    }
+
+    /// Refuses to use a communicator that is gone.
+    fn usable(&self) -> std::result::Result<(), CudaError> {
+        match self.aborted.load(Ordering::Relaxed) {
+            true => Err(CudaError::Exchange { reason: "it was aborted".into() }),
+            false => Ok(()),
+        }
+    }
+
     /// The result of a call behind which nothing more can be exchanged where it failed.
     fn checked(&self, call: &'static str, status: u32) -> std::result::Result<(), CudaError> {
         let result = self.library.check(call, status);
@@ -259,17 +296,15 @@ impl Nccl {
 
 impl Drop for Nccl {
     fn drop(&mut self) {
-        if self.context.bind_to_thread().is_err() {
+        if self.aborted.load(Ordering::Relaxed) || self.context.bind_to_thread().is_err() {
             return;
         }
-        // SAFETY: made by `connect` and given back once. Aborting does not wait for the others, which destroying may.
-        let _ = unsafe {
-            if self.failed.load(Ordering::Relaxed) || std::thread::panicking() {
-                (self.library.comm_abort)(self.communicator)
-            } else {
-                (self.library.comm_destroy)(self.communicator)
-            }
-        };
+        // Aborting does not wait for the others, which destroying may.
+        if self.failed.load(Ordering::Relaxed) || std::thread::panicking() {
+            return self.abort();
+        }
+        // SAFETY: made by `connect` and given back once.
+        let _ = unsafe { (self.library.comm_destroy)(self.communicator) };
     }
 }
 

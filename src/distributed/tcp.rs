@@ -152,6 +152,43 @@ impl Communicator for Tcp {
     fn barrier(&self) -> Result<()> {
         self.sum_f64(&mut [])
     }
+
+    fn alive(&self) -> Result<()> {
+        // In an exchange that is under way whoever is gone is noticed.
+        let Ok(mut links) = self.links.try_lock() else { return Ok(()) };
+        let streams = &mut links.streams;
+        for index in 0..streams.len() {
+            let rank = if self.rank == 0 { index + 1 } else { 0 };
+            match announced(&streams[index]) {
+                Ok(None) => {}
+                Ok(Some(other)) => return Err(told(other)),
+                Err(error) if self.rank == 0 => return Err(self.lost(streams, index, gone(rank, &error))),
+                Err(error) => return Err(gone(rank, &error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Which process is gone, if that is what the next message says. An error where the connection is gone itself. It does not wait.
+fn announced(stream: &TcpStream) -> io::Result<Option<u64>> {
+    let mut next = [0; HEADER];
+    stream.set_nonblocking(true)?;
+    let seen = stream.peek(&mut next);
+    stream.set_nonblocking(false)?;
+    match seen {
+        Ok(0) => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
+        Ok(HEADER) if next[0] == Kind::Gone as u8 => {
+            Ok(Some(u64::from_le_bytes(next[1..].try_into().unwrap_or_default())))
+        }
+        Ok(_) => Ok(None),
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn told(rank: u64) -> Error {
+    Error::Distributed(format!("process {rank} is gone, says process 0"))
 }
 
 fn gone(rank: usize, error: &io::Error) -> Error {
@@ -187,7 +224,7 @@ fn expect(stream: &mut TcpStream, rank: usize, kind: Kind, length: usize) -> Res
     }
     if found[0] == Kind::Gone as u8 {
         let rank = u64::from_le_bytes(found[1..].try_into().unwrap_or_default());
-        return Err(Error::Distributed(format!("process {rank} is gone, says process 0")));
+        return Err(told(rank));
     }
     Err(out_of_step())
 }

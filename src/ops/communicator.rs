@@ -7,6 +7,9 @@ use crate::Result;
 /// Numbers that are exchanged at a time.
 pub(crate) const BUCKET: usize = 8 << 20;
 
+/// Looks whether other processes are still there; see [`Communicator::watch`].
+pub type Watch = Box<dyn Fn() -> Result<()> + Send + Sync>;
+
 /// Processes that exchange numbers. Every call is collective: all processes make the same calls in the same order, with as many
 /// numbers each. After an error nothing more can be exchanged.
 pub trait Communicator: Debug + Send + Sync {
@@ -39,6 +42,20 @@ pub trait Communicator: Debug + Send + Sync {
     /// # Errors
     /// As [`Communicator::sum`].
     fn barrier(&self) -> Result<()>;
+
+    /// Whether the others are still there, as far as can be seen without exchanging anything. It does not wait, and is not
+    /// collective.
+    ///
+    /// # Errors
+    /// [`Error::Distributed`](crate::Error::Distributed) where a process is gone.
+    fn alive(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// [`Communicator::alive`] for whoever waits for a device, and does not keep this alive.
+    fn watch(&self) -> Watch {
+        Box::new(|| Ok(()))
+    }
 
     /// Says that this process makes no more calls because an exchange failed: whoever waits for it need not.
     fn abandon(&self) {}

@@ -31,7 +31,7 @@ pub(crate) use adamw::power;
 pub use adamw::{AdamW, AdamWSettings, AdamWState};
 pub use attention::{Attention, AttentionShape};
 pub(crate) use communicator::BUCKET;
-pub use communicator::Communicator;
+pub use communicator::{Communicator, Watch};
 pub use cross_entropy::{CrossEntropy, CrossEntropyShape};
 pub use layernorm::{LayerNorm, LayerNormShape};
 pub use linear::{Activation, Linear, LinearShape};

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
 
 use vitmae::Error;
 use vitmae::distributed::{Launch, Meeting, Processes};
@@ -97,6 +98,45 @@ fn a_process_that_leaves_is_named_to_all() {
         error.to_string()
     });
     assert!(found[0].contains("process 1 is gone") && found[2].contains("process 1 is gone"), "{found:?}");
+}
+
+#[test]
+fn a_process_that_leaves_is_seen_without_an_exchange() {
+    let found = together(3, |processes| {
+        // A message that is on its way is no sign of anything.
+        let early = processes.rank() == 1;
+        if early {
+            processes.sum_f64(&mut [1.0]).unwrap();
+        } else {
+            std::thread::sleep(Duration::from_millis(200));
+            processes.alive().unwrap();
+            processes.watch()().unwrap();
+            processes.sum_f64(&mut [1.0]).unwrap();
+        }
+        if processes.rank() == 2 {
+            return Vec::new();
+        }
+        let watch = processes.watch();
+        let started = std::time::Instant::now();
+        let first = loop {
+            match watch() {
+                Ok(()) => assert!(started.elapsed() < Duration::from_secs(20), "nothing seen"),
+                Err(error) => break error.to_string(),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        // Nothing is waited for any more.
+        let later = processes.sum_f64(&mut [1.0]).unwrap_err().to_string();
+        drop(processes);
+        vec![first, later, watch().unwrap_err().to_string()]
+    });
+    assert!(found[0][0].contains("process 2 is gone"), "{found:?}");
+    assert!(found[1][0].contains("process 2 is gone"), "{found:?}");
+    assert!(
+        found[..2].iter().all(|texts| texts[1..].iter().all(|text| text.contains("earlier exchange"))),
+        "{found:?}"
+    );
+    assert!(found[2].is_empty());
 }
 
 #[test]
