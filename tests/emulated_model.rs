@@ -310,7 +310,15 @@ where
 {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let process = |rank: usize| {
-        let meeting = Meeting { rank, size: 2, local_rank: 0, local_size: 1, address: "127.0.0.1".into(), port };
+        let meeting = Meeting {
+            rank,
+            size: 2,
+            local_rank: 0,
+            local_size: 1,
+            address: "127.0.0.1".into(),
+            port,
+            run: String::new(),
+        };
         let processes = Processes::join(&Launch::Tcp(meeting)).unwrap();
         steps(2 * rank..2 * rank + 2, &processes, cuda::<E>(2).unwrap(), how)
     };

@@ -7,6 +7,9 @@ const PORT: u16 = 29_500;
 /// More processes than process 0 could have connections to.
 const MOST_PROCESSES: usize = 1 << 16;
 
+/// Variables in which launchers say which run a process belongs to.
+const RUNS: [&str; 2] = ["TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"];
+
 /// How this process was started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Launch {
@@ -40,6 +43,8 @@ pub struct Meeting {
     pub address: String,
     /// The port that process 0 listens at.
     pub port: u16,
+    /// What the launcher calls this run, where it does: processes of another one are turned away.
+    pub run: String,
 }
 
 impl Launch {
@@ -141,17 +146,18 @@ impl Launch {
         };
         let port = match get("MASTER_PORT") {
             None => PORT,
-            Some(text) => text
-                .trim()
-                .parse()
-                .map_err(|_| Error::Config(format!("the variable MASTER_PORT is {text:?}, expected a port")))?,
+            Some(text) => match text.trim().parse() {
+                Ok(port) if port > 0 => port,
+                _ => return Err(Error::Config(format!("the variable MASTER_PORT is {text:?}, expected a port"))),
+            },
         };
         // torchrun's agent keeps that port for itself.
         let port =
             if get("TORCHELASTIC_USE_AGENT_STORE").as_deref() == Some("True") { port.wrapping_add(1) } else { port };
         let local_rank = local_rank.unwrap_or(local_size.map_or(rank, |local| rank % local.max(1)));
         let local_size = local_size.unwrap_or(1).max(1);
-        Ok(Self::Tcp(Meeting { rank, size, local_rank, local_size, address, port }))
+        let run = RUNS.iter().find_map(|name| get(name)).unwrap_or_default();
+        Ok(Self::Tcp(Meeting { rank, size, local_rank, local_size, address, port, run }))
     }
 
     /// This process as far as the environment tells, from 0.
@@ -195,10 +201,20 @@ mod tests {
             ("MASTER_ADDR", "node0"),
             ("MASTER_PORT", "1234"),
         ];
-        let expected = Meeting { rank: 5, size: 8, local_rank: 1, local_size: 4, address: "node0".into(), port: 1234 };
+        let expected = Meeting {
+            rank: 5,
+            size: 8,
+            local_rank: 1,
+            local_size: 4,
+            address: "node0".into(),
+            port: 1234,
+            run: String::new(),
+        };
         assert_eq!(launch(&variables).expect("complete"), Launch::Tcp(expected.clone()));
         let agent: Vec<_> = variables.iter().copied().chain([("TORCHELASTIC_USE_AGENT_STORE", "True")]).collect();
         assert_eq!(launch(&agent).expect("torchrun"), Launch::Tcp(Meeting { port: 1235, ..expected.clone() }));
+        let named: Vec<_> = variables.iter().copied().chain([("TORCHELASTIC_RUN_ID", "x7")]).collect();
+        assert_eq!(launch(&named).expect("named"), Launch::Tcp(Meeting { run: "x7".into(), ..expected.clone() }));
         let few = [("RANK", "5"), ("WORLD_SIZE", "8"), ("MASTER_ADDR", "node0")];
         let expected = Meeting { local_rank: 5, local_size: 1, port: PORT, ..expected };
         assert_eq!(launch(&few).expect("the least"), Launch::Tcp(expected));
@@ -222,7 +238,8 @@ mod tests {
 
     #[test]
     fn what_is_wrong_with_variables_is_said() {
-        let cases: [(&[(&str, &str)], &str); 8] = [
+        let cases: [(&[(&str, &str)], &str); 9] = [
+            (&[("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "0")], "MASTER_PORT"),
             (&[("RANK", "0"), ("WORLD_SIZE", "99999999999"), ("MASTER_ADDR", "a")], "WORLD_SIZE"),
             (
                 &[

@@ -12,6 +12,7 @@
 //! may fail in one process alone comes [`Processes::ready`] (or [`Processes::agree`]), and only then an exchange.
 
 mod launch;
+mod meeting;
 #[cfg(feature = "mpi")]
 mod mpi;
 #[cfg(feature = "cuda")]
@@ -153,6 +154,14 @@ impl Processes {
         self.agree_to_stop(result, false).map(|(value, _)| value)
     }
 
+    /// Tells the others of an error, and gives back the one to go on with: this one, or the first other's. Collective with
+    /// [`Processes::agree`].
+    pub(crate) fn tell(&self, error: Error) -> Error {
+        match self.agree::<std::convert::Infallible, Error>(Err(error)) {
+            Err(error) => error,
+        }
+    }
+
     /// As [`Processes::agree`], and besides whether any process wants to stop.
     ///
     /// # Errors
@@ -202,11 +211,22 @@ impl Processes {
     /// As [`Processes::agree`].
     pub fn finish<T, E: From<Error>>(&self, result: std::result::Result<T, E>) -> std::result::Result<T, E> {
         let result = self.agree(result);
-        if self.state() == FAILED {
-            // Whoever is gone cannot be waited for.
-            let _ = self.barrier();
+        // Those that save what there is are waited for; whoever is gone cannot be.
+        let mut saving = [1.0];
+        while self.state() == FAILED && saving[0] > 0.0 {
+            saving[0] = 0.0;
+            if self.sum_f64(&mut saving).is_err() {
+                break;
+            }
         }
         result
+    }
+
+    /// Behind a failure that all know of, and in front of [`Processes::finish`]: whether all processes are here and can save
+    /// together what there is. Collective with [`Processes::finish`].
+    pub(crate) fn all_save(&self, can: bool) -> bool {
+        let mut saving = [f64::from(u8::from(can))];
+        self.state() == FAILED && self.sum_f64(&mut saving).is_ok() && saving[0] == self.size() as f64
     }
 
     /// The bytes of process 0, however many. Collective.

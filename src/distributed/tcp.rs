@@ -7,21 +7,19 @@
 //! A message is a kind (one byte), a length in bytes (eight) and the numbers, all little-endian.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::ops::AddAssign;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytemuck::Pod;
+use socket2::{SockRef, TcpKeepalive};
 
 use crate::distributed::launch::Meeting;
+use crate::distributed::meeting;
 use crate::ops::Communicator;
 use crate::{Error, Result};
 
-/// Sent first by everybody, so that a stray connection is told from a process of the run.
-const GREETING: &[u8; 8] = b"vitmae-1";
-/// How long a stranger may take to say it.
-const GREETING_TIME: Duration = Duration::from_secs(5);
 /// Bytes that are added up at a time.
 const CHUNK: usize = 1 << 20;
 const HEADER: usize = 9;
@@ -57,9 +55,10 @@ impl Tcp {
     pub fn meet(meeting: &Meeting, patience: Duration) -> Result<Self> {
         let deadline = Instant::now() + patience;
         let streams = match meeting.rank {
-            0 => receive(meeting, deadline)?,
-            _ => vec![reach(meeting, deadline)?],
+            0 => meeting::receive(meeting, patience)?,
+            _ => vec![meeting::reach(meeting, deadline)?],
         };
+        streams.iter().try_for_each(keep_alive)?;
         let links = Mutex::new(Links { streams, scratch: Vec::new() });
         Ok(Self { rank: meeting.rank, size: meeting.size, links })
     }
@@ -191,6 +190,19 @@ fn told(rank: u64) -> Error {
     Error::Distributed(format!("process {rank} is gone, says process 0"))
 }
 
+/// Asks the system to notice that the machine at the other end is gone, which nothing else would tell: within a minute.
+fn keep_alive(stream: &TcpStream) -> Result<()> {
+    let socket = SockRef::from(stream);
+    let asking = TcpKeepalive::new().with_time(Duration::from_secs(20)).with_interval(Duration::from_secs(5));
+    #[cfg(target_os = "linux")]
+    let asking = asking.with_retries(4);
+    let asked = socket.set_tcp_keepalive(&asking);
+    // What was sent and is not acknowledged counts too.
+    #[cfg(target_os = "linux")]
+    let asked = asked.and_then(|()| socket.set_tcp_user_timeout(Some(Duration::from_secs(40))));
+    asked.map_err(|error| Error::Distributed(format!("a connection between processes cannot be watched: {error}")))
+}
+
 fn gone(rank: usize, error: &io::Error) -> Error {
     Error::Distributed(format!("process {rank} is gone ({error})"))
 }
@@ -251,100 +263,4 @@ fn add<T: Pod + AddAssign>(
         }
     }
     Ok(())
-}
-
-/// Process 0: takes a connection from each of the others.
-fn receive(meeting: &Meeting, deadline: Instant) -> Result<Vec<TcpStream>> {
-    let Meeting { address, port, size, .. } = meeting;
-    let failed =
-        |problem: String| Error::Distributed(format!("process 0 cannot listen at {address}:{port}: {problem}"));
-    let inside = address == "localhost" || address.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
-    let listener = if inside {
-        TcpListener::bind((address.as_str(), *port))
-    } else {
-        // At every interface: a machine often takes its own name for another address than the others do.
-        TcpListener::bind(("::", *port)).or_else(|error| match error.kind() {
-            io::ErrorKind::AddrInUse => Err(error),
-            _ => TcpListener::bind(("0.0.0.0", *port)),
-        })
-    };
-    let listener = listener.map_err(|error| failed(format!("{error}; choose another MASTER_PORT")))?;
-    listener.set_nonblocking(true).map_err(|error| failed(error.to_string()))?;
-    let mut streams: Vec<Option<TcpStream>> = (1..*size).map(|_| None).collect();
-    while streams.iter().any(Option::is_none) {
-        match listener.accept() {
-            Ok((stream, from)) => match greet(stream, *size) {
-                Ok((rank, stream)) => match streams.get_mut(rank.wrapping_sub(1)) {
-                    Some(place @ None) => *place = Some(stream),
-                    _ => {
-                        return Err(failed(format!("{from} says that it is process {rank}, and there is one already")));
-                    }
-                },
-                Err(problem) => tracing::warn!("{from} is no process of this run: {problem}"),
-            },
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
-                if Instant::now() > deadline {
-                    let missing: Vec<String> =
-                        (1..*size).filter(|rank| streams[rank - 1].is_none()).map(|rank| rank.to_string()).collect();
-                    return Err(failed(format!("no word from process {}", missing.join(", "))));
-                }
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            Err(error) => return Err(failed(error.to_string())),
-        }
-    }
-    let mut streams: Vec<TcpStream> = streams.into_iter().flatten().collect();
-    for (index, stream) in streams.iter_mut().enumerate() {
-        stream.write_all(GREETING).map_err(|error| gone(index + 1, &error))?;
-    }
-    Ok(streams)
-}
-
-/// Reads a stranger's greeting.
-fn greet(mut stream: TcpStream, size: usize) -> std::result::Result<(usize, TcpStream), String> {
-    let mut greeting = [0; 16];
-    stream
-        .set_nonblocking(false)
-        .and_then(|()| stream.set_read_timeout(Some(GREETING_TIME)))
-        .and_then(|()| stream.read_exact(&mut greeting))
-        .and_then(|()| stream.set_read_timeout(None))
-        .and_then(|()| stream.set_nodelay(true))
-        .map_err(|error| error.to_string())?;
-    let word = |at: usize| greeting[at..at + 4].iter().rev().fold(0, |word, &byte| word << 8 | usize::from(byte));
-    if greeting[..8] != GREETING[..] {
-        return Err("it does not know the greeting".into());
-    }
-    if word(12) != size {
-        return Err(format!("it belongs to a run of {} processes, and this one has {size}", word(12)));
-    }
-    Ok((word(8), stream))
-}
-
-/// Another process: connects to process 0.
-fn reach(meeting: &Meeting, deadline: Instant) -> Result<TcpStream> {
-    let Meeting { rank, size, address, port, .. } = meeting;
-    loop {
-        let attempt = TcpStream::connect((address.as_str(), *port)).and_then(|mut stream| {
-            stream.set_nodelay(true)?;
-            let mut greeting = GREETING.to_vec();
-            greeting.extend_from_slice(&(*rank as u32).to_le_bytes());
-            greeting.extend_from_slice(&(*size as u32).to_le_bytes());
-            stream.write_all(&greeting)?;
-            // It answers when everybody is there.
-            stream.set_read_timeout(Some(deadline.saturating_duration_since(Instant::now()).max(GREETING_TIME)))?;
-            let mut answer = [0; 8];
-            stream.read_exact(&mut answer)?;
-            stream.set_read_timeout(None)?;
-            if answer == *GREETING { Ok(stream) } else { Err(io::Error::other("it does not know the greeting")) }
-        });
-        match attempt {
-            Ok(stream) => return Ok(stream),
-            Err(error) if Instant::now() > deadline => {
-                return Err(Error::Distributed(format!(
-                    "process {rank} cannot reach process 0 at {address}:{port}: {error}; check MASTER_ADDR and MASTER_PORT"
-                )));
-            }
-            Err(_) => std::thread::sleep(Duration::from_millis(50)),
-        }
-    }
 }

@@ -96,20 +96,20 @@ impl<B: Backend> Run<'_, B> {
         }
     }
 
-    /// Saves what was trained since the last checkpoint, where the disk or the pictures failed and not the training. Not where the
-    /// others would have to send their share of it.
+    /// Saves what was trained since the last checkpoint, where the disk or the pictures failed and not the training. Where each
+    /// process has a share of the optimiser's state, all have to be there for that.
     pub(super) fn rescue(&mut self, error: Error, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Error {
+        let shares = self.trainer.shards_optimizer();
+        // The others come here when they are told.
+        let error = if shares { self.processes.tell(error) } else { error };
         let fine = matches!(
             error,
             Error::Io { .. } | Error::Data { .. } | Error::Picture { .. } | Error::Peer { .. } | Error::Distributed(_)
         );
         let saved = self.saved.as_ref().is_some_and(|(step, _)| *step == self.done);
-        if fine
-            && !self.trainer.shards_optimizer()
-            && !saved
-            && self.done > 0
-            && let Err(second) = self.save(watch)
-        {
+        let wanted = fine && !saved && self.done > 0;
+        let possible = if shares { self.processes.all_save(wanted) } else { wanted };
+        if possible && let Err(second) = self.save(watch) {
             tracing::warn!("step {} could not be saved either: {second}", self.done);
         }
         self.explain(error)

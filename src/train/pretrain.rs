@@ -263,7 +263,8 @@ impl<'s, B: Backend> Run<'s, B> {
             history,
             done,
             picture: None,
-            saved: resumed,
+            // On all processes, as what becomes of a run follows from it.
+            saved: (done > 0).then(|| (done, out.join(checkpoint::folder_name(done)))),
         })
     }
 

@@ -364,7 +364,7 @@ mod tests {
         let port = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port").port();
         let process = |rank: usize| -> Result<_> {
             let address = "127.0.0.1".to_owned();
-            let meeting = Meeting { rank, size: 2, local_rank: 0, local_size: 1, address, port };
+            let meeting = Meeting { rank, size: 2, local_rank: 0, local_size: 1, address, port, run: String::new() };
             let processes = Processes::join(&Launch::Tcp(meeting))?;
             let mut config = MaeConfig::tiny();
             config.image_size = (32, 32).into();

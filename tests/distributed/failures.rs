@@ -65,8 +65,8 @@ fn what_all_processes_refuse_one_says() {
     assert!(!place.path("run").exists());
 }
 
-#[test]
-fn what_fails_in_one_process_ends_all_and_saves_what_was_trained() {
+/// Pictures go in the middle of a run: it ends, and what was trained is saved.
+fn pictures_go(flags: &str) {
     let place = Place::new();
     let pictures = place.path("pictures");
     std::fs::create_dir(&pictures).unwrap();
@@ -75,7 +75,7 @@ fn what_fails_in_one_process_ends_all_and_saves_what_was_trained() {
         picture.save(pictures.join(format!("{index}.png"))).unwrap();
     }
     let data = pictures.to_str().unwrap();
-    let line = format!("--data {data} --batch-size 8 --checkpoint-every 1000000 --steps 1000000");
+    let line = format!("--data {data} --batch-size 8 --checkpoint-every 1000000 --steps 1000000 {flags}");
     let running = place.start(Way::Sockets(2), "run", &line);
     running.wait_for_steps(5);
     for entry in std::fs::read_dir(&pictures).unwrap() {
@@ -84,6 +84,21 @@ fn what_fails_in_one_process_ends_all_and_saves_what_was_trained() {
     let ran = running.wait().failed(&["cannot be"]);
     let steps = ran.metrics().len() as u64;
     assert_eq!(ran.checkpoints(), [steps], "{}", ran.err);
+}
+
+#[test]
+fn what_fails_in_one_process_ends_all_and_saves_what_was_trained() {
+    pictures_go("");
+    pictures_go("--shard-optimizer");
+}
+
+#[test]
+fn a_finished_run_with_a_shared_optimizer_is_resumed_and_ends() {
+    let place = Place::new();
+    let line = format!("{LINE} --steps 4 --shard-optimizer");
+    place.run(Way::Sockets(2), "run", &line).succeeded();
+    let again = place.run(Way::Sockets(2), "run", &format!("{line} --resume")).succeeded();
+    assert_eq!(again.checkpoints(), [4]);
 }
 
 /// The validation pictures of one process go: all leave the loss out at the same steps, and train on.
@@ -143,13 +158,14 @@ fn processes_with_different_settings_do_not_start() {
 #[test]
 fn a_process_that_nobody_joins_says_so() {
     let place = Place::new();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let ran = std::process::Command::new(env!("CARGO_BIN_EXE_vitmae"))
         .args(["pretrain", "--data", "synthetic:8", "--out"])
         .arg(place.path("run"))
         .env("RANK", "0")
         .env("WORLD_SIZE", "3")
         .env("MASTER_ADDR", "127.0.0.1")
-        .env("MASTER_PORT", "0")
+        .env("MASTER_PORT", port.to_string())
         .env("VITMAE_RENDEZVOUS_SECONDS", "0")
         .output()
         .unwrap();

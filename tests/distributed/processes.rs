@@ -12,7 +12,15 @@ use vitmae::ops::Communicator;
 fn together<T: Send>(size: usize, work: impl Fn(Processes) -> T + Sync) -> Vec<T> {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let join = |rank| {
-        let meeting = Meeting { rank, size, local_rank: rank, local_size: size, address: "127.0.0.1".into(), port };
+        let meeting = Meeting {
+            rank,
+            size,
+            local_rank: rank,
+            local_size: size,
+            address: "127.0.0.1".into(),
+            port,
+            run: String::new(),
+        };
         Processes::join(&Launch::Tcp(meeting)).unwrap()
     };
     let (work, join) = (&work, &join);
@@ -155,7 +163,15 @@ fn processes_that_do_not_do_the_same_are_told() {
 #[test]
 fn strangers_are_turned_away() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let meeting = |rank| Meeting { rank, size: 2, local_rank: 0, local_size: 1, address: "127.0.0.1".into(), port };
+    let meeting = |rank| Meeting {
+        rank,
+        size: 2,
+        local_rank: 0,
+        local_size: 1,
+        address: "127.0.0.1".into(),
+        port,
+        run: String::new(),
+    };
     std::thread::scope(|scope| {
         let chief = scope.spawn(move || Processes::join(&Launch::Tcp(meeting(0))).unwrap());
         let mut stranger = loop {
@@ -167,6 +183,47 @@ fn strangers_are_turned_away() {
         stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
         let other = Processes::join(&Launch::Tcp(meeting(1))).unwrap();
         // Dropped only when both are done: either would take the other for dead.
+        let other = scope.spawn(move || other.barrier().map(|()| other));
+        let chief = chief.join().unwrap();
+        chief.barrier().unwrap();
+        other.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn processes_of_another_run_are_turned_away_and_told() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let meeting = |rank, size, run: &str| Meeting {
+        rank,
+        size,
+        local_rank: 0,
+        local_size: 1,
+        address: "127.0.0.1".into(),
+        port,
+        run: run.into(),
+    };
+    std::thread::scope(|scope| {
+        let chief = scope.spawn(move || Processes::join(&Launch::Tcp(meeting(0, 2, "one"))).unwrap());
+        // Those that say nothing hold nobody up.
+        let silent: Vec<_> = (0..3)
+            .map(|_| {
+                loop {
+                    match TcpStream::connect(("127.0.0.1", port)) {
+                        Ok(stream) => break stream,
+                        Err(_) => std::thread::sleep(Duration::from_millis(5)),
+                    }
+                }
+            })
+            .collect();
+        let started = std::time::Instant::now();
+        let refused = |size, run| Processes::join(&Launch::Tcp(meeting(1, size, run))).unwrap_err().to_string();
+        let text = refused(3, "one");
+        assert!(text.contains("does not have 3 processes") && text.contains("WORLD_SIZE"), "{text}");
+        let text = refused(2, "two");
+        assert!(text.contains("another run") && text.contains("MASTER_PORT"), "{text}");
+        let other = Processes::join(&Launch::Tcp(meeting(1, 2, "one"))).unwrap();
+        assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
+        drop(silent);
         let other = scope.spawn(move || other.barrier().map(|()| other));
         let chief = chief.join().unwrap();
         chief.barrier().unwrap();
