@@ -188,6 +188,7 @@ impl Settings {
             device: String::new(),
             peak_flops: None,
             data_fingerprint: None,
+            validation_fingerprint: None,
         })
     }
 

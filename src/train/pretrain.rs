@@ -19,7 +19,7 @@ use crate::distributed::Processes;
 use crate::files::write_json;
 use crate::model::{ImageValues, Images, MaeForPreTraining, Masking};
 use crate::ops::{Backend, MaskingShape, RandomMask};
-use crate::train::checkpoint;
+use crate::train::checkpoint::{self, Fingerprints};
 use crate::train::folder;
 use crate::train::metrics::{Metrics, MetricsFile};
 use crate::train::outputs::{Files, shown_pictures};
@@ -63,8 +63,8 @@ pub(super) struct Run<'s, B: Backend> {
     pub settings: &'s PretrainSettings,
     pub trainer: Trainer<B>,
     pub loader: Loader,
-    /// That of the pictures as they were when the run was started.
-    pub fingerprint: String,
+    /// Those of the pictures as they were when the run was started.
+    pub fingerprint: Fingerprints,
     /// The batch that was prefetched.
     pub upcoming: Option<Batch>,
     pub processor: ImageProcessor,
@@ -129,10 +129,13 @@ impl<'s, B: Backend> Run<'s, B> {
         };
         let source = Source::parse(&settings.data, &SourceOptions::new(image.channels, image.height, image.width)?)?;
         let pictures = source.len();
-        let fingerprint = source.fingerprint();
-        settings.check_fingerprint(&fingerprint)?;
         let validation = settings.validation.as_ref();
         let validation = validation.map(|spec| Validation::open(spec, settings, &processor, processes)).transpose()?;
+        let fingerprint = Fingerprints {
+            data: source.fingerprint(),
+            validation: validation.as_ref().map(|validation| validation.fingerprint().to_owned()),
+        };
+        settings.check_fingerprints(&fingerprint)?;
         validation.as_ref().map_or(Ok(()), Validation::check)?;
         let shown = shown_pictures(&source, &processor)?;
 
@@ -166,7 +169,7 @@ impl<'s, B: Backend> Run<'s, B> {
             ("the program's version", env!("CARGO_PKG_VERSION").to_owned()),
             ("the device", std::any::type_name::<B>().to_owned()),
             ("the model", config.to_json()),
-            ("data", fingerprint.clone()),
+            ("data", fingerprint.data.clone()),
             ("preprocessing", processor.to_json().to_string()),
             ("the batch", format!("{batch_size} x {accumulate}")),
             ("the seed", seed.to_string()),
@@ -174,7 +177,7 @@ impl<'s, B: Backend> Run<'s, B> {
             ("the optimiser", format!("{:?}, average {:?}", settings.optimizer, settings.average_decay)),
             ("what is shared out", format!("{:?}", settings.sharding)),
             ("the rhythm of checkpoints", format!("{:?}", settings.checkpoint_every)),
-            ("validation", validation.as_ref().map_or_else(String::new, Validation::fingerprint)),
+            ("validation", fingerprint.validation.clone().unwrap_or_default()),
         ])?;
         // The others get weights and moments from process 0.
         let model = match (&resumed, &settings.from) {
@@ -216,7 +219,7 @@ impl<'s, B: Backend> Run<'s, B> {
         }
 
         let resolved =
-            Resolved { data_fingerprint: fingerprint.clone(), pictures, total_steps, steps_per_epoch, schedule };
+            Resolved { fingerprints: fingerprint.clone(), pictures, total_steps, steps_per_epoch, schedule };
         let recipe = Recipe::new(settings, resolved, done);
         let (mut files, mut history) = (None, Vec::new());
         if let Some(lock) = lock {

@@ -21,6 +21,7 @@ const BAD_SHARE: f64 = 0.1;
 #[derive(Debug)]
 pub(super) struct Validation {
     source: Source,
+    fingerprint: String,
     processor: ImageProcessor,
     batch_size: usize,
     workers: usize,
@@ -43,6 +44,7 @@ impl Validation {
         let source = Source::parse(spec, &SourceOptions::new(image.channels, image.height, image.width)?)?;
         let &PretrainSettings { batch_size, micro_batch, workers, seed, .. } = settings;
         Ok(Self {
+            fingerprint: source.fingerprint(),
             source,
             processor: processor.clone(),
             // No more at a time than in training: they share its memory.
@@ -80,9 +82,9 @@ impl Validation {
         }
     }
 
-    /// Tells whether processes see the same pictures.
-    pub fn fingerprint(&self) -> String {
-        self.source.fingerprint()
+    /// Tells whether processes, and a run that goes on, see the same pictures: that of the start.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
     /// The mean over the hidden patches of all its pictures, of which each process takes its share. `None`, on all processes,
