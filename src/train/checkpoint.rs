@@ -158,6 +158,31 @@ pub fn config_of_run(out: &Path) -> Result<Option<MaeConfig>> {
     latest(out)?.map(|(_, folder)| MaeConfig::from_file(folder.join("config.json"))).transpose()
 }
 
+/// Refuses to go on with the run in `out` from the checkpoint of `step`, unless it is the one that the run goes on from: whole, and
+/// behind it no other that is.
+///
+/// # Errors
+/// [`Error::Io`] for a folder that cannot be read; [`Error::Checkpoint`] for a checkpoint that is damaged, or none;
+/// [`Error::Config`] for one that is not the last.
+pub fn check_last_checkpoint(out: &Path, step: u64) -> Result<()> {
+    let newest_first = all(out)?;
+    let Some((_, chosen)) = newest_first.iter().find(|(other, _)| *other == step) else {
+        return Err(Error::checkpoint(
+            out.join(folder_name(step)),
+            format!("it has no {STATE}: it is no checkpoint of a run"),
+        ));
+    };
+    check_whole(chosen)?;
+    let newer = newest_first.iter().take_while(|(other, _)| *other > step);
+    match newer.map(|(_, folder)| folder).find(|folder| check_whole(folder).is_ok()) {
+        None => Ok(()),
+        Some(last) => Err(Error::Config(format!(
+            "a run goes on from its last checkpoint, which is {}; move what is newer away first",
+            last.display()
+        ))),
+    }
+}
+
 /// The name of the folder of a step.
 pub(crate) fn folder_name(step: u64) -> String {
     format!("{PREFIX}{step}")
