@@ -1,5 +1,6 @@
 //! What `main_pretrain.py` of the original (facebookresearch/mae) calls otherwise, or has and `pretrain` does not need: its command
-//! lines work as they are, and are refused where a flag would do something else here. Names alone are aliases in `pretrain`.
+//! lines work, and are refused where a flag would do something else here; README has the exceptions. Names alone are
+//! aliases in `pretrain`.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
