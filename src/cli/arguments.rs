@@ -28,6 +28,11 @@ pub(crate) fn threads(text: &str) -> Result<usize, String> {
     }
 }
 
+/// A number of threads beside those that are there anyway; none is taken for one, the least there is.
+pub(crate) fn helpers(text: &str) -> Result<usize, String> {
+    if text.parse() == Ok(0_usize) { Ok(1) } else { threads(text) }
+}
+
 /// A file that is written as PNG.
 pub(crate) fn png(path: PathBuf) -> Result<PathBuf, String> {
     match path.extension() {

@@ -14,7 +14,7 @@ mod reconstruct;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use vitmae::device::{Device, DeviceChoice, Precision, Work};
 use vitmae::distributed::{Launch, Processes};
@@ -52,6 +52,7 @@ struct Global {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Train a masked autoencoder on pictures
+    #[command(args_override_self = true)]
     Pretrain(Box<pretrain::Arguments>),
     /// Draw original, masked picture and reconstruction side by side
     Reconstruct(reconstruct::Arguments),
@@ -66,6 +67,11 @@ enum Command {
 /// Parses, runs and reports.
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Command::Pretrain(arguments) = &cli.command
+        && let Err(problem) = arguments.check()
+    {
+        Cli::command().error(clap::error::ErrorKind::ValueValidation, problem).exit();
+    }
     // Other commands are nothing that processes do together, whatever started them.
     let launch = match cli.command {
         Command::Pretrain(_) => Launch::from_environment(),

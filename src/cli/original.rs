@@ -1,11 +1,13 @@
 //! What `main_pretrain.py` of the original (facebookresearch/mae) calls otherwise, or has and `pretrain` does not need: its command
-//! lines work as they are, and are refused where a flag would do something else here. Names alone are aliases in `pretrain`.
+//! lines work, and are refused where a flag would do something else here; README has the exceptions. Names alone are
+//! aliases in `pretrain`.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use vitmae::distributed::Processes;
+use vitmae::train::check_last_checkpoint;
 
 /// Flags without a meaning here. They stand in no help.
 #[derive(Debug, clap::Args)]
@@ -14,7 +16,7 @@ pub(crate) struct Original {
     pin_mem: bool,
     #[arg(long, hide = true, alias = "no_pin_mem")]
     no_pin_mem: bool,
-    #[arg(long, hide = true, value_name = "N", alias = "start_epoch", value_parser = first_epoch)]
+    #[arg(long, hide = true, value_name = "N", alias = "start_epoch")]
     start_epoch: Option<u64>,
     #[arg(long, hide = true, value_name = "N", alias = "world_size")]
     world_size: Option<usize>,
@@ -26,16 +28,17 @@ pub(crate) struct Original {
     dist_url: Option<OsString>,
 }
 
-/// Another first epoch would be another run.
-fn first_epoch(text: &str) -> Result<u64, String> {
-    match text.parse() {
-        Ok(0) => Ok(0),
-        Ok(_) => Err("a run goes on behind its last checkpoint, which knows the epoch: use --resume".into()),
-        Err(_) => Err("expected 0".into()),
-    }
-}
-
 impl Original {
+    /// Another first epoch would be another run, unless a checkpoint decides, as in the original.
+    pub(crate) fn check(&self, resume: bool) -> Result<(), String> {
+        match self.start_epoch {
+            Some(epoch) if epoch > 0 && !resume => Err(format!(
+                "--start_epoch {epoch}: a run goes on behind its last checkpoint, which knows the epoch: use --resume"
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// Says of each flag that it does nothing.
     ///
     /// # Errors
@@ -53,7 +56,11 @@ impl Original {
         let notes = [
             ("pin_mem", self.pin_mem, pinned),
             ("no_pin_mem", self.no_pin_mem, pinned),
-            ("start_epoch", self.start_epoch.is_some(), "a run begins at epoch 0, or with --resume where it was"),
+            (
+                "start_epoch",
+                self.start_epoch.is_some(),
+                "a run begins at epoch 0, or with --resume where its checkpoint says",
+            ),
             ("world_size", self.world_size.is_some(), launched),
             ("local_rank", self.local_rank.is_some(), launched),
             ("dist_on_itp", self.dist_on_itp, launched),
@@ -79,7 +86,7 @@ pub(crate) fn training_pictures(data_path: OsString) -> OsString {
 /// Whether `--resume`, perhaps with the checkpoint that the original wants to be told, goes on with the run in `out`.
 ///
 /// # Errors
-/// For a checkpoint that is not the last one of this run.
+/// For a checkpoint that is not the last whole one of this run.
 pub(crate) fn resumes(resume: Option<Option<&OsStr>>, out: &Path, processes: &Processes) -> anyhow::Result<bool> {
     let checkpoint = match resume {
         None => return Ok(false),
@@ -106,12 +113,7 @@ pub(crate) fn resumes(resume: Option<Option<&OsStr>>, out: &Path, processes: &Pr
             out.display()
         );
     };
-    let entries = std::fs::read_dir(&run)?.collect::<Result<Vec<_>, _>>()?;
-    match entries.iter().filter_map(|entry| step(&entry.path())).max() {
-        Some(last) if last > chosen => bail!(
-            "--resume {}: a run goes on from its last checkpoint, which is checkpoint-{last}; move what is newer away first",
-            checkpoint.display()
-        ),
-        _ => Ok(true),
-    }
+    // Who names one wants that one: an older one in its place would be a surprise.
+    check_last_checkpoint(out, chosen).with_context(|| format!("--resume {}", checkpoint.display()))?;
+    Ok(true)
 }

@@ -12,13 +12,16 @@ use vitmae::config::MaeConfig;
 use vitmae::distributed::Processes;
 use vitmae::ops::Backend;
 use vitmae::train::{
-    Event, OptimizerSettings, PretrainSettings, RunLength, Sharding, config_of_run, pretrain_together,
+    Event, OptimizerSettings, PretrainReport, PretrainSettings, RunLength, Sharding, config_of_run, pretrain_together,
 };
 use vitmae::weights::Checkpoint;
 
-use crate::cli::arguments::{Size, at_least_one, at_least_one_u64, decay, mask_ratio, not_negative, positive, threads};
+use crate::cli::arguments::{Size, at_least_one, at_least_one_u64, decay, helpers, mask_ratio, not_negative, positive};
 use crate::cli::original::{Original, resumes, training_pictures};
 use crate::cli::progress;
+
+/// That of the paper.
+const BASE_LEARNING_RATE: f64 = 1.5e-4;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -35,7 +38,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "CKPT", num_args = 0..=1)]
     resume: Option<Option<OsString>>,
     /// Threads that read and decode pictures [default: those of --threads]
-    #[arg(long, value_name = "N", alias = "num_workers", value_parser = threads)]
+    #[arg(long, value_name = "N", alias = "num_workers", value_parser = helpers)]
     num_workers: Option<usize>,
     /// The device's peak, of which the log shows the share used (MFU) [default: that of the GPU's data sheet]
     #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = positive)]
@@ -78,10 +81,10 @@ struct Settings {
     #[arg(long, value_name = "N", aliases = ["accum_iter", "accum-iter"], default_value_t = 1, value_parser = at_least_one)]
     accumulate: usize,
     /// Base learning rate: that of 256 pictures in a step
-    #[arg(long, value_name = "F", default_value_t = 1.5e-4, allow_negative_numbers = true, value_parser = not_negative)]
+    #[arg(long, value_name = "F", default_value_t = BASE_LEARNING_RATE, allow_negative_numbers = true, value_parser = not_negative)]
     blr: f64,
-    /// The highest learning rate itself, instead of the one that follows from --blr
-    #[arg(long, value_name = "F", conflicts_with = "blr", allow_negative_numbers = true, value_parser = positive)]
+    /// The highest learning rate itself; --blr has no effect then
+    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = positive)]
     lr: Option<f64>,
     /// The learning rate at the end of the cosine
     #[arg(long, value_name = "F", alias = "min_lr", default_value_t = 0.0, allow_negative_numbers = true, value_parser = not_negative)]
@@ -139,6 +142,12 @@ struct Settings {
 }
 
 impl Arguments {
+    /// What flags alone cannot say of each other.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        self.original
+            .check(self.resume.as_ref().is_some_and(|named| named.as_ref().is_none_or(|name| !name.is_empty())))
+    }
+
     /// The run's settings: those of the recipe, or of the flags.
     fn settings(self, resume: bool, many_at_a_time: bool) -> anyhow::Result<PretrainSettings> {
         match self.recipe {
@@ -165,7 +174,8 @@ impl Settings {
             },
             batch_size: self.batch_size,
             accumulate: self.accumulate,
-            base_learning_rate: self.blr,
+            // It has no effect beside the other.
+            base_learning_rate: if self.lr.is_some() { BASE_LEARNING_RATE } else { self.blr },
             learning_rate: self.lr,
             minimum_learning_rate: self.min_lr,
             warmup_epochs: self.warmup_epochs,
@@ -188,6 +198,7 @@ impl Settings {
             device: String::new(),
             peak_flops: None,
             data_fingerprint: None,
+            validation_fingerprint: None,
         })
     }
 
@@ -282,19 +293,30 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, qu
     if !processes.is_chief() {
         return Ok(());
     }
+    print(&report).with_context(|| {
+        format!(
+            "the run is done, and its checkpoint is {}; standard output cannot be written",
+            report.checkpoint.display()
+        )
+    })
+}
+
+/// Says on standard output what a run has come to.
+fn print(report: &PretrainReport) -> io::Result<()> {
+    let mut out = io::stdout().lock();
     if let Some((first, last)) = report.loss {
-        writeln!(io::stdout(), "trained {} steps: loss {first:.4} at the start, {last:.4} at the end", report.steps)?;
+        writeln!(out, "trained {} steps: loss {first:.4} at the start, {last:.4} at the end", report.steps)?;
     }
-    writeln!(io::stdout(), "checkpoint: {}", report.checkpoint.display())?;
+    writeln!(out, "checkpoint: {}", report.checkpoint.display())?;
     if let Some((loss, best)) = &report.best {
-        writeln!(io::stdout(), "best checkpoint: {}, validation loss {loss:.4}", best.display())?;
+        writeln!(out, "best checkpoint: {}, validation loss {loss:.4}", best.display())?;
     }
-    writeln!(io::stdout(), "open these pictures:")?;
+    writeln!(out, "open these pictures:")?;
     if let Some(picture) = &report.picture {
-        writeln!(io::stdout(), "  {}  what the model sees and what it makes of it", picture.display())?;
+        writeln!(out, "  {}  what the model sees and what it makes of it", picture.display())?;
     }
-    writeln!(io::stdout(), "  {}  the loss", report.curve.display())?;
-    Ok(())
+    writeln!(out, "  {}  the loss", report.curve.display())?;
+    out.flush()
 }
 
 /// The configuration of process 0, which alone needs the folder of a run that goes on.

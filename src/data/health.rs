@@ -7,6 +7,14 @@ use crate::Error;
 /// The share of bad pictures above which a set is refused.
 const BAD_SHARE: f64 = 0.1;
 
+/// Whether so many are bad of those that one of `world` processes has seen, perhaps by chance unless that is `certain`.
+pub(crate) fn too_many(seen: usize, bad: usize, certain: bool, world: usize) -> bool {
+    let expected = BAD_SHARE * seen as f64;
+    let deviations = 2.0 + (2.0 * (world as f64).ln()).sqrt();
+    let beyond_chance = expected + deviations * (expected * (1.0 - BAD_SHARE)).sqrt();
+    bad as f64 > expected && (certain || (seen >= 10 && bad as f64 > beyond_chance))
+}
+
 /// Counts good and bad pictures, each once.
 #[derive(Debug)]
 pub(crate) struct Health {
@@ -17,14 +25,25 @@ pub(crate) struct Health {
     seen_bits: Vec<u64>,
     seen: usize,
     pub(crate) bad: usize,
-    bad_pictures: HashSet<usize>,
+    pub(crate) bad_pictures: HashSet<usize>,
     examples: Vec<String>,
+    /// Those that an earlier pass has told of.
+    pub(crate) known: HashSet<usize>,
 }
 
 impl Health {
     pub(crate) fn new(count: usize, world: usize) -> Self {
         let seen_bits = vec![0; count.div_ceil(64)];
-        Self { count, world, seen_bits, seen: 0, bad: 0, bad_pictures: HashSet::new(), examples: Vec::new() }
+        Self {
+            count,
+            world,
+            seen_bits,
+            seen: 0,
+            bad: 0,
+            bad_pictures: HashSet::new(),
+            examples: Vec::new(),
+            known: HashSet::new(),
+        }
     }
 
     pub(crate) fn saw(&mut self, index: usize) {
@@ -45,19 +64,15 @@ impl Health {
                 self.examples.push(error.to_string());
             }
         }
-        new
+        new && !self.known.contains(&index)
     }
 
     /// Whether too many are bad. Before everything was seen, the count must also be beyond chance (two standard deviations above
     /// 10 %, and more where several processes look, each at its part of an epoch): the first ten pictures of a set with 5 % bad ones
     /// hold two of them often enough.
     pub(crate) fn is_refused(&self, whole_epoch: bool) -> bool {
-        let (seen, bad) = (self.seen as f64, self.bad as f64);
-        let expected = BAD_SHARE * seen;
         let certain = (whole_epoch && self.world == 1) || self.seen == self.count;
-        let deviations = 2.0 + (2.0 * (self.world as f64).ln()).sqrt();
-        let beyond_chance = self.seen >= 10 && bad > expected + deviations * (expected * (1.0 - BAD_SHARE)).sqrt();
-        bad > expected && (certain || beyond_chance)
+        too_many(self.seen, self.bad, certain, self.world)
     }
 
     pub(crate) fn problem(&self) -> String {

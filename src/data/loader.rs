@@ -6,6 +6,7 @@
 mod batch;
 mod build;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -247,6 +248,16 @@ impl Loader {
     #[must_use]
     pub fn bad_pictures(&self) -> usize {
         self.health.bad
+    }
+
+    /// Which they are.
+    pub(crate) fn bad_pictures_by_number(&self) -> impl Iterator<Item = usize> {
+        self.health.bad_pictures.iter().copied()
+    }
+
+    /// Takes these bad pictures for told: they are counted and skipped as others are, and the log is not told of them.
+    pub(crate) fn do_not_name(&mut self, pictures: HashSet<usize>) {
+        self.health.known = pictures;
     }
 
     /// The next batch; `None` at the end of an evaluation.

@@ -39,6 +39,8 @@ pub(crate) fn zeros(pixels: &mut Vec<u8>, length: usize) -> Result<()> {
     Ok(())
 }
 
+pub(crate) use health::too_many;
+
 pub use decode::{Decoder, Image, MAX_PIXELS};
 pub use loader::{Batch, Loader, LoaderOptions, Position, Shard};
 pub use processor::ImageProcessor;

@@ -24,11 +24,13 @@ const MOST_CLASSES: u32 = 1_000_000;
 const MOST_BYTES: u64 = 1 << 30;
 
 /// How compressed files end, and begin, with what compressed them and what undoes it.
-const COMPRESSED: [(&[&str], &[u8], &str, &str); 4] = [
+const COMPRESSED: [(&[&str], &[u8], &str, &str); 6] = [
     (&[".tar.gz", ".tgz"], &[0x1f, 0x8b], "gzip", "gunzip"),
     (&[".tar.zst", ".tzst"], &[0x28, 0xb5, 0x2f, 0xfd], "zstd", "unzstd"),
     (&[".tar.bz2", ".tbz2"], b"BZh", "bzip2", "bunzip2"),
     (&[".tar.xz", ".txz"], b"\xfd7zXZ\x00", "xz", "unxz"),
+    (&[".tar.lz4", ".tlz4"], &[0x04, 0x22, 0x4d, 0x18], "lz4", "unlz4"),
+    (&[".zip"], b"PK\x03\x04", "zip", "unzip"),
 ];
 
 /// What a shard with this name is compressed with, and what to do about it.

@@ -45,6 +45,9 @@ pub(crate) struct TrainerState {
     /// The pictures that validation losses are of.
     #[serde(default)]
     validation: Option<String>,
+    /// Theirs, as that of the pictures that are learned from.
+    #[serde(default)]
+    validation_fingerprint: Option<String>,
     /// How long the run was to be, which its learning rates follow from.
     #[serde(default)]
     pub total_steps: u64,
@@ -58,8 +61,15 @@ pub(crate) struct TrainerState {
     pub from: Option<String>,
 }
 
+/// What tells whether a run sees the sets that it saw before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Fingerprints {
+    pub data: String,
+    pub validation: Option<String>,
+}
+
 impl TrainerState {
-    pub fn new(step: u64, settings: &PretrainSettings, data_fingerprint: String) -> Self {
+    pub fn new(step: u64, settings: &PretrainSettings, fingerprints: Fingerprints) -> Self {
         let &PretrainSettings { seed, batch_size, accumulate, base_learning_rate, minimum_learning_rate, .. } =
             settings;
         let from = settings.from.as_ref().map(|path| path.to_string_lossy().into_owned());
@@ -69,7 +79,7 @@ impl TrainerState {
             seed,
             batch_size,
             accumulate,
-            data_fingerprint,
+            data_fingerprint: fingerprints.data,
             base_learning_rate,
             minimum_learning_rate,
             warmup_epochs: settings.warmup_epochs,
@@ -78,6 +88,7 @@ impl TrainerState {
             learning_rate: settings.learning_rate,
             average_decay: settings.average_decay,
             validation: settings.validation.as_ref().map(|spec| spec.to_string_lossy().into_owned()),
+            validation_fingerprint: fingerprints.validation,
             total_steps: 0,
             checksums: BTreeMap::new(),
             validation_loss: None,
@@ -86,10 +97,15 @@ impl TrainerState {
     }
 
     /// Refuses to go on with settings under which the run would not be the same run.
-    pub fn check(&self, fingerprint: &str, settings: &PretrainSettings) -> Result<()> {
-        let now = Self::new(self.step, settings, fingerprint.to_owned());
+    pub fn check(&self, fingerprints: &Fingerprints, settings: &PretrainSettings) -> Result<()> {
+        let now = Self::new(self.step, settings, fingerprints.clone());
         let shown = |number: Option<f64>| number.map_or("not given".to_owned(), |number| number.to_string());
         let text = |from: &Option<String>| from.clone().unwrap_or_else(|| "not given".to_owned());
+        // One set may be at several paths, and another one at the same. Older checkpoints have the path alone.
+        let validation = match (&self.validation_fingerprint, &now.validation_fingerprint) {
+            (Some(then), Some(now)) => ("val (fingerprint of names, sizes and classes)", then.clone(), now.clone()),
+            _ => ("val", text(&self.validation), text(&now.validation)),
+        };
         let compared = [
             ("seed", self.seed.to_string(), now.seed.to_string()),
             ("batch size", self.batch_size.to_string(), now.batch_size.to_string()),
@@ -106,7 +122,7 @@ impl TrainerState {
             ("clip-grad", shown(self.clip_norm), shown(now.clip_norm)),
             ("lr", shown(self.learning_rate), shown(now.learning_rate)),
             ("ema", shown(self.average_decay), shown(now.average_decay)),
-            ("val", text(&self.validation), text(&now.validation)),
+            validation,
             ("from", text(&self.from), text(&now.from)),
         ];
         same(compared)
@@ -140,6 +156,31 @@ fn same<'a>(settings: impl IntoIterator<Item = (&'a str, String, String)>) -> Re
 /// [`Error::Io`] and [`Error::Checkpoint`] for a folder that cannot be read, or without a whole checkpoint.
 pub fn config_of_run(out: &Path) -> Result<Option<MaeConfig>> {
     latest(out)?.map(|(_, folder)| MaeConfig::from_file(folder.join("config.json"))).transpose()
+}
+
+/// Refuses to go on with the run in `out` from the checkpoint of `step`, unless it is the one that the run goes on from: whole, and
+/// behind it no other that is.
+///
+/// # Errors
+/// [`Error::Io`] for a folder that cannot be read; [`Error::Checkpoint`] for a checkpoint that is damaged, or none;
+/// [`Error::Config`] for one that is not the last.
+pub fn check_last_checkpoint(out: &Path, step: u64) -> Result<()> {
+    let newest_first = all(out)?;
+    let Some((_, chosen)) = newest_first.iter().find(|(other, _)| *other == step) else {
+        return Err(Error::checkpoint(
+            out.join(folder_name(step)),
+            format!("it has no {STATE}: it is no checkpoint of a run"),
+        ));
+    };
+    check_whole(chosen)?;
+    let newer = newest_first.iter().take_while(|(other, _)| *other > step);
+    match newer.map(|(_, folder)| folder).find(|folder| check_whole(folder).is_ok()) {
+        None => Ok(()),
+        Some(last) => Err(Error::Config(format!(
+            "a run goes on from its last checkpoint, which is {}; move what is newer away first",
+            last.display()
+        ))),
+    }
 }
 
 /// The name of the folder of a step.

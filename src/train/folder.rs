@@ -22,8 +22,8 @@ pub(super) fn refuse_to_overwrite(out: &Path, resume: bool) -> Result<()> {
     Err(Error::Config(format!("{out} already holds a run: go on with --resume, or choose another folder")))
 }
 
-/// Refuses a run's folder that lies among the pictures of a set, which its own pictures would become part of.
-pub(super) fn refuse_inside(out: &Path, data: &OsStr) -> Result<()> {
+/// Refuses a folder of a run, called `what`, that lies among the pictures of a set, which the run would write into.
+pub(super) fn refuse_inside(what: &str, out: &Path, data: &OsStr) -> Result<()> {
     let data = Path::new(data);
     // The folder may not be there yet: what is there of its path counts.
     let place = std::path::absolute(out).ok().and_then(|out| {
@@ -35,8 +35,7 @@ pub(super) fn refuse_inside(out: &Path, data: &OsStr) -> Result<()> {
         && place.starts_with(&pictures)
     {
         return Err(Error::Config(format!(
-            "the run's folder {} lies in the folder of pictures {}, and what a run draws would become part of them; choose \
-             another folder",
+            "{what} {} lies in the folder of pictures {}, and what a run draws would become part of them; choose another folder",
             out.display(),
             data.display()
         )));

@@ -1,5 +1,6 @@
 //! Training: one step, its schedule, and whole runs with their files.
 
+mod agreement;
 mod average;
 mod checkpoint;
 mod folder;
@@ -17,7 +18,7 @@ mod together;
 mod trainer;
 mod validation;
 
-pub use checkpoint::config_of_run;
+pub use checkpoint::{check_last_checkpoint, config_of_run};
 pub use metrics::Metrics;
 pub use pretrain::{pretrain, pretrain_together};
 pub use report::{Event, PretrainReport};

@@ -19,7 +19,8 @@ use crate::distributed::Processes;
 use crate::files::write_json;
 use crate::model::{ImageValues, Images, MaeForPreTraining, Masking};
 use crate::ops::{Backend, MaskingShape, RandomMask};
-use crate::train::checkpoint;
+use crate::train::agreement;
+use crate::train::checkpoint::{self, Fingerprints};
 use crate::train::folder;
 use crate::train::metrics::{Metrics, MetricsFile};
 use crate::train::outputs::{Files, shown_pictures};
@@ -63,8 +64,8 @@ pub(super) struct Run<'s, B: Backend> {
     pub settings: &'s PretrainSettings,
     pub trainer: Trainer<B>,
     pub loader: Loader,
-    /// That of the pictures as they were when the run was started.
-    pub fingerprint: String,
+    /// Those of the pictures as they were when the run was started.
+    pub fingerprint: Fingerprints,
     /// The batch that was prefetched.
     pub upcoming: Option<Batch>,
     pub processor: ImageProcessor,
@@ -115,7 +116,11 @@ impl<'s, B: Backend> Run<'s, B> {
         MaskingShape::new(*batch_size, image.patches(), config.mask_ratio)?;
         settings.check()?;
         for data in [Some(&settings.data), settings.validation.as_ref()].into_iter().flatten() {
-            folder::refuse_inside(out, data)?;
+            folder::refuse_inside("the run's folder", out, data)?;
+            settings
+                .events
+                .as_ref()
+                .map_or(Ok(()), |events| folder::refuse_inside("the folder of TensorBoard's events", events, data))?;
         }
         if processes.is_chief() {
             folder::refuse_to_overwrite(out, settings.resume)?;
@@ -129,11 +134,14 @@ impl<'s, B: Backend> Run<'s, B> {
         };
         let source = Source::parse(&settings.data, &SourceOptions::new(image.channels, image.height, image.width)?)?;
         let pictures = source.len();
-        let fingerprint = source.fingerprint();
-        settings.check_fingerprint(&fingerprint)?;
         let validation = settings.validation.as_ref();
-        let validation = validation.map(|spec| Validation::open(spec, settings, &processor, processes)).transpose()?;
-        validation.as_ref().map_or(Ok(()), Validation::check)?;
+        let mut validation =
+            validation.map(|spec| Validation::open(spec, settings, &processor, processes)).transpose()?;
+        let fingerprint = Fingerprints {
+            data: source.fingerprint(),
+            validation: validation.as_ref().map(|validation| validation.fingerprint().to_owned()),
+        };
+        settings.check_fingerprints(&fingerprint)?;
         let shown = shown_pictures(&source, &processor)?;
 
         let images_per_step = batch_size * accumulate;
@@ -162,20 +170,8 @@ impl<'s, B: Backend> Run<'s, B> {
             false => (None, None),
         };
         processes.ready()?;
-        processes.check_same(&[
-            ("the program's version", env!("CARGO_PKG_VERSION").to_owned()),
-            ("the device", std::any::type_name::<B>().to_owned()),
-            ("the model", config.to_json()),
-            ("data", fingerprint.clone()),
-            ("preprocessing", processor.to_json().to_string()),
-            ("the batch", format!("{batch_size} x {accumulate}")),
-            ("the seed", seed.to_string()),
-            ("the schedule", format!("{schedule:?}")),
-            ("the optimiser", format!("{:?}, average {:?}", settings.optimizer, settings.average_decay)),
-            ("what is shared out", format!("{:?}", settings.sharding)),
-            ("the rhythm of checkpoints", format!("{:?}", settings.checkpoint_every)),
-            ("validation", validation.as_ref().map_or_else(String::new, Validation::fingerprint)),
-        ])?;
+        processes.check_same(&agreement::settings::<B>(settings, &processor, &fingerprint, &schedule))?;
+        validation.as_mut().map_or(Ok(()), |validation| validation.check(processes))?;
         // The others get weights and moments from process 0.
         let model = match (&resumed, &settings.from) {
             (Some((_, folder)), _) => MaeForPreTraining::from_pretrained(folder, backend)?,
@@ -215,8 +211,7 @@ impl<'s, B: Backend> Run<'s, B> {
             }
         }
 
-        let resolved =
-            Resolved { data_fingerprint: fingerprint.clone(), pictures, total_steps, steps_per_epoch, schedule };
+        let resolved = Resolved { fingerprints: fingerprint.clone(), pictures, total_steps, steps_per_epoch, schedule };
         let recipe = Recipe::new(settings, resolved, done);
         let (mut files, mut history) = (None, Vec::new());
         if let Some(lock) = lock {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::config::MaeConfig;
+use crate::train::checkpoint::Fingerprints;
 use crate::train::{OptimizerSettings, Schedule, Sharding};
 use crate::{Error, Result};
 
@@ -78,6 +79,8 @@ pub struct PretrainSettings {
     pub peak_flops: Option<f64>,
     /// The fingerprint that the pictures must have, where a recipe says so.
     pub data_fingerprint: Option<String>,
+    /// The same of the validation pictures.
+    pub validation_fingerprint: Option<String>,
 }
 
 /// `recipe.json`: the settings of a run as they were resolved, and what else its result depends on.
@@ -92,6 +95,8 @@ pub(super) struct Recipe {
     pictures: usize,
     #[serde(default)]
     validation: Option<String>,
+    #[serde(default)]
+    validation_fingerprint: Option<String>,
     from: Option<PathBuf>,
     length: RunLength,
     /// The step that the run went on from, where these settings are those of its second part.
@@ -126,7 +131,7 @@ pub(super) struct Recipe {
 
 /// What a run found out about itself.
 pub(super) struct Resolved {
-    pub data_fingerprint: String,
+    pub fingerprints: Fingerprints,
     pub pictures: usize,
     pub total_steps: u64,
     pub steps_per_epoch: f64,
@@ -136,16 +141,17 @@ pub(super) struct Resolved {
 impl Recipe {
     /// Of a run that has done `done` steps before.
     pub fn new(settings: &PretrainSettings, resolved: Resolved, done: u64) -> Self {
-        let Resolved { data_fingerprint, pictures, total_steps, steps_per_epoch, schedule } = resolved;
+        let Resolved { fingerprints, pictures, total_steps, steps_per_epoch, schedule } = resolved;
         let OptimizerSettings { betas, epsilon, weight_decay, clip_norm } = settings.optimizer;
         let text = |text: &OsString| text.to_string_lossy().into_owned();
         Self {
             vitmae_version: env!("CARGO_PKG_VERSION").to_owned(),
             device: settings.device.clone(),
             data: text(&settings.data),
-            data_fingerprint,
+            data_fingerprint: fingerprints.data,
             pictures,
             validation: settings.validation.as_ref().map(text),
+            validation_fingerprint: fingerprints.validation,
             from: settings.from.clone(),
             length: settings.length,
             resumed_at: (done > 0).then_some(done),
@@ -231,6 +237,7 @@ impl PretrainSettings {
             device: recipe.device,
             peak_flops: None,
             data_fingerprint: Some(recipe.data_fingerprint),
+            validation_fingerprint: recipe.validation_fingerprint,
         })
     }
 
@@ -270,16 +277,25 @@ impl PretrainSettings {
     }
 
     /// Refuses pictures that are not those of the recipe.
-    pub(super) fn check_fingerprint(&self, found: &str) -> Result<()> {
-        match &self.data_fingerprint {
-            Some(expected) if expected != found => Err(Error::Data {
-                source_name: self.data.to_string_lossy().into_owned(),
-                problem: format!(
+    pub(super) fn check_fingerprints(&self, found: &Fingerprints) -> Result<()> {
+        let validation = self.validation.as_ref().zip(found.validation.as_ref());
+        let sets = [
+            Some((self.data.to_string_lossy().into_owned(), &found.data, &self.data_fingerprint)),
+            validation.map(|(spec, found)| {
+                (format!("{} (--val)", spec.to_string_lossy()), found, &self.validation_fingerprint)
+            }),
+        ];
+        for (source_name, found, expected) in sets.into_iter().flatten() {
+            if let Some(expected) = expected
+                && expected != found
+            {
+                let problem = format!(
                     "these are not the pictures of the recipe (fingerprint {found}, expected {expected}): their number, \
                      names, sizes or classes differ"
-                ),
-            }),
-            _ => Ok(()),
+                );
+                return Err(Error::Data { source_name, problem });
+            }
         }
+        Ok(())
     }
 }

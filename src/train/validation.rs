@@ -1,10 +1,11 @@
 //! The reconstruction loss of pictures that a run does not learn from.
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 
 use rayon::prelude::*;
 
-use crate::data::{ImageProcessor, Loader, LoaderOptions, Shard, Source, SourceOptions, Transform};
+use crate::data::{ImageProcessor, Loader, LoaderOptions, Shard, Source, SourceOptions, Transform, too_many};
 use crate::distributed::Processes;
 use crate::model::{ImageValues, Images, Masking};
 use crate::ops::{Backend, Communicator, RandomMask};
@@ -17,15 +18,21 @@ const MASKS: u32 = u32::MAX;
 /// The share of bad pictures above which a set is refused, as in training.
 const BAD_SHARE: f64 = 0.1;
 
+/// Files that a message names, at most.
+const EXAMPLES: usize = 3;
+
 /// Pictures as the model sees them at inference, hidden by the same masks each time.
 #[derive(Debug)]
 pub(super) struct Validation {
     source: Source,
+    fingerprint: String,
     processor: ImageProcessor,
     batch_size: usize,
     workers: usize,
     seed: u64,
     shard: Shard,
+    /// Bad pictures that the log has named: each is told once a run and not at every checkpoint.
+    named: HashSet<usize>,
     /// The pictures that the last loss is of.
     pictures: Option<u64>,
     /// Losses that could not be taken.
@@ -43,6 +50,7 @@ impl Validation {
         let source = Source::parse(spec, &SourceOptions::new(image.channels, image.height, image.width)?)?;
         let &PretrainSettings { batch_size, micro_batch, workers, seed, .. } = settings;
         Ok(Self {
+            fingerprint: source.fingerprint(),
             source,
             processor: processor.clone(),
             // No more at a time than in training: they share its memory.
@@ -50,39 +58,76 @@ impl Validation {
             workers,
             seed,
             shard: Shard { rank: processes.rank(), world: processes.size() },
+            named: HashSet::new(),
             pictures: None,
             failures: 0,
         })
     }
 
-    /// Opens every file of this process' share and decodes its first batch, so that a wrong path ends the run before there is
-    /// work to lose and not at its first checkpoint.
+    /// Opens every file and decodes a first batch, each process its share, so that a wrong path ends the run before there is work
+    /// to lose and not at its first checkpoint. Collective: they are judged together, as a share is too small to tell chance from a
+    /// bad set.
     ///
     /// # Errors
-    /// [`Error::Data`] where too many files cannot be opened or decoded.
-    pub fn check(&self) -> Result<()> {
-        let Shard { rank, world } = self.shard;
-        let share: Vec<usize> = (rank..self.source.len()).step_by(world).collect();
-        let unreadable: Vec<Error> = share.par_iter().filter_map(|&index| self.source.file_size(index).err()).collect();
-        if unreadable.len() as f64 > BAD_SHARE * share.len() as f64 {
-            let examples: Vec<String> = unreadable.iter().take(3).map(ToString::to_string).collect();
-            return Err(self.refuse(format!(
-                "{} of {} files cannot be opened: {}",
-                unreadable.len(),
-                share.len(),
-                examples.join("; ")
-            )));
-        }
-        match self.loader()?.next_batch().map_err(of_validation)? {
-            // The others may have no share of a small set.
-            None if rank == 0 => Err(self.refuse("none of its pictures can be decoded".to_owned())),
-            _ => Ok(()),
-        }
+    /// [`Error::Data`] where too many files cannot be opened or decoded; as [`Processes::ready`].
+    pub fn check(&mut self, processes: &Processes) -> Result<()> {
+        self.open_all(processes)?;
+        self.decode_some(processes)
     }
 
-    /// Tells whether processes see the same pictures.
-    pub fn fingerprint(&self) -> String {
-        self.source.fingerprint()
+    fn open_all(&self, processes: &Processes) -> Result<()> {
+        let Shard { rank, world } = self.shard;
+        let all = self.source.len();
+        let share: Vec<usize> = (rank..all).step_by(world).collect();
+        let unreadable: Vec<usize> =
+            share.into_par_iter().filter(|&index| self.source.file_size(index).is_err()).collect();
+        processes.ready()?;
+        // How many there are, and the first ones of each process, counted from 1.
+        let mut numbers = vec![0.0; 1 + EXAMPLES * world];
+        numbers[0] = unreadable.len() as f64;
+        for (place, index) in unreadable.iter().take(EXAMPLES).enumerate() {
+            numbers[1 + EXAMPLES * rank + place] = (index + 1) as f64;
+        }
+        processes.sum_f64(&mut numbers)?;
+        let count = numbers[0];
+        if count <= BAD_SHARE * all as f64 {
+            return Ok(());
+        }
+        let mut first: Vec<usize> = numbers[1..].iter().filter(|&&at| at > 0.0).map(|&at| at as usize - 1).collect();
+        first.sort_unstable();
+        let examples = first.into_iter().take(EXAMPLES).map(|index| match self.source.file_size(index) {
+            Err(error) => error.to_string(),
+            // It is another machine that cannot.
+            Ok(_) => self.source.name(index).display().to_string(),
+        });
+        let examples: Vec<String> = examples.collect();
+        Err(self.refuse(format!("{count} of {all} files cannot be opened: {}", examples.join("; "))))
+    }
+
+    fn decode_some(&mut self, processes: &Processes) -> Result<()> {
+        // The same pictures, however many look at them.
+        let mut loader = self.loader(self.batch_size.div_ceil(self.shard.world))?;
+        // Processes may have no share of a small set.
+        let good = loader.next_batch().map_err(of_validation)?.map_or(0, |batch| batch.len());
+        self.named.extend(loader.bad_pictures_by_number());
+        processes.ready()?;
+        let mut counts = [good as f64, loader.bad_pictures() as f64];
+        processes.sum_f64(&mut counts)?;
+        let [good, bad] = counts.map(|count| count as usize);
+        if good == 0 {
+            return Err(self.refuse("none of its pictures can be decoded".to_owned()));
+        }
+        let seen = good + bad;
+        if too_many(seen, bad, seen >= self.source.len(), 1) {
+            return Err(self
+                .refuse(format!("{bad} of {seen} pictures seen cannot be used, more than 10 %; the log names them")));
+        }
+        Ok(())
+    }
+
+    /// Tells whether processes, and a run that goes on, see the same pictures: that of the start.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
     /// The mean over the hidden patches of all its pictures, of which each process takes its share. `None`, on all processes,
@@ -129,12 +174,15 @@ impl Validation {
     }
 
     /// The sum over this process' pictures of their losses, and how many pictures these are.
-    fn own_sum<B: Backend>(&self, trainer: &mut Trainer<B>) -> Result<(f64, usize)> {
-        let mut loader = self.loader()?;
+    fn own_sum<B: Backend>(&mut self, trainer: &mut Trainer<B>) -> Result<(f64, usize)> {
+        let mut loader = self.loader(self.batch_size)?;
         let (mean, deviation) = self.processor.normalization();
         let ratio = trainer.model().config().mask_ratio;
         let (mut sum, mut pictures) = (0.0, 0);
-        while let Some(batch) = loader.next_batch().map_err(of_validation)? {
+        loop {
+            let next = loader.next_batch().map_err(of_validation);
+            self.named.extend(loader.bad_pictures_by_number());
+            let Some(batch) = next? else { return Ok((sum, pictures)) };
             let (count, random) = (batch.len(), RandomMask { seed: self.seed, epoch: MASKS });
             let images = Images {
                 batch: count,
@@ -147,18 +195,20 @@ impl Validation {
             sum += trainer.evaluate(&images, &masking)? * count as f64;
             pictures += count;
         }
-        Ok((sum, pictures))
     }
 
-    fn loader(&self) -> Result<Loader> {
+    fn loader(&self, batch_size: usize) -> Result<Loader> {
         let options = LoaderOptions {
-            batch_size: self.batch_size,
+            batch_size,
             workers: self.workers,
             seed: self.seed,
             shard: self.shard,
             ..Default::default()
         };
-        Loader::evaluation(self.source.clone(), Transform::Inference(self.processor.clone()), &options)
+        let transform = Transform::Inference(self.processor.clone());
+        let mut loader = Loader::evaluation(self.source.clone(), transform, &options)?;
+        loader.do_not_name(self.named.clone());
+        Ok(loader)
     }
 
     fn refuse(&self, problem: String) -> Error {

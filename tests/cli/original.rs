@@ -132,9 +132,16 @@ fn flags_without_a_meaning_are_said_to_have_none() {
         }
         assert_eq!(values(&place.path(name), "loss"), expected);
     }
-    for flag in ["--start_epoch 3", "--start-epoch 3"] {
-        train("other", flag).failed(2, &["--resume"]);
+    for flag in ["--start_epoch 3", "--start-epoch 3", "--start_epoch 3 --start_epoch 0 --start_epoch 5"] {
+        train("other", flag).failed(2, &["--start_epoch", "--resume"]);
     }
+    // Where it goes on, the checkpoint decides, as there.
+    let resumed = train("plain", "--start_epoch 3 --resume").succeeded();
+    assert!(
+        resumed.err.contains("--start_epoch has no effect") && resumed.err.contains("checkpoint"),
+        "{}",
+        resumed.err
+    );
     train("other", "--world_size 4").failed(1, &["--world_size 4", "torchrun"]);
     assert!(!place.path("other").exists());
 }
@@ -163,7 +170,61 @@ fn resume_may_name_the_checkpoint() {
     assert_eq!(values(&out, "loss").len(), 8);
     resume(10, &out.join("checkpoint-4")).failed(1, &["its last checkpoint", "checkpoint-8"]);
     resume(10, &out.join("checkpoint-5")).failed(1, &["checkpoint-5", "no such checkpoint"]);
+    // What is no checkpoint, as a folder that somebody made, is none here as elsewhere.
+    let stray = out.join("checkpoint-77");
+    fs::create_dir(&stray).unwrap();
+    resume(10, &stray).failed(1, &["checkpoint-77", "no checkpoint of a run"]);
+    resume(10, &out.join("checkpoint-8")).succeeded();
+    // A damaged one is an error where it is named, and passed over where it is not.
+    let weights = out.join("checkpoint-10/model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    resume(12, &out.join("checkpoint-10")).failed(1, &["--resume", "checkpoint-10", "checksum"]);
+    assert_eq!(values(&out, "loss").len(), 10);
+    resume(12, &out.join("checkpoint-6")).failed(1, &["its last checkpoint", "checkpoint-8"]);
+    resume(12, &out.join("checkpoint-8")).succeeded();
+    assert_eq!(values(&out, "loss").len(), 12);
     let other = place.checkpoint();
-    resume(10, &other).failed(1, &["--from"]);
-    assert_eq!(values(&out, "loss").len(), 8);
+    resume(14, &other).failed(1, &["--from"]);
+    assert_eq!(values(&out, "loss").len(), 12);
+}
+
+/// As argparse does it: scripts add flags behind those that they were given.
+#[test]
+fn the_last_of_a_flag_given_twice_counts() {
+    let place = Place::new();
+    let model = model(&place);
+    let train = |name: &str, line: &str| {
+        let out = place.path(name);
+        run(&format!("pretrain --data synthetic:20 --output_dir {{}} --model {{}} --steps 2 {line}"), &[&out, &model])
+            .succeeded();
+        (values(&out, "loss"), recipe(&out))
+    };
+    let once = train("once", "--batch_size 4 --blr 0.02 --norm_pix_loss --device cpu --seed 5");
+    let twice = train(
+        "twice",
+        "--batch_size 8 --blr 1 --norm_pix_loss --device cuda --seed 1 --batch-size 4 --blr 0.02 --norm-pix-loss --device cpu \
+         --seed 5 --output_dir {}"
+            .replace("{}", place.path("twice").to_str().unwrap())
+            .as_str(),
+    );
+    assert_eq!(twice, once);
+}
+
+/// `--lr` wins over `--blr`, and no workers are the fewest that there are.
+#[test]
+fn flags_that_the_original_takes_together_are_taken() {
+    let place = Place::new();
+    let model = model(&place);
+    let train = |name: &str, line: &str| {
+        let out = place.path(name);
+        let line = format!("pretrain --data synthetic:20 --out {{}} --model {{}} --batch-size 4 --steps 2 {line}");
+        run(&line, &[&out, &model]).succeeded();
+        (values(&out, "loss"), recipe(&out))
+    };
+    let alone = train("alone", "--lr 0.002");
+    assert!(alone.1.contains("\"peak\": 0.002"), "{}", alone.1);
+    assert_eq!(train("both", "--lr 0.002 --blr 0.5"), alone);
+    assert_eq!(train("workers", "--lr 0.002 --num_workers 0"), alone);
 }

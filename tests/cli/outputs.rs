@@ -245,6 +245,16 @@ fn a_run_does_not_write_among_its_pictures() {
         run(&format!("pretrain --data {{}} --out {{}} {TRAIN}"), &[&pictures, &out, &model])
             .failed(1, &["lies in the folder of pictures"]);
     }
+    for (flag, data, log_dir) in [
+        ("--data", pictures.clone(), pictures.join("logs")),
+        ("--data synthetic:4 --val", pictures.clone(), pictures.clone()),
+        ("--data", pictures.clone(), place.path("pictures/../pictures/deep/logs")),
+    ] {
+        let line = format!("pretrain {flag} {{}} --log-dir {{}} --out {{}} {TRAIN}");
+        run(&line, &[&data, &log_dir, &place.path("logged"), &model])
+            .failed(1, &["TensorBoard's events", "lies in the folder of pictures"]);
+        assert!(!place.path("logged").exists());
+    }
     assert_eq!(files(&pictures), before);
     run(&format!("pretrain --data {{}} --out {{}} {TRAIN}"), &[&pictures, &place.path("pictures2"), &model])
         .succeeded();

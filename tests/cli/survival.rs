@@ -250,7 +250,13 @@ fn a_full_log_does_not_end_a_run() {
     assert_eq!(logless.status.code(), Some(0));
     assert!(out.join("checkpoint-2").join("model.safetensors").is_file());
 
-    // A result that cannot be printed is a failure, and no panic.
+    // A result that cannot be printed is a failure, and no panic; of a run, what matters is where its checkpoint is.
+    let again = place.path("again");
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vitmae"));
+    command.args(["pretrain", "--data", "synthetic:8", "--batch-size", "4", "--steps", "2", "--threads", "1"]);
+    command.arg("--model").arg(&model).arg("--out").arg(&again);
+    let silent: crate::Ran = command.stdout(full()).stderr(std::process::Stdio::piped()).output().unwrap().into();
+    silent.failed(1, &["standard output", "No space left", "the run is done", "again/checkpoint-2"]);
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vitmae"));
     command.arg("embed").arg("--from").arg(out.join("checkpoint-2"));
     command.args(["--data", "synthetic:3", "--out"]).arg(place.path("features.npy"));

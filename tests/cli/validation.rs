@@ -35,7 +35,9 @@ fn a_validation_set_is_looked_at_before_anything_is_trained() {
     fs::write(others.join("00.png"), "no picture").unwrap();
     let line = "pretrain --data synthetic:20 --val {} --out {} --model {} --batch-size 4 --steps 2";
     let ran = run(line, &[&others, &place.path("good"), &model(&place)]).succeeded();
-    assert!(ran.err.contains("00.png"), "{}", ran.err);
+    // It is met at the start and at both checkpoints, and named once.
+    assert_eq!(ran.err.matches("00.png").count(), 1, "{}", ran.err);
+    assert_eq!(values(&place.path("good"), "validation_loss").len(), 2);
     for index in 1..12 {
         fs::write(others.join(format!("{index:02}.png")), "no picture").unwrap();
     }
@@ -118,4 +120,49 @@ fn a_validation_loss_of_fewer_pictures_is_said_to_be_one() {
     assert_eq!(values(&out, "validation_loss").len(), 20);
     assert_eq!(ran.err.matches("now of 19 pictures, and was of 20").count(), 1, "{}", ran.err);
     assert!(!ran.err.contains("validation losses were left out"), "{}", ran.err);
+}
+
+/// The losses of two sets do not compare: another set at the same place is refused, the same one at another is not.
+#[test]
+fn a_run_keeps_its_validation_set() {
+    let place = Place::new();
+    let (model, others, out) = (model(&place), others(&place, 9), place.path("run"));
+    let line = "pretrain --data synthetic:20 --val {} --out {} --model {} --batch-size 4 --threads 1 --keep 1 --steps";
+    run(&format!("{line} 4"), &[&others, &out, &model]).succeeded();
+    let resume = |steps: u32, val: &Path| run(&format!("{line} {steps} --resume"), &[val, &out, &model]);
+    let (recipe, again) = (out.join("recipe.json"), place.path("again"));
+    let repeat = || run("pretrain --recipe {} --out {}", &[&recipe, &again]);
+
+    let more = others.join("more.png");
+    fs::copy(others.join("00.png"), &more).unwrap();
+    resume(6, &others).failed(1, &["cannot resume", "val (fingerprint", "sizes"]);
+    repeat().failed(1, &["others (--val)", "not the pictures of the recipe", "sizes"]);
+    assert!(!again.exists());
+    fs::remove_file(&more).unwrap();
+
+    // Other spellings of the path, and another path.
+    let mut steps = 4;
+    let mut goes_on = |val: &Path| {
+        steps += 2;
+        resume(steps, val).succeeded();
+    };
+    goes_on(&others);
+    goes_on(&others.join("."));
+    goes_on(&others.join(""));
+    goes_on(&others.join("../others/"));
+    let moved = place.path("moved");
+    fs::rename(&others, &moved).unwrap();
+    goes_on(&moved);
+    repeat().succeeded();
+
+    // Checkpoints from before the fingerprint have the path alone.
+    let state = out.join("checkpoint-14/trainer_state.json");
+    let mut edited: serde_json::Value = serde_json::from_slice(&fs::read(&state).unwrap()).unwrap();
+    edited.as_object_mut().unwrap().remove("validation_fingerprint").expect("it was there");
+    fs::write(&state, edited.to_string()).unwrap();
+    fs::rename(&moved, &others).unwrap();
+    resume(16, &others).failed(1, &["cannot resume", "val was", "moved"]);
+    fs::rename(&others, &moved).unwrap();
+    fs::copy(moved.join("00.png"), moved.join("more.png")).unwrap();
+    resume(16, &moved).succeeded();
 }

@@ -136,6 +136,11 @@ fn what_cannot_be_unpacked_is_said() {
     for word in ["zstd.parquet", "image.bytes", "ZSTD", "SNAPPY or none", "compression=\"none\""] {
         assert!(error.contains(word), "{word}: {error}");
     }
+    let error = refused("label_zstd.parquet");
+    for word in ["column label with the classes", "ZSTD", "SNAPPY or none", "compression=\"snappy\""] {
+        assert!(error.contains(word), "{word}: {error}");
+    }
+    assert!(!error.contains("picture") && !error.contains("image"), "{error}");
 }
 
 #[test]

@@ -82,6 +82,8 @@ fn compressed_shards_say_what_to_do() {
         (b"\x28\xb5\x2f\xfd rest", "unzstd"),
         (b"BZh91AY&SY", "bunzip2"),
         (b"\xfd7zXZ\x00\x00\x04", "unxz"),
+        (b"\x04\x22\x4d\x18\x64\x40\xa7", "unlz4"),
+        (b"PK\x03\x04\x14\x00", "unzip"),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("b.tar");
@@ -94,12 +96,15 @@ fn compressed_shards_say_what_to_do() {
             "gunzip" => "b.tar.gz",
             "unzstd" => "b.tar.zst",
             "bunzip2" => "b.tar.bz2",
+            "unlz4" => "b.tar.lz4",
+            "unzip" => "b.zip",
             _ => "b.tar.xz",
         };
         fs::rename(&path, folder.path().join(name)).unwrap();
         assert_eq!(Source::parse(folder.path(), &options(8)).unwrap().len(), 1);
         fs::remove_file(folder.path().join("a.tar")).unwrap();
         refused(folder.path(), &[name, tool]);
+        refused(&folder.path().join(name), &[name, tool]);
     }
 }
 

@@ -140,19 +140,79 @@ fn a_validation_that_fails_in_one_process_is_left_out_by_all() {
     }
 }
 
+/// Whether a validation set is good enough does not depend on how many look at it: one bad file of 30 is, though it is one of the
+/// five of a process; four are not, though a process may have none of them.
+#[test]
+#[cfg(unix)]
+fn a_validation_set_is_judged_as_a_whole() {
+    let place = Place::new();
+    let pictures = place.path("val");
+    std::fs::create_dir(&pictures).unwrap();
+    let name = |index: u8| pictures.join(format!("{index:02}.png"));
+    for index in 0..30 {
+        image::RgbImage::from_fn(40, 40, |x, y| image::Rgb([x as u8 * 6, y as u8 * 6, index]))
+            .save(name(index))
+            .unwrap();
+    }
+    let val = pictures.to_str().unwrap();
+    let line = format!("--data synthetic:30 --batch-size 30 --micro-batch 30 --steps 1 --val {val}");
+    let ways = [Way::Alone, Way::Sockets(3), Way::Sockets(6)];
+    let away = |indices: &[u8]| {
+        for &index in indices {
+            std::fs::remove_file(name(index)).unwrap();
+            std::os::unix::fs::symlink("/no/such/file.png", name(index)).unwrap();
+        }
+    };
+    away(&[29]);
+    for (number, way) in ways.into_iter().enumerate() {
+        let ran = place.run(way, &format!("good {number}"), &line).succeeded();
+        assert!(ran.metrics()[0]["validation_loss"].is_number(), "{way:?}");
+    }
+    away(&[5, 11, 17]);
+    for way in ways {
+        let ran =
+            place.run(way, "gone", &line).failed(&["(--val): 4 of 30 files cannot be opened", "05.png", "17.png"]);
+        assert_eq!(ran.err.matches("error: ").count(), 1, "{way:?}: {}", ran.err);
+    }
+    for index in [5, 11, 17, 29] {
+        std::fs::remove_file(name(index)).unwrap();
+        std::fs::write(name(index), "no picture").unwrap();
+    }
+    for way in ways {
+        place.run(way, "bad", &line).failed(&["(--val): ", "4 of 30 ", "cannot be"]);
+    }
+    assert!(!place.path("gone").exists() && !place.path("bad").exists());
+}
+
+/// What differs is named by its flag, with both values in words.
 #[test]
 fn processes_with_different_settings_do_not_start() {
     let place = Place::new();
-    let settings = |rank| format!("{LINE} --steps 5{rank}");
-    let ran = place.start_each(Way::Sockets(2), "run", &settings).wait();
-    ran.failed(&[
-        "process 1 of 2: error",
-        "different settings",
-        "the schedule",
-        "process 0 of 2: error",
-        "process 1 of 2 has failed",
-    ]);
-    assert!(!place.path("run").join("metrics.jsonl").exists());
+    for (first, second, words) in [
+        ("--steps 50", "--steps 51", "the number of steps (--steps, --epochs) is 51 here and 50 on process 0"),
+        ("", "--clip-grad 2", "--clip-grad is 2 here and not given on process 0"),
+        ("--clip-grad 2", "--clip-grad 3", "--clip-grad is 3 here and 2 on process 0"),
+        ("--ema 0.5", "", "--ema is not given here and 0.5 on process 0"),
+        ("--weight-decay 0.5", "", "--weight-decay is 0.05 here and 0.5 on process 0"),
+        ("--shard-optimizer", "", "--shard-optimizer is not given here and given on process 0"),
+        ("--checkpoint-every 3", "", "--checkpoint-every is not given here and 3 on process 0"),
+        ("--val synthetic:9", "", "--val is not given here and a set with the fingerprint "),
+        ("", "--val synthetic:9", " here and not given on process 0"),
+    ] {
+        let settings = |rank| format!("--data synthetic:8 --batch-size 8 {}", [first, second][rank]);
+        let ran = place.start_each(Way::Sockets(2), "run", &settings).wait();
+        let ran = ran.failed(&[
+            "process 1 of 2: error",
+            "different settings",
+            words,
+            "process 0 of 2: error",
+            "process 1 of 2 has failed",
+        ]);
+        for debug in ["None", "Some(", " {"] {
+            assert!(!ran.err.contains(debug), "{}", ran.err);
+        }
+        assert!(!place.path("run").join("metrics.jsonl").exists());
+    }
 }
 
 #[test]

@@ -74,6 +74,9 @@ def main():
     write("two.parquet", pa.table({"left": plain, "right": plain, "label": pa.array([0, 1, None, 0, 1, 2])}))
     write("text.parquet", pa.table({"caption": text, "label": labels(numbers[:6])}))
     write("zstd.parquet", huggingface(pa.table({"image": structs(first), "label": labels(first)})), compression="zstd")
+    # Only the classes are compressed with it.
+    write("label_zstd.parquet", huggingface(pa.table({"image": structs(first), "label": labels(first)})),
+          compression={"image.bytes": "snappy", "image.path": "snappy", "label": "zstd"})
 
 
 if __name__ == "__main__":

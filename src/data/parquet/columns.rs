@@ -10,24 +10,30 @@ pub(super) const MOST_CLASSES: i64 = 1_000_000;
 const PICTURES: [&str; 8] = ["image", "img", "picture", "photo", "pixel_values", "jpg", "jpeg", "png"];
 const LABELS: [&str; 5] = ["label", "labels", "cls", "class", "fine_label"];
 
-/// Refuses columns whose compression is not read here: every one of their pictures would be bad.
+/// Refuses columns of pictures or classes whose compression is not read here: every one of their values would be bad.
 pub(super) fn check_compression(
     metadata: &ParquetMetaData,
-    columns: impl IntoIterator<Item = usize> + Clone,
+    pictures: usize,
+    classes: Option<usize>,
 ) -> std::result::Result<(), String> {
-    let mut chunks =
-        metadata.row_groups().iter().flat_map(|group| columns.clone().into_iter().map(|at| group.column(at)));
     let known = [CompressionCodec::UNCOMPRESSED, CompressionCodec::SNAPPY];
-    match chunks.find(|chunk| !known.contains(&chunk.compression_codec())) {
-        None => Ok(()),
-        Some(chunk) => Err(format!(
-            "the column {} is compressed with {:?}, and only SNAPPY or none is read; write the file once more without, which \
-             hardly makes pictures larger: in Python, pyarrow.parquet.write_table(pyarrow.parquet.read_table(OLD), NEW, \
-             compression=\"none\")",
-            chunk.column_path().string(),
-            chunk.compression_codec()
-        )),
+    let columns = [
+        Some((pictures, "with the pictures", "without, which hardly makes them larger", "none")),
+        classes.map(|at| (at, "with the classes", "with Snappy", "snappy")),
+    ];
+    for (at, what, otherwise, codec) in columns.into_iter().flatten() {
+        let mut chunks = metadata.row_groups().iter().map(|group| group.column(at));
+        if let Some(chunk) = chunks.find(|chunk| !known.contains(&chunk.compression_codec())) {
+            return Err(format!(
+                "the column {} {what} is compressed with {:?}, and only SNAPPY or none is read; write the file once more \
+                 {otherwise}: in Python, pyarrow.parquet.write_table(pyarrow.parquet.read_table(OLD), NEW, \
+                 compression=\"{codec}\")",
+                chunk.column_path().string(),
+                chunk.compression_codec()
+            ));
+        }
     }
+    Ok(())
 }
 
 /// The columns as a person would list them.

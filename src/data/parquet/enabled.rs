@@ -88,7 +88,7 @@ pub(crate) fn open(request: &Request, options: &SourceOptions) -> Result<Arc<dyn
         let schema = metadata.file_metadata().schema_descr();
         let column = picture_column(schema, request.picture.as_deref()).map_err(inside)?;
         let label = label_column(schema, request.label.as_deref()).map_err(inside)?;
-        check_compression(&metadata, [Some(column), label].into_iter().flatten()).map_err(inside)?;
+        check_compression(&metadata, column, label).map_err(inside)?;
         let first = count;
         let before = groups.len();
         for (number, group) in metadata.row_groups().iter().enumerate() {
