@@ -53,8 +53,8 @@ if [ -n "$check" ]; then
 else
     echo "tests" >&2
     programs test "${tests[@]}" --no-run | grep "^test " | take
-    # Optimised, without the link-time optimisation that costs minutes and gives our kernels nothing.
-    export CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16
+    # Without optimisation across crates, which costs minutes. Within a crate it stays ("off" would halve the loader's speed).
+    export CARGO_PROFILE_RELEASE_LTO=false CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16
     echo "benches" >&2
     programs bench --bench ops --no-run | grep "^bench " | take
     echo "programs" >&2
