@@ -207,8 +207,7 @@ impl Device {
             #[cfg(feature = "cuda")]
             Self::CudaBf16(cuda) => {
                 let crate::cuda::DeviceId::Gpu(ordinal) = cuda.stream().device() else { return None };
-                let name = crate::cuda::devices().ok()?.into_iter().find(|device| device.ordinal == ordinal)?.name;
-                peak_of(&name)
+                peak_of(&name_of(ordinal)?)
             }
             _ => None,
         }
@@ -236,11 +235,14 @@ impl fmt::Display for Device {
         };
         #[cfg(feature = "cuda")]
         match device {
-            Some(crate::cuda::DeviceId::Gpu(ordinal)) => return write!(f, "cuda:{ordinal}, {}", self.precision()),
+            Some(crate::cuda::DeviceId::Gpu(ordinal)) => {
+                let name = name_of(ordinal).unwrap_or_else(|| "a GPU".to_owned());
+                return write!(f, "cuda:{ordinal} ({name}), {}", self.precision());
+            }
             Some(crate::cuda::DeviceId::Emulator(_)) => return write!(f, "the emulator, {}", self.precision()),
             None => {}
         }
-        write!(f, "the CPU, {}", self.precision())
+        write!(f, "the CPU ({}), {}", crate::cpu::Instructions::used(), self.precision())
     }
 }
 
@@ -297,6 +299,12 @@ const PEAK_TFLOPS: [(&str, f64); 9] = [
     ("L40S", 362.0),
     ("RTX 4090", 165.2),
 ];
+
+/// What the driver calls a GPU.
+#[cfg(feature = "cuda")]
+fn name_of(ordinal: usize) -> Option<String> {
+    Some(crate::cuda::devices().ok()?.into_iter().find(|device| device.ordinal == ordinal)?.name)
+}
 
 #[cfg(feature = "cuda")]
 fn peak_of(name: &str) -> Option<f64> {

@@ -174,10 +174,11 @@ def about_a_gpu(program, names):
     return [name for name in names if not re.search(NOT_ABOUT_A_GPU[program], name)]
 
 
-def run_test(program, name, device, timeout, wrapper=(), exact=True):
-    """A test, or all tests of a module, in a process of its own: after a fault on a GPU nothing else of a process counts."""
-    env = {"VITMAE_TEST_DEVICE": device} if device else {}
-    arguments = [*wrapper, BIN / program, name, *(["--exact"] if exact else []), "--nocapture", "--test-threads=1"]
+def run_test(program, name, device, timeout, wrapper=(), exact=True, more=None):
+    """A test, or the short tests of a module, in a process of its own: after a fault on a GPU nothing else of a process counts."""
+    env = {**({"VITMAE_TEST_DEVICE": device} if device else {}), **(more or {})}
+    which = ["--exact"] if exact else ["--skip", "long"]
+    arguments = [*wrapper, BIN / program, name, *which, "--nocapture", "--test-threads=1"]
     result = ours(arguments, timeout, env)
     if result["status"] == "ok" and exact and "skipped:" in result["output"]:
         result["status"] = "skipped"
@@ -196,8 +197,9 @@ def correctness(options, clock):
     device = None if options.dry else "cuda"
     jobs = tests("test-kernels", options.only) + tests("test-emulated_model", options.only)
     results = in_parallel(jobs, lambda job, timeout: run_test(*job, device, timeout), clock, 150)
-    return {"tests": results, "goldens": goldens(options, clock), "training": training(options, clock),
-            "own_stream": own_stream(options, clock)}
+    return {"tests": results + [compiled_now(options, clock)], "goldens": goldens(options, clock),
+            "training": training(options, clock), "own_stream": own_stream(options, clock),
+            "automatic": automatic(options, clock)}
 
 
 def goldens(options, clock):
@@ -269,6 +271,29 @@ def training(options, clock):
             "same_twice": same, "same_through_nccl": through_nccl, "first": losses[0][0], "last": losses[0][-1], "output": ""}
 
 
+def compiled_now(options, clock):
+    """A test whose kernels are compiled on the machine, by its NVRTC, instead of taken from the program."""
+    if options.dry:
+        return {"name": "kernels compiled now", "status": "skipped", "seconds": 0.0, "output": "needs a GPU"}
+    ran = run_test("test-kernels", "masking::masking_is_what_the_cpu_does", "cuda", clock.left(120),
+                   more={"VITMAE_EMBEDDED_KERNELS": "0"})
+    return {**ran, "name": "kernels compiled now"}
+
+
+def automatic(options, clock):
+    """What a user meets first: `info`, and a run whose device nobody names. On a GPU whose peak is known it tells its MFU."""
+    info = ours([BIN / "vitmae", "info"], clock.left(60))
+    with tempfile.TemporaryDirectory() as work:
+        out = pathlib.Path(work) / "run"
+        run = ours([BIN / "vitmae", "pretrain", "--data", "synthetic:64", "--model", "tiny", "--image-size", "64", "--batch-size", "16",
+                    "--steps", "3", "--out", out], clock.left(120))
+        metrics = out / "metrics.jsonl"
+        last = json.loads(metrics.read_text().splitlines()[-1]) if metrics.exists() else {}
+    good = info["status"] == run["status"] == "ok" and (options.dry or "running on cuda:" in run["output"])
+    return {"name": "automatic", "status": "ok" if good else "failed", "seconds": run["seconds"], "info": tail(info["output"], 8),
+            "mfu": last.get("mfu"), "output": "" if good else tail(run["output"])}
+
+
 def own_stream(options, clock):
     """The example that calls kernels on its own cudarc stream and compares with the CPU."""
     result = ours([BIN / "own_stream"], clock.left(60))
@@ -278,9 +303,11 @@ def own_stream(options, clock):
 
 
 def sanitizer(options, clock):
-    """Each module of tests under each tool; starting a tool takes long, so not each test."""
+    """Each module of tests under each tool, without the long ones; starting a tool takes long, so not each test."""
     found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    modules = sorted({name.split("::")[0] + "::" for _, name in tests("test-kernels", options.only) if "::" in name})
+    names = sorted(name for _, name in tests("test-kernels", options.only) if "::" in name)
+    # Those that --only names, one by one; without it modules.
+    modules = names if options.only else sorted({name.split("::")[0] + "::" for name in names})
     # Tool by tool, so that what there is no time for is the rarest kind of fault.
     jobs = [(tool, name) for tool in TOOLS for name in modules]
 
@@ -288,7 +315,8 @@ def sanitizer(options, clock):
         tool, name = job
         # Guard zones and poison would hide what the tools look for.
         wrapper = [] if options.dry else [found, "--tool", tool, "--error-exitcode", "97", "--print-limit", "5"]
-        return {"tool": tool, **run_test("test-kernels", name, None if options.dry else "cuda-plain", timeout, wrapper, exact=False)}
+        device = None if options.dry else "cuda-plain"
+        return {"tool": tool, **run_test("test-kernels", name, device, timeout, wrapper, exact=bool(options.only))}
 
     return {"tests": in_parallel(jobs, check, clock, 400)}
 

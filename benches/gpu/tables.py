@@ -25,7 +25,7 @@ def counted(results):
 def checks(result):
     if result["part"] == "correctness":
         return [("kernel tests", result["tests"]), ("goldens", result["goldens"]), ("training run", [result["training"]]),
-                ("kernels on a caller's stream", [result["own_stream"]])]
+                ("kernels on a caller's stream", [result["own_stream"]]), ("a device that nobody names", [result["automatic"]])]
     tools = {}
     for test in result["tests"]:
         tools.setdefault(test["tool"], []).append(test)

@@ -76,7 +76,7 @@ class Tables(unittest.TestCase):
         training = {"name": "pretrain", "status": "ok", "output": ""}
         result = {"part": "correctness", "dry": False, "environment": ENVIRONMENT, "seconds": 1.0,
                   "tests": [test("ok"), test("skipped")], "goldens": [], "training": training,
-                  "own_stream": training}
+                  "own_stream": training, "automatic": training}
         # No goldens at all is a failure, not a success.
         self.assertFalse(tables.summary(result)[1])
         golden = {"name": "plain", "precision": "f32", "status": "ok", "worst_output": ["loss", 1e-6], "worst_gradient": ["", 0.0]}
@@ -112,7 +112,7 @@ class Choosing(unittest.TestCase):
         ok = {"name": "pretrain", "status": "ok", "output": ""}
         golden = lambda precision, status: {"name": "plain", "precision": precision, "status": status, "output": "of its heads"}
         result = {"part": "correctness", "dry": False, "environment": ENVIRONMENT, "seconds": 1.0, "tests": [ok],
-                  "goldens": [golden("f32", "ok"), golden("bf16", "skipped")], "training": ok, "own_stream": ok}
+                  "goldens": [golden("f32", "ok"), golden("bf16", "skipped")], "training": ok, "own_stream": ok, "automatic": ok}
         self.assertTrue(tables.summary(result)[1])
         self.assertIn("- goldens: plain in bf16: skipped, because of its heads", "\n".join(tables.check_tables(result)))
 

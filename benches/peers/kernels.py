@@ -196,6 +196,14 @@ def linear(timer):
                                           compiled_linear_gelu)
             for peer, function in [("eager", gelu), ("compiled", compiled_gelu)]:
                 if function is not None:
+                    # As ours: the gradient of the layer behind, times the slope of GELU at what it was given.
+                    def for_backward():
+                        pre = timer.random(rows, 4 * d, grad=True)
+                        return function(pre), pre, timer.random(rows, d), timer.random(d, 4 * d)
+
+                    timer.measure(f"linear/activation_backward_input/{model}_{part}_mlp_out", peer,
+                                  2 * (rows * d + 2 * rows * 4 * d + 4 * d * d), for_backward,
+                                  lambda out, pre, dy, weight: torch.autograd.grad(out, pre, dy @ weight, retain_graph=True))
                     with torch.no_grad():
                         timer.measure(f"linear/gelu_forward/{model}_{part}_mlp", peer, 4 * rows * 4 * d,
                                       lambda: (timer.random(rows, 4 * d),), function)

@@ -13,7 +13,8 @@ with f32 weights (`--precision bf16`), and through `torch.compile` (`--compile`)
 
 With `--mae PATH` the model comes from a checkout of the original implementation, which you supply (its licence is not
 ours, so none of it is in this repository); it was written for timm 0.3.2 and NumPy < 1.24, and `original_model` bridges
-what has changed since. Without it, `TimmMae` below is measured: the same architecture out of timm's blocks. The line
+what has changed since. Without it, `TimmMae` below is measured: the same architecture out of timm's blocks, or where timm is
+missing out of blocks of PyTorch's own layers. The line
 printed says which (`implementation`). Data loading is no part of either figure: the batch is in memory.
 
     pip install -r requirements.txt
@@ -31,10 +32,15 @@ import sys
 import time
 
 import numpy as np
-import timm
-import timm.models.vision_transformer as vision_transformer
 import torch
 from torch import nn
+
+try:
+    import timm
+    import timm.models.vision_transformer as vision_transformer
+except ImportError:
+    # A machine that has PyTorch alone.
+    timm, vision_transformer = None, None
 
 IMAGE_SIZE = 224
 MEAN = (0.485, 0.456, 0.406)
@@ -62,6 +68,36 @@ def sincos_table(width, side):
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float().unsqueeze(0)
 
 
+class PlainPatchEmbed(nn.Module):
+    """timm's `PatchEmbed`, where timm is missing."""
+
+    def __init__(self, image_size, patch, channels, width):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class PlainBlock(nn.Module):
+    """timm's `Block`, where timm is missing: the same layers and PyTorch's fused attention."""
+
+    def __init__(self, width, heads, mlp_ratio, qkv_bias, norm_layer):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = norm_layer(width), norm_layer(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=qkv_bias), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, int(mlp_ratio * width)), nn.Linear(int(mlp_ratio * width), width)
+
+    def forward(self, x):
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        x = x + self.proj(attended)
+        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
+
+
 class TimmMae(nn.Module):
     """The masked autoencoder of arXiv 2111.06377 out of timm's patch embedding and transformer blocks."""
 
@@ -70,10 +106,11 @@ class TimmMae(nn.Module):
         norm = functools.partial(nn.LayerNorm, eps=1e-6)
         side = IMAGE_SIZE // patch
         self.patch = patch
-        self.patch_embed = vision_transformer.PatchEmbed(IMAGE_SIZE, patch, 3, width)
+        embed = vision_transformer.PatchEmbed if timm else PlainPatchEmbed
+        self.patch_embed = embed(IMAGE_SIZE, patch, 3, width)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.pos_embed = nn.Parameter(sincos_table(width, side), requires_grad=False)
-        block = functools.partial(vision_transformer.Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)
+        block = functools.partial(vision_transformer.Block if timm else PlainBlock, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)
         self.blocks = nn.ModuleList(block(width, heads) for _ in range(depth))
         self.norm = norm(width)
         self.decoder_embed = nn.Linear(width, decoder_width)
@@ -235,11 +272,13 @@ def main():
     shape = MODELS[arguments.model]
     device, low = arguments.device, arguments.precision == "bf16"
     imported_rss_mb = peak_rss_mb()
+    if arguments.mae and not timm:
+        parser.error("--mae needs timm: the original takes its blocks from there")
     model = original_model(arguments.mae, shape) if arguments.mae else TimmMae(**shape)
     model.to(device)
     images = random_batch(arguments.batch, seed=0).to(device)
     result = {
-        "implementation": "original with timm's blocks" if arguments.mae else "clean-room with timm's blocks",
+        "implementation": "original with timm's blocks" if arguments.mae else f"clean-room with {'timm' if timm else 'PyTorch'}'s blocks",
         "model": arguments.model,
         "image_size": IMAGE_SIZE,
         "batch": arguments.batch,
@@ -248,7 +287,7 @@ def main():
         "compiled": arguments.compile,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "timm": timm.__version__,
+        "timm": timm.__version__ if timm else None,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "imported_rss_mb": imported_rss_mb,
     }

@@ -362,3 +362,9 @@ pub(crate) fn luma(red: u8, green: u8, blue: u8) -> u8 {
 fn rounded(samples: &[u16]) -> Vec<u8> {
     samples.iter().map(|sample| ((u32::from(*sample) + 128) / 257) as u8).collect()
 }
+
+/// What unpacks JPEG files in this build; pixels may differ by a few levels from one to the other.
+#[must_use]
+pub fn jpeg_decoder() -> &'static str {
+    if cfg!(feature = "turbojpeg") { "libjpeg-turbo" } else { "zune-jpeg" }
+}

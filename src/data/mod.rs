@@ -41,7 +41,7 @@ pub(crate) fn zeros(pixels: &mut Vec<u8>, length: usize) -> Result<()> {
 
 pub(crate) use health::too_many;
 
-pub use decode::{Decoder, Image, MAX_PIXELS};
+pub use decode::{Decoder, Image, MAX_PIXELS, jpeg_decoder};
 pub use loader::{Batch, Loader, LoaderOptions, Position, Shard};
 pub use processor::ImageProcessor;
 pub use source::{PICTURE_EXTENSIONS, Pictures, Source, SourceOptions};

@@ -40,6 +40,8 @@ const RUNNING: u8 = 0;
 const FAILED: u8 = 1;
 /// An exchange has failed: nothing more can be agreed on.
 const BROKEN: u8 = 2;
+/// One has failed, and all have come to the end of what they do together.
+const ENDED: u8 = 3;
 
 /// The processes of a run, as one of them sees them. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -212,11 +214,10 @@ impl Processes {
     pub fn finish<T, E: From<Error>>(&self, result: std::result::Result<T, E>) -> std::result::Result<T, E> {
         let result = self.agree(result);
         // Those that save what there is are waited for; whoever is gone cannot be.
-        let mut saving = [1.0];
-        while self.state() == FAILED && saving[0] > 0.0 {
-            saving[0] = 0.0;
-            if self.sum_f64(&mut saving).is_err() {
-                break;
+        while self.state() == FAILED {
+            let mut still_to_come = [0.0, 0.0];
+            if self.sum_f64(&mut still_to_come).is_ok() && still_to_come[0] == 0.0 {
+                self.shared.state.store(ENDED, Ordering::Relaxed);
             }
         }
         result
@@ -225,8 +226,9 @@ impl Processes {
     /// Behind a failure that all know of, and in front of [`Processes::finish`]: whether all processes are here and can save
     /// together what there is. Collective with [`Processes::finish`].
     pub(crate) fn all_save(&self, can: bool) -> bool {
-        let mut saving = [f64::from(u8::from(can))];
-        self.state() == FAILED && self.sum_f64(&mut saving).is_ok() && saving[0] == self.size() as f64
+        // This one comes to `finish` later, and can save or not.
+        let mut saving = [1.0, f64::from(u8::from(can))];
+        self.state() == FAILED && self.sum_f64(&mut saving).is_ok() && saving[1] == self.size() as f64
     }
 
     /// The bytes of process 0, however many. Collective.

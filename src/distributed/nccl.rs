@@ -45,7 +45,6 @@ struct Library {
     group_start: unsafe extern "C" fn() -> u32,
     group_end: unsafe extern "C" fn() -> u32,
     comm_get_async_error: unsafe extern "C" fn(ncclComm_t, *mut u32) -> u32,
-    comm_destroy: unsafe extern "C" fn(ncclComm_t) -> u32,
     comm_abort: unsafe extern "C" fn(ncclComm_t) -> u32,
     get_error_string: unsafe extern "C" fn(u32) -> *const c_char,
 }
@@ -103,7 +102,6 @@ impl Library {
                 group_start: function(&library, "ncclGroupStart")?,
                 group_end: function(&library, "ncclGroupEnd")?,
                 comm_get_async_error: function(&library, "ncclCommGetAsyncError")?,
-                comm_destroy: function(&library, "ncclCommDestroy")?,
                 comm_abort: function(&library, "ncclCommAbort")?,
                 get_error_string: function(&library, "ncclGetErrorString")?,
             }
@@ -134,7 +132,6 @@ impl Library {
 pub(crate) struct Nccl {
     library: &'static Library,
     communicator: ncclComm_t,
-    failed: AtomicBool,
     /// The communicator is gone.
     aborted: AtomicBool,
     context: Arc<CudaContext>,
@@ -191,11 +188,11 @@ impl Nccl {
             library,
             // SAFETY: the call succeeded, so it wrote it.
             communicator: unsafe { communicator.assume_init() },
-            failed: AtomicBool::new(false),
             aborted: AtomicBool::new(false),
             context: Arc::clone(context),
         });
-        let joined = agree(processes, made)?;
+        // An error is told at once: the others are still waiting for this GPU, and cannot be asked.
+        let joined = agree(processes, Ok(made?))?;
         if rank == 0 {
             tracing::info!("{size} GPUs exchange gradients through NCCL {}", library.version);
         }
@@ -220,7 +217,7 @@ impl Nccl {
         // SAFETY: the caller's promise; NCCL allows sums in place.
         let status =
             unsafe { (self.library.all_reduce)(numbers, numbers, length, kind, sum, self.communicator, stream.cast()) };
-        self.checked("ncclAllReduce", status)
+        self.library.check("ncclAllReduce", status)
     }
 
     /// Gives the exchange of f32 numbers to a stream: process `r` has those from `r * part` on, `part` of them or as many as there
@@ -239,7 +236,7 @@ impl Nccl {
         self.usable()?;
         // NCCL's own all-gather wants parts of one length.
         // SAFETY: no argument.
-        self.checked("ncclGroupStart", unsafe { (self.library.group_start)() })?;
+        self.library.check("ncclGroupStart", unsafe { (self.library.group_start)() })?;
         let mut result = Ok(());
         for (root, start) in (0..length).step_by(part.max(1)).enumerate() {
             let numbers = (address + (start * size_of::<f32>()) as u64) as *mut c_void;
@@ -248,10 +245,10 @@ impl Nccl {
             let status = unsafe {
                 (self.library.broadcast)(numbers, numbers, count, kind, root as c_int, self.communicator, stream.cast())
             };
-            result = result.and(self.checked("ncclBroadcast", status));
+            result = result.and(self.library.check("ncclBroadcast", status));
         }
         // SAFETY: no argument; it ends the group that was started above, whatever became of it.
-        result.and(self.checked("ncclGroupEnd", unsafe { (self.library.group_end)() }))
+        result.and(self.library.check("ncclGroupEnd", unsafe { (self.library.group_end)() }))
     }
 
     /// An error that NCCL came upon since, such as a connection that is gone.
@@ -283,15 +280,6 @@ impl Nccl {
             false => Ok(()),
         }
     }
-
-    /// The result of a call behind which nothing more can be exchanged where it failed.
-    fn checked(&self, call: &'static str, status: u32) -> std::result::Result<(), CudaError> {
-        let result = self.library.check(call, status);
-        if result.is_err() {
-            self.failed.store(true, Ordering::Relaxed);
-        }
-        result
-    }
 }
 
 impl Drop for Nccl {
@@ -299,12 +287,8 @@ impl Drop for Nccl {
         if self.aborted.load(Ordering::Relaxed) || self.context.bind_to_thread().is_err() {
             return;
         }
-        // Aborting does not wait for the others, which destroying may.
-        if self.failed.load(Ordering::Relaxed) || std::thread::panicking() {
-            return self.abort();
-        }
-        // SAFETY: made by `connect` and given back once.
-        let _ = unsafe { (self.library.comm_destroy)(self.communicator) };
+        // Destroying may wait for the others, who need not be about to do the same; aborting does not.
+        self.abort();
     }
 }
 

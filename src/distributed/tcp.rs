@@ -190,16 +190,16 @@ fn told(rank: u64) -> Error {
     Error::Distributed(format!("process {rank} is gone, says process 0"))
 }
 
-/// Asks the system to notice that the machine at the other end is gone, which nothing else would tell: within a minute.
+/// Asks the system to notice that the machine at the other end is gone, which nothing else would tell: within three minutes.
 fn keep_alive(stream: &TcpStream) -> Result<()> {
     let socket = SockRef::from(stream);
     let asking = TcpKeepalive::new().with_time(Duration::from_secs(20)).with_interval(Duration::from_secs(5));
     #[cfg(target_os = "linux")]
     let asking = asking.with_retries(4);
     let asked = socket.set_tcp_keepalive(&asking);
-    // What was sent and is not acknowledged counts too.
+    // What was sent and is not acknowledged counts too, or not read: a process may stand still for a while.
     #[cfg(target_os = "linux")]
-    let asked = asked.and_then(|()| socket.set_tcp_user_timeout(Some(Duration::from_secs(40))));
+    let asked = asked.and_then(|()| socket.set_tcp_user_timeout(Some(Duration::from_secs(180))));
     asked.map_err(|error| Error::Distributed(format!("a connection between processes cannot be watched: {error}")))
 }
 

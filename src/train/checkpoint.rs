@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::config::MaeConfig;
-use crate::data::ImageProcessor;
+use crate::data::{ImageProcessor, jpeg_decoder};
 use crate::ops::Backend;
 use crate::train::Trainer;
 use crate::train::moments::Moments;
@@ -59,6 +59,11 @@ pub(crate) struct TrainerState {
     pub validation_loss: Option<f64>,
     /// The checkpoint that the run started from.
     pub from: Option<String>,
+    /// What the run was on, and what unpacked JPEG files, as far as it is known.
+    #[serde(default)]
+    device: Option<String>,
+    #[serde(default)]
+    jpeg_decoder: Option<String>,
 }
 
 /// What tells whether a run sees the sets that it saw before.
@@ -93,12 +98,23 @@ impl TrainerState {
             checksums: BTreeMap::new(),
             validation_loss: None,
             from,
+            device: Some(settings.device.clone()).filter(|device| !device.is_empty()),
+            jpeg_decoder: Some(jpeg_decoder().to_owned()),
         }
     }
 
     /// Refuses to go on with settings under which the run would not be the same run.
     pub fn check(&self, fingerprints: &Fingerprints, settings: &PretrainSettings) -> Result<()> {
         let now = Self::new(self.step, settings, fingerprints.clone());
+        for (what, then, now) in
+            [("device", &self.device, &now.device), ("JPEG decoder", &self.jpeg_decoder, &now.jpeg_decoder)]
+        {
+            if let (Some(then), Some(now)) = (then, now)
+                && then != now
+            {
+                tracing::warn!("the run's {what} was {then} and is {now} now: it goes on, though not bit for bit");
+            }
+        }
         let shown = |number: Option<f64>| number.map_or("not given".to_owned(), |number| number.to_string());
         let text = |from: &Option<String>| from.clone().unwrap_or_else(|| "not given".to_owned());
         // One set may be at several paths, and another one at the same. Older checkpoints have the path alone.

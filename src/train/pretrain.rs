@@ -56,7 +56,12 @@ pub fn pretrain_together<B: Backend>(
     processes: &Processes,
     watch: &mut dyn FnMut(Event<'_>) -> bool,
 ) -> Result<PretrainReport> {
-    processes.finish(Run::start(backend, settings, processes, watch).and_then(|run| run.train(watch)))
+    let mut run = None;
+    let trained = Run::start(backend, settings, processes, watch).and_then(|started| run.insert(started).train(watch));
+    // The run lives until all know how it ended: its device may still be of use to the others.
+    let trained = processes.finish(trained);
+    drop(run);
+    trained
 }
 
 /// A run under way.
@@ -211,7 +216,14 @@ impl<'s, B: Backend> Run<'s, B> {
             }
         }
 
-        let resolved = Resolved { fingerprints: fingerprint.clone(), pictures, total_steps, steps_per_epoch, schedule };
+        let resolved = Resolved {
+            processes: processes.size(),
+            fingerprints: fingerprint.clone(),
+            pictures,
+            total_steps,
+            steps_per_epoch,
+            schedule,
+        };
         let recipe = Recipe::new(settings, resolved, done);
         let (mut files, mut history) = (None, Vec::new());
         if let Some(lock) = lock {
@@ -263,7 +275,7 @@ impl<'s, B: Backend> Run<'s, B> {
         })
     }
 
-    fn train(mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<PretrainReport> {
+    fn train(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<PretrainReport> {
         let total = self.schedule.total_steps;
         let pictures = self.settings.picture_every.unwrap_or(self.tenth());
         let checkpoints = self.checkpoint_every();

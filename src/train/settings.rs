@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::config::MaeConfig;
+use crate::data::jpeg_decoder;
 use crate::train::checkpoint::Fingerprints;
 use crate::train::{OptimizerSettings, Schedule, Sharding};
 use crate::{Error, Result};
@@ -126,6 +127,11 @@ pub(super) struct Recipe {
     recompute: bool,
     #[serde(default)]
     shard_optimizer: bool,
+    /// What unpacked JPEG files.
+    #[serde(default)]
+    jpeg_decoder: Option<String>,
+    #[serde(default)]
+    processes: Option<usize>,
     config: serde_json::Value,
 }
 
@@ -136,12 +142,13 @@ pub(super) struct Resolved {
     pub total_steps: u64,
     pub steps_per_epoch: f64,
     pub schedule: Schedule,
+    pub processes: usize,
 }
 
 impl Recipe {
     /// Of a run that has done `done` steps before.
     pub fn new(settings: &PretrainSettings, resolved: Resolved, done: u64) -> Self {
-        let Resolved { fingerprints, pictures, total_steps, steps_per_epoch, schedule } = resolved;
+        let Resolved { fingerprints, pictures, total_steps, steps_per_epoch, schedule, processes } = resolved;
         let OptimizerSettings { betas, epsilon, weight_decay, clip_norm } = settings.optimizer;
         let text = |text: &OsString| text.to_string_lossy().into_owned();
         Self {
@@ -176,6 +183,8 @@ impl Recipe {
             micro_batch: settings.micro_batch,
             recompute: settings.recompute,
             shard_optimizer: settings.sharding == Sharding::Optimizer,
+            jpeg_decoder: Some(jpeg_decoder().to_owned()),
+            processes: Some(processes),
             config: serde_json::from_str(&settings.config.to_json()).unwrap_or_default(),
         }
     }
@@ -201,6 +210,16 @@ impl PretrainSettings {
                 recipe.vitmae_version,
                 env!("CARGO_PKG_VERSION")
             );
+        }
+        if let Some(decoder) = recipe.jpeg_decoder.as_ref().filter(|decoder| *decoder != jpeg_decoder()) {
+            tracing::warn!(
+                "JPEG files of the recipe's run were unpacked by {decoder}, and are by {} in this build: pixels may differ by a few \
+                 levels, and the run with them",
+                jpeg_decoder()
+            );
+        }
+        if let Some(processes) = recipe.processes.filter(|&processes| processes > 1) {
+            tracing::info!("the recipe's run had {processes} processes: with another number sums have another order");
         }
         if let Some(step) = recipe.resumed_at {
             tracing::warn!(

@@ -32,7 +32,7 @@ const ALIGNMENT: usize = 64;
 pub(super) struct Exchange {
     pub processes: Processes,
     /// Whether anything is exchanged at all.
-    together: bool,
+    pub together: bool,
     /// The trained parameters whose moments are here.
     pub share: Range<usize>,
     /// How many parameters each process has moments of, where they are shared out.
@@ -130,6 +130,15 @@ impl Exchange {
         };
         // The others would wait for what is missing.
         run().inspect_err(|_| processes.break_off())
+    }
+
+    /// Of an error that this process alone may have behind exchanges that were started: the others would wait for the next.
+    pub fn ending<T>(&self, result: Result<T>) -> Result<T> {
+        result.inspect_err(|_| {
+            if self.together {
+                self.processes.break_off();
+            }
+        })
     }
 
     /// Starts the sums of some buckets.
@@ -233,7 +242,7 @@ impl<B: Backend> Trainer<B> {
     /// Whether this process has only a share of the moments, and needs the others to save them.
     #[must_use]
     pub fn shards_optimizer(&self) -> bool {
-        self.exchange.share.len() < self.model.parameters().layout().trained()
+        self.exchange.sharded.is_some() && self.exchange.processes.size() > 1
     }
 
     /// Gives all the weights of process 0, and their share of its moments and its counters where it has any. Collective.
@@ -261,9 +270,7 @@ impl<B: Backend> Trainer<B> {
         if processes.size() == 1 {
             return Ok(true);
         }
-        let checksum = self.checksum();
-        processes.ready()?;
-        let checksum = u64::from(checksum?);
+        let checksum = u64::from(processes.agree(self.checksum())?);
         let mut different = [f64::from(u8::from(processes.share_number(checksum)? != checksum))];
         processes.sum_f64(&mut different)?;
         let same = different == [0.0];

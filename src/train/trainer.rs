@@ -346,6 +346,11 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// Device errors; [`Error::Distributed`] where a process is gone.
     pub fn launch_update(&mut self, learning_rate: f64) -> Result<()> {
+        let launched = self.queue_update(learning_rate);
+        self.exchange.ending(launched)
+    }
+
+    fn queue_update(&mut self, learning_rate: f64) -> Result<()> {
         let _range = range(format_args!("update"));
         let OptimizerSettings { betas, epsilon, weight_decay, clip_norm } = self.settings;
         let (trained, matrices) = {
@@ -411,7 +416,7 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// [`Error::Training`] after ten steps in a row that were not finite; device errors.
     pub fn report(&mut self) -> Result<StepReport> {
-        self.last = self.state()?;
+        self.last = self.exchange.ending(self.state())?;
         let AdamWState { skipped_in_a_row, gradient_norm, loss, .. } = self.last;
         if skipped_in_a_row >= NON_FINITE_LIMIT {
             return Err(Error::Training(format!(

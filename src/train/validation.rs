@@ -28,6 +28,8 @@ pub(super) struct Validation {
     fingerprint: String,
     processor: ImageProcessor,
     batch_size: usize,
+    /// How many of them a process puts through the model at a time.
+    at_a_time: usize,
     workers: usize,
     seed: u64,
     shard: Shard,
@@ -53,8 +55,8 @@ impl Validation {
             fingerprint: source.fingerprint(),
             source,
             processor: processor.clone(),
-            // No more at a time than in training: they share its memory.
             batch_size: batch_size.min(micro_batch),
+            at_a_time: (batch_size / processes.size()).min(micro_batch).max(1),
             workers,
             seed,
             shard: Shard { rank: processes.rank(), world: processes.size() },
@@ -175,7 +177,8 @@ impl Validation {
 
     /// The sum over this process' pictures of their losses, and how many pictures these are.
     fn own_sum<B: Backend>(&mut self, trainer: &mut Trainer<B>) -> Result<(f64, usize)> {
-        let mut loader = self.loader(self.batch_size)?;
+        // No more at a time than in training, whose memory they share.
+        let mut loader = self.loader(self.at_a_time)?;
         let (mean, deviation) = self.processor.normalization();
         let ratio = trainer.model().config().mask_ratio;
         let (mut sum, mut pictures) = (0.0, 0);

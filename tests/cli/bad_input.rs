@@ -406,10 +406,17 @@ fn recipes_with_impossible_numbers_are_refused() {
         run("pretrain --recipe {} --out {}", &[&changed, &again]).failed(1, &[words]);
         assert!(!again.exists(), "{key}");
     }
-    let edited = recipe.replace("the CPU, f32", "cuda:7, bf16").replace("\"0.1.0\"", "\"9.9.9\"");
+    let edited = recipe
+        .replace("\"device\": \"the CPU", "\"device\": \"cuda:7 and not the CPU")
+        .replace("\"0.1.0\"", "\"9.9.9\"")
+        .replace("\"jpeg_decoder\": \"", "\"jpeg_decoder\": \"not ");
     fs::write(&changed, edited).unwrap();
     let ran = run("pretrain --recipe {} --out {}", &[&changed, &again]).succeeded();
-    assert!(ran.err.contains("cuda:7, bf16") && ran.err.contains("version 9.9.9"), "{}", ran.err);
+    assert!(
+        ran.err.contains("cuda:7 and not") && ran.err.contains("version 9.9.9") && ran.err.contains("unpacked by not "),
+        "{}",
+        ran.err
+    );
 }
 
 #[test]

@@ -92,6 +92,21 @@ fn what_fails_in_one_process_ends_all_and_saves_what_was_trained() {
     pictures_go("--shard-optimizer");
 }
 
+/// Process 0 alone fails where the others would still save what there is, which takes it: all end.
+#[test]
+fn a_checkpoint_that_cannot_be_written_ends_all_with_a_shared_optimizer() {
+    for way in [Some(Way::Sockets(3)), Way::mpi()].into_iter().flatten() {
+        let place = Place::new();
+        let line = "--data synthetic:48 --batch-size 12 --blr 0.02 --checkpoint-every 500 --steps 1000 --shard-optimizer";
+        let running = place.start(way, "run", line);
+        running.wait_for_steps(1);
+        std::fs::create_dir(place.path("run").join("checkpoint-500")).unwrap();
+        let ran = running.wait().failed(&["no checkpoint of a run", "no checkpoint had been written yet"]);
+        assert_eq!(ran.metrics().len(), 500, "{}", ran.err);
+        assert!(!ran.err.contains("do not do the same"), "{}", ran.err);
+    }
+}
+
 #[test]
 fn a_finished_run_with_a_shared_optimizer_is_resumed_and_ends() {
     let place = Place::new();
