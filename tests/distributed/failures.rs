@@ -97,7 +97,8 @@ fn what_fails_in_one_process_ends_all_and_saves_what_was_trained() {
 fn a_checkpoint_that_cannot_be_written_ends_all_with_a_shared_optimizer() {
     for way in [Some(Way::Sockets(3)), Way::mpi()].into_iter().flatten() {
         let place = Place::new();
-        let line = "--data synthetic:48 --batch-size 12 --blr 0.02 --checkpoint-every 500 --steps 1000 --shard-optimizer";
+        let line =
+            "--data synthetic:48 --batch-size 12 --blr 0.02 --checkpoint-every 500 --steps 1000 --shard-optimizer";
         let running = place.start(way, "run", line);
         running.wait_for_steps(1);
         std::fs::create_dir(place.path("run").join("checkpoint-500")).unwrap();
