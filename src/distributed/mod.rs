@@ -5,7 +5,7 @@
 //! | --- | --- | --- | --- |
 //! | one process | `single.rs` | | |
 //! | MPI (feature `mpi`) | `mpi.rs` | `mpirun`, `srun --mpi=pmix` | CPUs, and GPUs to meet and agree |
-//! | sockets | `tcp.rs` | torchrun or whatever sets `RANK`, `WORLD_SIZE`, `MASTER_ADDR` | the same |
+//! | sockets | `tcp.rs`, `meeting.rs` | torchrun or whatever sets `RANK`, `WORLD_SIZE`, `MASTER_ADDR` | the same |
 //! | NCCL (feature `cuda`) | `nccl.rs` | comes on top of either | gradients from GPU to GPU |
 //!
 //! [`Processes`] is what training works with. Its rule: an error of one process is an error of all. Behind whatever

@@ -154,8 +154,8 @@ impl Nccl {
     /// # Errors
     /// Those of NCCL, and of the processes' exchange.
     pub fn connect(context: &Arc<CudaContext>, processes: &dyn Communicator) -> Result<Option<Self>> {
-        let wanted = match std::env::var_os("VITMAE_NCCL") {
-            Some(value) => !value.is_empty() && value != "0",
+        let wanted = match std::env::var_os("VITMAE_NCCL").filter(|value| !value.is_empty()) {
+            Some(value) => value != "0",
             None => processes.size() > 1,
         };
         let library = if wanted { Some(Library::get()) } else { None };

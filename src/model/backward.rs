@@ -59,6 +59,7 @@ impl<B: Backend> MaeForPreTraining<B> {
         let _range = range(format_args!("backward"));
         let (decoder, encoder) = (self.config.decoder_num_hidden_layers, self.config.num_hidden_layers);
         for stage in stages {
+            let _range = range(format_args!("{} backward", if stage <= decoder { "decoder" } else { "encoder" }));
             match stage {
                 0 => self.backward_head(workspace, batch, gradients)?,
                 _ if stage <= decoder => self.backward_decoder(workspace, batch, gradients, decoder - stage)?,
