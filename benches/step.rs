@@ -55,7 +55,7 @@ fn subject() -> (MaeConfig, &'static str, usize, Vec<u8>) {
 
 fn images<'a>(config: &MaeConfig, batch: usize, pixels: &'a [u8]) -> Images<'a> {
     let image = config.image();
-    let values = ImageValues::Bytes { values: pixels, mean: &[0.485, 0.456, 0.406], deviation: &[0.229, 0.224, 0.225] };
+    let values = ImageValues::Bytes { values: pixels, mean: &[0.485, 0.456, 0.406], std: &[0.229, 0.224, 0.225] };
     Images { batch, channels: image.channels, height: image.height, width: image.width, values }
 }
 

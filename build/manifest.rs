@@ -1,4 +1,4 @@
-//! Reads the kernels, compiles them, and writes the manifest that `src/cuda/modules.rs` includes.
+//! Reads the kernels, compiles them, and writes the manifest that `src/cuda/embedded.rs` includes.
 
 use std::fmt::Write as _;
 use std::io::Write as _;

@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let config = MaeConfig::by_name(&model)?;
     let flops = config.flops(0.75)?.step as f64;
-    let mut random = vitmae::ops::philox::RandomStream::new(0, 0, 0, 255);
+    let mut random = vitmae::random::RandomStream::new(0, 0, 0, 255);
     let pixels: Vec<u8> = (0..batch * config.image().length()).map(|_| (random.next_u32() >> 24) as u8).collect();
     let group = if device == "cpu" { 1 } else { 5.min(steps) };
     let work = Work { mode: mode.clone(), config, batch, steps, micro_batch, group, pixels };
@@ -77,11 +77,8 @@ impl Work {
     fn measure<B: Backend>(&self, backend: B) -> vitmae::Result<Vec<f64>> {
         let Self { batch, micro_batch, .. } = *self;
         let image = self.config.image();
-        let values = ImageValues::Bytes {
-            values: &self.pixels,
-            mean: &[0.485, 0.456, 0.406],
-            deviation: &[0.229, 0.224, 0.225],
-        };
+        let values =
+            ImageValues::Bytes { values: &self.pixels, mean: &[0.485, 0.456, 0.406], std: &[0.229, 0.224, 0.225] };
         let images = Images { batch, channels: image.channels, height: image.height, width: image.width, values };
         let model = MaeForPreTraining::new(self.config.clone(), backend, 0)?;
         // Reading anything back waits for the work before.

@@ -25,12 +25,12 @@ use vitmae::cuda::masking::{MaskingOutput, masking_forward_noise};
 use vitmae::cuda::patchify::{BytePixels, PatchifyShape, patchify_visible_forward_bytes};
 use vitmae::cuda::tokens::tokens_unshuffle_forward;
 use vitmae::cuda::{Gpu, Slice, SliceMut, Stream};
-use vitmae::ops::philox::RandomStream;
 use vitmae::ops::{
     Activation, AdamW, AdamWSettings, AdamWState, Attention, AttentionShape, CrossEntropy, CrossEntropyShape, Element,
     ImageShape, LayerNorm, LayerNormShape, Linear, LinearShape, Loss, LossShape, Masking, MaskingShape, Memory,
     Patchify, Pixels, Tokens, TokensShape, Write,
 };
+use vitmae::random::RandomStream;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 type Host<T> = <Cpu<f32> as Memory>::Buffer<T>;
@@ -141,14 +141,14 @@ fn patchify(at: &Caller) -> Outcome<f32> {
     let (bytes, ids) = (pictures(), patches(3, VISIBLE));
     let length = BATCH * VISIBLE * IMAGE.patch_length();
     let (pixels, keep, mut rows) = (at.given(&bytes)?, at.given(&ids)?, at.room(length)?);
-    let (mean, deviation) = (at.given(&MEAN)?, at.given(&DEVIATION)?);
-    let input = BytePixels { pixels: at.read(&pixels), mean: at.read(&mean), deviation: at.read(&deviation) };
+    let (mean, std) = (at.given(&MEAN)?, at.given(&DEVIATION)?);
+    let input = BytePixels { pixels: at.read(&pixels), mean: at.read(&mean), std: at.read(&std) };
     let shape = PatchifyShape { image: IMAGE, batch: BATCH, keep: VISIBLE };
     patchify_visible_forward_bytes(&at.stream, &mut at.write(&mut rows), &input, &at.read(&keep), shape)?;
 
     let (values, keep, mut expected) = (at.host(&bytes)?, at.host(&ids)?, at.host_room(length)?);
-    let (mean, deviation) = (at.host(&MEAN)?, at.host(&DEVIATION)?);
-    let pixels = Pixels::Bytes { values: &values, mean: &mean, deviation: &deviation };
+    let (mean, std) = (at.host(&MEAN)?, at.host(&DEVIATION)?);
+    let pixels = Pixels::Bytes { values: &values, mean: &mean, std: &std };
     at.cpu.patchify_visible_forward(IMAGE, BATCH, VISIBLE, &mut expected, pixels, &keep)?;
     at.difference(&rows, &expected)
 }
@@ -269,7 +269,7 @@ fn loss(at: &Caller) -> Outcome<f32> {
     let (prediction, mask) = (numbers(14, BATCH * HIDDEN * IMAGE.patch_length()), vec![1.0; BATCH * PATCHES]);
     let (bytes_given, ids_given) = (at.given(&bytes)?, at.given(&ids)?);
     let (prediction_given, mask_given) = (at.given(&prediction)?, at.given(&mask)?);
-    let (mean, deviation) = (at.given(&MEAN)?, at.given(&DEVIATION)?);
+    let (mean, std) = (at.given(&MEAN)?, at.given(&DEVIATION)?);
     let (mut value, mut of_patch, mut gradient) = (at.room(1)?, at.room(BATCH * HIDDEN)?, at.room(prediction.len())?);
     {
         let mut output = LossOutput {
@@ -279,11 +279,11 @@ fn loss(at: &Caller) -> Outcome<f32> {
         };
         let input =
             LossInput { prediction: at.read(&prediction_given), ids: at.read(&ids_given), mask: at.read(&mask_given) };
-        let pixels = BytePixels { pixels: at.read(&bytes_given), mean: at.read(&mean), deviation: at.read(&deviation) };
+        let pixels = BytePixels { pixels: at.read(&bytes_given), mean: at.read(&mean), std: at.read(&std) };
         loss_forward_backward_bytes(&at.stream, &mut output, &input, &pixels, shape)?;
     }
-    let (mean, deviation, values) = (at.host(&MEAN)?, at.host(&DEVIATION)?, at.host(&bytes)?);
-    let pixels = Pixels::Bytes { values: &values, mean: &mean, deviation: &deviation };
+    let (mean, std, values) = (at.host(&MEAN)?, at.host(&DEVIATION)?, at.host(&bytes)?);
+    let pixels = Pixels::Bytes { values: &values, mean: &mean, std: &std };
     let (mut loss, mut patch_loss) = (at.host_room(1)?, at.host_room(BATCH * HIDDEN)?);
     let mut expected = at.host_room(prediction.len())?;
     let (prediction, ids, mask) = (at.host(&prediction)?, at.host(&ids)?, at.host(&mask)?);

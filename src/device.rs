@@ -242,7 +242,7 @@ impl fmt::Display for Device {
             Some(crate::cuda::DeviceId::Emulator(_)) => return write!(f, "the emulator, {}", self.precision()),
             None => {}
         }
-        write!(f, "the CPU ({}), {}", crate::cpu::Instructions::used(), self.precision())
+        write!(f, "the CPU ({}), {}", crate::cpu::Isa::used(), self.precision())
     }
 }
 

@@ -9,12 +9,13 @@ pub mod data;
 pub mod device;
 pub mod distributed;
 mod error;
+pub mod figures;
 pub mod files;
-mod instructions;
+mod isa;
 pub mod model;
+mod nvtx;
 pub mod ops;
-pub mod picture;
-mod profile;
+pub mod random;
 pub mod train;
 pub mod weights;
 

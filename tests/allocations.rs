@@ -65,7 +65,7 @@ impl Step {
         cpu.masking_random(masking, keep, hidden, restore, a, RandomMask { seed: 1, epoch: 2 }, samples)?;
         cpu.masking_from_noise(masking, keep, hidden, restore, a, b)?;
         let image = ImageShape { channels: 3, height: 224, width: 224, patch_height: 16, patch_width: 16 };
-        let pixels: Pixels<Cpu> = Pixels::Bytes { values: bytes, mean: a, deviation: b };
+        let pixels: Pixels<Cpu> = Pixels::Bytes { values: bytes, mean: a, std: b };
         cpu.patchify_visible_forward(image, 2, 49, c, pixels, keep)?;
         let loss = LossShape { image, batch: 2, predicted: 100, norm_pix_loss: true, scale: 0.1 };
         cpu.loss_forward_backward(loss, c, d, e, f, pixels, hidden, a)?;
@@ -140,7 +140,7 @@ fn a_trainer_allocates_nothing() {
         channels: image.channels,
         height: image.height,
         width: image.width,
-        values: ImageValues::Bytes { values: &pixels, mean: &[0.5; 3], deviation: &[0.25; 3] },
+        values: ImageValues::Bytes { values: &pixels, mean: &[0.5; 3], std: &[0.25; 3] },
     };
     for threads in [1, 2, 3] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

@@ -96,7 +96,7 @@ fn pictures(config: &MaeConfig, batch: usize, seed: usize) -> Vec<u8> {
 
 fn images<'a>(config: &MaeConfig, batch: usize, pixels: &'a [u8]) -> Images<'a> {
     let image = config.image();
-    let values = ImageValues::Bytes { values: pixels, mean: &[0.5, 0.45, 0.4], deviation: &[0.22, 0.25, 0.3] };
+    let values = ImageValues::Bytes { values: pixels, mean: &[0.5, 0.45, 0.4], std: &[0.22, 0.25, 0.3] };
     Images { batch, channels: image.channels, height: image.height, width: image.width, values }
 }
 

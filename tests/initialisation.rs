@@ -111,10 +111,10 @@ fn class_and_mask_token_are_normal_and_seeds_differ() {
         let values: Vec<f64> = draws.into_iter().flatten().map(f64::from).collect();
         let count = values.len() as f64;
         let mean = values.iter().sum::<f64>() / count;
-        let deviation = (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count).sqrt();
+        let std = (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count).sqrt();
         assert!(mean.abs() < 5.0 * 0.02 / count.sqrt(), "{name}: mean {mean}");
-        assert!((deviation / 0.02 - 1.0).abs() < 5.0 / (2.0 * count).sqrt(), "{name}: deviation {deviation}");
-        // A uniform distribution of this deviation ends at 1.73 of it; 4.6 % of a normal one lie beyond 2.
+        assert!((std / 0.02 - 1.0).abs() < 5.0 / (2.0 * count).sqrt(), "{name}: std {std}");
+        // A uniform distribution of this standard deviation ends at 1.73 of it; 4.6 % of a normal one lie beyond 2.
         let beyond = values.iter().filter(|value| value.abs() > 0.04).count() as f64 / count;
         assert!(beyond > 0.02 && beyond < 0.08, "{name}: {beyond} beyond two deviations");
     }

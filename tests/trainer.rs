@@ -32,7 +32,7 @@ fn images(pixels: &[u8]) -> Images<'_> {
         channels: image.channels,
         height: image.height,
         width: image.width,
-        values: ImageValues::Bytes { values: pixels, mean: &[0.5; 3], deviation: &[0.25; 3] },
+        values: ImageValues::Bytes { values: pixels, mean: &[0.5; 3], std: &[0.25; 3] },
     }
 }
 

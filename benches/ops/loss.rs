@@ -21,8 +21,8 @@ pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Plac
                 let ids = place.ids(model.patches(), predicted)?;
                 Ok((losses, numbers, pixels, ids, place.constant(batch * model.patches(), 1.0)?))
             },
-            |backend, ((loss, patch_loss), (gradient, prediction), (values, mean, deviation), ids, mask)| {
-                let pixels = Pixels::Bytes { values, mean, deviation };
+            |backend, ((loss, patch_loss), (gradient, prediction), (values, mean, std), ids, mask)| {
+                let pixels = Pixels::Bytes { values, mean, std };
                 backend.loss_forward_backward(shape, loss, patch_loss, gradient, prediction, pixels, ids, mask)
             },
         );

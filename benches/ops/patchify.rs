@@ -28,8 +28,8 @@ pub fn benches<B: Backend<Master = f32>>(criterion: &mut Criterion, place: &Plac
                 let pixels = (place.pictures(model)?, place.masters(3)?, place.positive(3)?);
                 Ok((place.elements(numbers)?, pixels, place.ids(model.patches(), visible)?))
             },
-            |backend, (rows, (values, mean, deviation), ids)| {
-                let pixels = Pixels::Bytes { values, mean, deviation };
+            |backend, (rows, (values, mean, std), ids)| {
+                let pixels = Pixels::Bytes { values, mean, std };
                 backend.patchify_visible_forward(image, batch, visible, rows, pixels, ids)
             },
         );

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
 use vitmae::cpu::Cpu;
-use vitmae::ops::philox::RandomStream;
 use vitmae::ops::{Backend, Cost, Element, ImageShape};
+use vitmae::random::RandomStream;
 
 /// A model's sizes at 224 pixels, as far as ops depend on them.
 pub struct Model {

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
 use vitmae::config::MaeConfig;
+use vitmae::cuda::embedded::Kernel;
 use vitmae::cuda::gemm::{GemmAddresses, GemmDescription};
 use vitmae::cuda::launch::{Argument, Driver, Grid, Limits};
-use vitmae::cuda::modules::Kernel;
 use vitmae::cuda::recording::RecordedWork;
 use vitmae::cuda::{Cuda, CudaElement, CudaError, DeviceId, Result, Stream};
 use vitmae::model::{ImageValues, Images, MaeForPreTraining, Masking};
@@ -44,7 +44,7 @@ where
     trainer.set_recording(false);
     let image = config.image();
     let pixels = vec![0u8; BATCH * image.length()];
-    let values = ImageValues::Bytes { values: &pixels, mean: &[0.5; 3], deviation: &[0.5; 3] };
+    let values = ImageValues::Bytes { values: &pixels, mean: &[0.5; 3], std: &[0.5; 3] };
     let images = Images { batch: BATCH, channels: image.channels, height: image.height, width: image.width, values };
     trainer.accumulate(&images, &Masking::random(0.75, 0), BATCH)?;
     trainer.launch_update(1e-4)

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::{Arc, Mutex};
 
+use vitmae::cuda::embedded::{KernelFile, Target};
 use vitmae::cuda::embedded_kernels;
 use vitmae::cuda::launch::Limits;
-use vitmae::cuda::modules::{KernelFile, Target};
 use vitmae::cuda::nvrtc::{Nvrtc, NvrtcError, Source};
 
 use super::launches::of_training_steps;

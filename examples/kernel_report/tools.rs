@@ -17,7 +17,7 @@ pub struct Usage {
     pub stack: u32,
     /// Bytes of local memory per thread besides the stack.
     pub local: u32,
-    /// Instructions, without what fills up the end.
+    /// Isa, without what fills up the end.
     pub instructions: u32,
     /// Reads and writes of local memory: spills, and arrays that did not fit into registers.
     pub spills: u32,

@@ -57,7 +57,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
     let image = encoder.config().image();
     let processor = processor_for(&arguments.from, encoder.config(), arguments.image_size)?;
     let (height, width) = processor.output_size();
-    let (mean, deviation) = processor.normalization();
+    let (mean, std) = processor.normalization();
     let source = Source::parse(&arguments.data, &SourceOptions::new(image.channels, height, width)?)?;
     let total = source.len();
     let options = LoaderOptions { batch_size: arguments.batch_size, workers: threads, ..LoaderOptions::default() };
@@ -73,7 +73,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, threads: usize, 
             channels: batch.channels,
             height: batch.height,
             width: batch.width,
-            values: ImageValues::Bytes { values: &batch.pixels, mean: &mean, deviation: &deviation },
+            values: ImageValues::Bytes { values: &batch.pixels, mean: &mean, std: &std },
         };
         // The first batch may be smaller than those behind it: bad pictures are left out.
         if workspace.as_ref().is_none_or(|(_, most)| *most < batch.len()) {

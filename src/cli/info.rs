@@ -45,7 +45,7 @@ fn devices(out: &mut impl Write, device: DeviceChoice, precision: Option<Precisi
     writeln!(out, "vitmae {}", env!("CARGO_PKG_VERSION"))?;
     writeln!(out)?;
     writeln!(out, "devices")?;
-    writeln!(out, "  cpu      {threads} threads, {}", vitmae::cpu::Instructions::used())?;
+    writeln!(out, "  cpu      {threads} threads, {}", vitmae::cpu::Isa::used())?;
     gpus(out)?;
     writeln!(
         out,

@@ -96,7 +96,7 @@ pub(crate) fn resumes(resume: Option<Option<&OsStr>>, out: &Path, processes: &Pr
         Some(Some(checkpoint)) => Path::new(checkpoint),
     };
     // Process 0 alone needs the folder.
-    if !processes.is_chief() {
+    if !processes.is_rank_0() {
         return Ok(true);
     }
     let (Ok(given), Ok(run)) = (checkpoint.canonicalize(), out.canonicalize()) else {

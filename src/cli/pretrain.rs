@@ -263,7 +263,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, qu
     let stop = stop_on_signals().context("listening to signals")?;
     let mut watcher = Watcher { bar: None, quiet, seen: 0, mean_loss: None, last_line: Instant::now() };
     let report = pretrain_together(backend, &settings, processes, &mut |event| {
-        if processes.is_chief() {
+        if processes.is_rank_0() {
             watcher.see(&event);
         }
         !stop.load(Ordering::Relaxed)
@@ -274,10 +274,10 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, qu
     if report.skipped_pictures > 0 {
         tracing::warn!("{} pictures could not be decoded and were skipped", report.skipped_pictures);
     }
-    if report.skipped_steps > 0 && processes.is_chief() {
+    if report.skipped_steps > 0 && processes.is_rank_0() {
         tracing::warn!("{} steps were skipped because they were not finite", report.skipped_steps);
     }
-    if report.failed_validations > 0 && processes.is_chief() {
+    if report.failed_validations > 0 && processes.is_rank_0() {
         tracing::warn!(
             "{} validation losses were left out: their pictures could not be read",
             report.failed_validations
@@ -290,7 +290,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, qu
             report.checkpoint.display()
         );
     }
-    if !processes.is_chief() {
+    if !processes.is_rank_0() {
         return Ok(());
     }
     print(&report).with_context(|| {
@@ -323,7 +323,7 @@ fn print(report: &PretrainReport) -> io::Result<()> {
 fn shared_config(own: MaeConfig, processes: &Processes) -> anyhow::Result<MaeConfig> {
     processes.ready()?;
     let json = processes.share(own.to_json().into_bytes())?;
-    if processes.is_chief() { Ok(own) } else { Ok(MaeConfig::from_json(&String::from_utf8_lossy(&json))?) }
+    if processes.is_rank_0() { Ok(own) } else { Ok(MaeConfig::from_json(&String::from_utf8_lossy(&json))?) }
 }
 
 /// A flag that the first Ctrl-C raises, which asks to stop behind the step; the second one stops at once.

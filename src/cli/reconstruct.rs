@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use vitmae::data::{Source, SourceOptions};
+use vitmae::figures::reconstruction_grid;
 use vitmae::files::check_output_beside;
 use vitmae::model::{ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation};
 use vitmae::ops::{Backend, ImageShape};
-use vitmae::picture::reconstruction_grid;
 
 use crate::cli::arguments::{Size, mask_ratio, png, processor_for};
 
@@ -40,7 +40,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Resu
     let config = model.config();
     let processor = processor_for(&arguments.from, config, arguments.image_size)?;
     let (height, width) = processor.output_size();
-    let (mean, deviation) = processor.normalization();
+    let (mean, std) = processor.normalization();
     let shape = ImageShape { height, width, ..config.image() };
     shape.check()?;
     let source = Source::files(&arguments.images, &SourceOptions::new(shape.channels, height, width)?)?;
@@ -57,7 +57,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Resu
         channels: shape.channels,
         height,
         width,
-        values: ImageValues::Bytes { values: &values, mean: &mean, deviation: &deviation },
+        values: ImageValues::Bytes { values: &values, mean: &mean, std: &std },
     };
     let ratio = arguments.mask_ratio.unwrap_or(config.mask_ratio);
     let masking = Masking::random(ratio, arguments.seed);
@@ -66,7 +66,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: &Arguments) -> anyhow::Resu
     if !result.loss.is_finite() {
         tracing::warn!("the loss is not finite: the weights of {} may have run away", arguments.from.display());
     }
-    let mut grid = reconstruction_grid(config, shape, &images, &result, (&mean, &deviation), &labels)?;
+    let mut grid = reconstruction_grid(config, shape, &images, &result, (&mean, &std), &labels)?;
     grid.footer(&format!("Mask ratio {ratio}, seed {}; loss {:.4}.", arguments.seed, result.loss));
     grid.save(&arguments.out)?;
     writeln!(io::stdout(), "wrote {}: loss {:.6}", arguments.out.display(), result.loss)?;

@@ -2,8 +2,8 @@
 
 use crate::cpu::parallel::{self, Shared};
 use crate::cpu::{Cpu, CpuBuffer, Float, check, scratch};
-use crate::ops::philox::{MASKING_STREAM, RandomStream};
 use crate::ops::{Masking, MaskingShape, RandomMask};
+use crate::random::{MASKING_STREAM, RandomStream};
 use crate::{Error, Result};
 
 impl<F: Float> Masking for Cpu<F> {

@@ -20,7 +20,7 @@ mod scratch;
 mod simd;
 mod tokens;
 
-pub use crate::instructions::Instructions;
+pub use crate::isa::Isa;
 pub use float::Float;
 pub use memory::CpuBuffer;
 

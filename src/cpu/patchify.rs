@@ -48,7 +48,7 @@ pub(super) struct Pictures<'a> {
 
 enum Source<'a> {
     Normalized(&'a [f32]),
-    Bytes { values: &'a [u8], mean: &'a [f32], deviation: &'a [f32] },
+    Bytes { values: &'a [u8], mean: &'a [f32], std: &'a [f32] },
 }
 
 impl<'a> Pictures<'a> {
@@ -64,16 +64,16 @@ impl<'a> Pictures<'a> {
         let mut table = [[0.0; 256]; COLORS];
         let pixels = match pixels {
             Pixels::Normalized(values) => Source::Normalized(check::input(op, "pixels", values, &sizes)?),
-            Pixels::Bytes { values, mean, deviation } => {
+            Pixels::Bytes { values, mean, std } => {
                 let values = check::input(op, "pixels", values, &sizes)?;
                 let mean = check::input(op, "mean", mean, &[channels])?;
-                let deviation = check::input(op, "deviation", deviation, &[channels])?;
-                for ((table, &mean), &deviation) in table.iter_mut().zip(mean).zip(deviation) {
+                let std = check::input(op, "std", std, &[channels])?;
+                for ((table, &mean), &std) in table.iter_mut().zip(mean).zip(std) {
                     for (byte, number) in (0..=u8::MAX).zip(table) {
-                        *number = normalized(byte, mean, deviation);
+                        *number = normalized(byte, mean, std);
                     }
                 }
-                Source::Bytes { values, mean, deviation }
+                Source::Bytes { values, mean, std }
             }
         };
         Ok(Self { image, pixels, table })
@@ -143,10 +143,10 @@ impl<'a> Pictures<'a> {
                     *out = F::from_f32(value);
                 }
             }
-            Source::Bytes { values, mean, deviation } => {
+            Source::Bytes { values, mean, std } => {
                 let values = &values[self.interleaved(sample, patch, p) + channel..];
                 for (out, &value) in out.zip(values.iter().step_by(self.image.channels)) {
-                    *out = F::from_f32(normalized(value, mean[channel], deviation[channel]));
+                    *out = F::from_f32(normalized(value, mean[channel], std[channel]));
                 }
             }
         }
@@ -175,6 +175,6 @@ impl<'a> Pictures<'a> {
 }
 
 /// What the model sees of a byte; each operation rounds to f32, in every precision.
-fn normalized(byte: u8, mean: f32, deviation: f32) -> f32 {
-    (f32::from(byte) / 255.0 - mean) / deviation
+fn normalized(byte: u8, mean: f32, std: f32) -> f32 {
+    (f32::from(byte) / 255.0 - mean) / std
 }

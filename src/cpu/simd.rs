@@ -4,7 +4,7 @@ use std::fmt::Debug;
 
 use crate::cpu::Float;
 use crate::cpu::kernel::Block;
-use crate::instructions::{Instructions, dispatch};
+use crate::isa::{Isa, dispatch};
 
 /// A register full of numbers, in the order of memory.
 ///
@@ -92,20 +92,20 @@ pub trait Lanes: Copy + Debug {
 
 #[cfg(target_arch = "x86_64")]
 fn has_avx512() -> bool {
-    Instructions::used() >= Instructions::Avx512
+    Isa::used() >= Isa::Avx512
 }
 
 #[cfg(target_arch = "x86_64")]
 fn has_avx2() -> bool {
-    Instructions::used() >= Instructions::Avx2
+    Isa::used() >= Isa::Avx2
 }
 
 impl Lanes for f32 {
     fn lanes() -> usize {
-        match Instructions::used() {
-            Instructions::Avx512 => 16,
-            Instructions::Avx2 => 8,
-            Instructions::Plain => 4,
+        match Isa::used() {
+            Isa::Avx512 => 16,
+            Isa::Avx2 => 8,
+            Isa::Plain => 4,
         }
     }
 
@@ -144,7 +144,7 @@ impl Lanes for f32 {
 
     #[inline(always)]
     fn dispatch<J: pulp::WithSimd>(job: J) -> J::Output {
-        dispatch(job, Instructions::used())
+        dispatch(job, Isa::used())
     }
 }
 
@@ -171,7 +171,7 @@ impl Lanes for f64 {
 
     #[inline(always)]
     fn dispatch<J: pulp::WithSimd>(job: J) -> J::Output {
-        dispatch(job, Instructions::used().min(Instructions::Avx2))
+        dispatch(job, Isa::used().min(Isa::Avx2))
     }
 }
 

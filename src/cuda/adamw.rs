@@ -3,9 +3,9 @@
 use half::bf16;
 
 use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::embedded::Kernel;
 use super::error::Result;
 use super::launch::{Argument, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, within};
-use super::modules::Kernel;
 use crate::ops::AdamW;
 
 pub use crate::ops::{AdamWSettings, AdamWState};

@@ -6,9 +6,9 @@
 use half::bf16;
 
 use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::embedded::Kernel;
 use super::error::{CudaError, Result};
 use super::launch::{Argument, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
-use super::modules::Kernel;
 use crate::ops::Attention;
 
 pub use crate::ops::AttentionShape;

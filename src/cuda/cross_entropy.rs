@@ -3,10 +3,10 @@
 use half::bf16;
 
 use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::embedded::Kernel;
 use super::error::Result;
 use super::launch::{Argument, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
 use super::loss::sum_losses;
-use super::modules::Kernel;
 use crate::ops::CrossEntropy;
 
 pub use crate::ops::CrossEntropyShape;

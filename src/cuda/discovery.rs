@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::{DriverError, result, sys};
 
-use super::driver::{call, text_of};
 use super::error::{CudaError, Result};
+use super::gpu::{call, text_of};
 use super::nvrtc::reason_of;
 
 /// Names of the driver library that cudarc tries too.

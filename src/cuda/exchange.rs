@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use cudarc::driver::{CudaContext, CudaStream, result};
 
-use super::driver::call;
 use super::error::{CudaError, Result};
-use crate::distributed::nccl::Nccl;
+use super::gpu::call;
+use crate::cuda::nccl::Nccl;
 use crate::ops::{Communicator, Watch};
 
 /// How long a host that waits sleeps at a time.

@@ -1,6 +1,6 @@
 //! The one interface between launchers and what runs kernels: memory, and launch by kernel with packed arguments.
 //!
-//! [`Driver`] has two implementations, the GPU ([`super::driver`]) and the emulator. Launchers know only [`Stream`],
+//! [`Driver`] has two implementations, the GPU ([`super::gpu`]) and the emulator. Launchers know only [`Stream`],
 //! [`Buffer`] and slices of it, so the same launchers run on both.
 
 use std::fmt;
@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use bytemuck::{NoUninit, Pod};
 
+pub use super::buffer::{Buffer, Slice, SliceMut};
+use super::embedded::Kernel;
 use super::error::{CudaError, Result};
 use super::gemm::{GemmAddresses, GemmDescription};
-pub use super::memory::{Buffer, Slice, SliceMut};
-use super::modules::Kernel;
 use super::recording::RecordedWork;
 use super::timing::Mark;
 use crate::ops::Communicator;

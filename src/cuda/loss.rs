@@ -3,9 +3,9 @@
 use half::bf16;
 
 use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::embedded::Kernel;
 use super::error::Result;
 use super::launch::{Argument, Divider, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
-use super::modules::Kernel;
 use super::patchify::BytePixels;
 use crate::ops::{ImageShape, Loss, Pixels};
 
@@ -82,11 +82,11 @@ pub fn loss_forward_backward_bytes<T: LossElement>(
     shape: LossShape,
 ) -> Result<()> {
     const OP: &str = "loss_forward_backward_bytes";
-    let BytePixels { pixels, mean, deviation } = pixels;
+    let BytePixels { pixels, mean, std } = pixels;
     let channels = shape.image.channels as u64;
     within(OP, "channels", channels, 1..=MAX_CHANNELS)?;
     exactly(OP, "length of mean", mean.len() as u64, channels)?;
-    exactly(OP, "length of deviation", deviation.len() as u64, channels)?;
+    exactly(OP, "length of std", std.len() as u64, channels)?;
     let mut parameters = check(OP, output, input, pixels.len(), shape)?;
     let vector = parameters.vector as usize;
     let line = shape.image.patch_width * shape.image.channels;
@@ -99,7 +99,7 @@ pub fn loss_forward_backward_bytes<T: LossElement>(
         input.prediction.argument(),
         pixels.argument(),
         mean.argument(),
-        deviation.argument(),
+        std.argument(),
         input.ids.argument(),
         input.mask.argument(),
         Argument::value(&parameters),
@@ -275,11 +275,11 @@ impl<E: CudaElement> Loss for Cuda<E> {
                 let pixels = pixels.input(op, "pixels", &sizes)?;
                 loss_forward_backward_f32(self.stream(), &mut output, &input, &pixels, shape)?;
             }
-            Pixels::Bytes { values, mean, deviation } => {
+            Pixels::Bytes { values, mean, std } => {
                 let pixels = BytePixels {
                     pixels: values.input(op, "pixels", &sizes)?,
                     mean: mean.input(op, "mean", &[image.channels])?,
-                    deviation: deviation.input(op, "deviation", &[image.channels])?,
+                    std: std.input(op, "std", &[image.channels])?,
                 };
                 loss_forward_backward_bytes(self.stream(), &mut output, &input, &pixels, shape)?;
             }

@@ -1,9 +1,9 @@
 //! Launchers of `kernels/masking.cu`: which patches of each sample the encoder sees.
 
 use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::embedded::Kernel;
 use super::error::Result;
 use super::launch::{Argument, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
-use super::modules::Kernel;
 use crate::ops::{self, Masking};
 
 pub use crate::ops::MaskingShape;

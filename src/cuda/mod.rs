@@ -6,15 +6,17 @@
 pub mod adamw;
 pub mod attention;
 pub mod backend;
+pub mod buffer;
 pub mod cross_entropy;
 pub mod cublaslt;
 pub mod discovery;
-pub mod driver;
+pub mod embedded;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 pub mod error;
 mod exchange;
 pub mod gemm;
+pub mod gpu;
 #[path = "../../build/hash.rs"]
 mod hash;
 pub mod launch;
@@ -22,8 +24,7 @@ pub mod layernorm;
 pub mod linear;
 pub mod loss;
 pub mod masking;
-pub mod memory;
-pub mod modules;
+pub(crate) mod nccl;
 #[path = "../../build/nvrtc.rs"]
 pub mod nvrtc;
 pub mod patchify;
@@ -34,8 +35,8 @@ pub mod tokens;
 
 pub use backend::{Cuda, CudaBuffer, CudaElement};
 pub use discovery::{DeviceInfo, devices};
-pub use driver::Gpu;
+pub use embedded::{Manifest, embedded_kernels};
 pub use error::{CudaError, Result};
+pub use gpu::Gpu;
 pub use launch::{Buffer, DeviceId, Slice, SliceMut, Stream};
-pub use modules::{Manifest, embedded_kernels};
 pub use timing::Mark;

@@ -3,9 +3,9 @@
 use half::bf16;
 
 use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::embedded::Kernel;
 use super::error::Result;
 use super::launch::{Argument, Divider, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
-use super::modules::Kernel;
 use crate::ops::{ImageShape, Patchify, Pixels};
 
 const U8_F32: Kernel = Kernel::named("patchify_visible_forward_u8_f32");
@@ -33,7 +33,7 @@ pub struct PatchifyShape {
     pub keep: usize,
 }
 
-/// Pixels that are still bytes, and how to normalise them: `(v / 255 - mean[c]) / deviation[c]`.
+/// Pixels that are still bytes, and how to normalise them: `(v / 255 - mean[c]) / std[c]`.
 #[derive(Debug)]
 pub struct BytePixels<'a> {
     /// `[B, H, W, C]`, interleaved.
@@ -41,7 +41,7 @@ pub struct BytePixels<'a> {
     /// `[C]`.
     pub mean: Slice<'a, f32>,
     /// `[C]`, no zeros.
-    pub deviation: Slice<'a, f32>,
+    pub std: Slice<'a, f32>,
 }
 
 /// An element type that the kernels write: `f32` or `bf16`.
@@ -84,13 +84,13 @@ pub fn patchify_visible_forward_bytes<T: RowElement>(
     const OP: &str = "patchify_visible_forward_bytes";
     let (parameters, grid) = check::<T>(OP, rows, input.pixels.len(), ids_keep, shape, Some(&input.pixels))?;
     exactly(OP, "length of mean", input.mean.len() as u64, shape.image.channels as u64)?;
-    exactly(OP, "length of deviation", input.deviation.len() as u64, shape.image.channels as u64)?;
+    exactly(OP, "length of std", input.std.len() as u64, shape.image.channels as u64)?;
     let arguments = [
         rows.argument(),
         input.pixels.argument(),
         ids_keep.argument(),
         input.mean.argument(),
-        input.deviation.argument(),
+        input.std.argument(),
         Argument::value(&parameters),
     ];
     // SAFETY: patchify_visible_forward_u8_*(T*, const u8*, const u32*, const float*, const float*, PatchifyShape); lengths
@@ -137,11 +137,11 @@ impl<E: CudaElement> Patchify for Cuda<E> {
                 let pixels = pixels.input(op, "pixels", &sizes)?;
                 patchify_visible_forward_f32(self.stream(), &mut rows, &pixels, &ids, shape)?;
             }
-            Pixels::Bytes { values, mean, deviation } => {
+            Pixels::Bytes { values, mean, std } => {
                 let pixels = values.input(op, "pixels", &sizes)?;
                 let mean = mean.input(op, "mean", &[channels])?;
-                let deviation = deviation.input(op, "deviation", &[channels])?;
-                let input = BytePixels { pixels, mean, deviation };
+                let std = std.input(op, "std", &[channels])?;
+                let input = BytePixels { pixels, mean, std };
                 patchify_visible_forward_bytes(self.stream(), &mut rows, &input, &ids, shape)?;
             }
         }

@@ -65,6 +65,6 @@ impl fmt::Debug for Graph {
 impl RecordedWork for Graph {
     unsafe fn launch(&self) -> Result<()> {
         let graph = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        graph.0.launch().map_err(|error| super::driver::call("launching a graph", error))
+        graph.0.launch().map_err(|error| super::gpu::call("launching a graph", error))
     }
 }

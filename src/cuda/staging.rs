@@ -8,8 +8,8 @@ use std::ptr::NonNull;
 
 use cudarc::driver::{CudaStream, result, sys};
 
-use super::driver::{call, reserving};
 use super::error::{CudaError, Result};
+use super::gpu::{call, reserving};
 
 /// Uploads up to this many bytes take a small slot.
 const SMALL_BYTES: usize = 64 << 10;

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use cudarc::driver::CudaEvent;
 
-use super::driver::call;
 use super::error::{CudaError, Result};
+use super::gpu::call;
 use super::launch::Stream;
 
 /// A moment in the work of a stream.

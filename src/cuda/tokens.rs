@@ -7,9 +7,9 @@
 use half::bf16;
 
 use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::embedded::Kernel;
 use super::error::Result;
 use super::launch::{Argument, Divider, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
-use super::modules::Kernel;
 use crate::ops::{Tokens, TokensShape};
 
 const MASK_TOKEN: Kernel = Kernel::named("tokens_unshuffle_backward_mask_token");

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rand::seq::SliceRandom;
 
-use crate::ops::philox::{ORDER_STREAM, RandomStream};
+use crate::random::{ORDER_STREAM, RandomStream};
 
 /// Seeded permutations, a function of (seed, epoch) alone. The latest two are kept.
 #[derive(Debug)]

@@ -34,7 +34,7 @@ pub struct ImageProcessor {
     rescale: Option<f64>,
     normalize: bool,
     mean: Vec<f32>,
-    deviation: Vec<f32>,
+    std: Vec<f32>,
 }
 
 /// Mean of ImageNet's channels, full range 1.
@@ -49,11 +49,11 @@ impl Default for ImageProcessor {
 }
 
 impl ImageProcessor {
-    /// Bilinear to `height x width`. Three channels are normalised with ImageNet's mean and deviation, any other number
+    /// Bilinear to `height x width`. Three channels are normalised with ImageNet's mean and std, any other number
     /// with 0.5 and 0.5 for each channel (so that values lie in `[-1, 1]`): there are no statistics to go by.
     #[must_use]
     pub fn new(height: usize, width: usize, channels: usize) -> Self {
-        let (mean, deviation) = if channels == 3 {
+        let (mean, std) = if channels == 3 {
             (IMAGENET_MEAN.to_vec(), IMAGENET_DEVIATION.to_vec())
         } else {
             (vec![0.5; channels], vec![0.5; channels])
@@ -65,7 +65,7 @@ impl ImageProcessor {
             rescale: Some(1.0 / 255.0),
             normalize: true,
             mean,
-            deviation,
+            std,
         }
     }
 
@@ -78,10 +78,10 @@ impl ImageProcessor {
 
     /// The same with another mean and standard deviation, in units of the full range.
     #[must_use]
-    pub fn normalized_with(mut self, mean: &[f32], deviation: &[f32]) -> Self {
+    pub fn normalized_with(mut self, mean: &[f32], std: &[f32]) -> Self {
         self.normalize = true;
         self.mean = mean.to_vec();
-        self.deviation = deviation.to_vec();
+        self.std = std.to_vec();
         self
     }
 
@@ -133,7 +133,7 @@ impl ImageProcessor {
         let object = value.as_object().ok_or_else(|| Error::Config("expected a JSON object".to_owned()))?;
         let fields = Fields(object);
         let mean = fields.numbers("image_mean")?.unwrap_or_else(|| vec![0.5; 3]);
-        let deviation = fields.numbers("image_std")?.unwrap_or_else(|| vec![0.5; mean.len()]);
+        let std = fields.numbers("image_std")?.unwrap_or_else(|| vec![0.5; mean.len()]);
         let resample = match object.get("resample") {
             None | Some(Value::Null) => Resample::Bilinear,
             Some(number) => number.as_u64().and_then(Resample::from_pillow).ok_or_else(|| {
@@ -167,7 +167,7 @@ impl ImageProcessor {
             None
         };
         let normalize = fields.flag("do_normalize", true)?;
-        let processor = Self { resize, resample, crop, rescale, normalize, mean, deviation };
+        let processor = Self { resize, resample, crop, rescale, normalize, mean, std };
         processor.check()?;
         Ok(processor)
     }
@@ -177,17 +177,17 @@ impl ImageProcessor {
     /// # Errors
     /// [`Error::Config`] when not.
     pub fn check(&self) -> Result<()> {
-        if self.mean.len() != self.deviation.len() || self.mean.is_empty() {
+        if self.mean.len() != self.std.len() || self.mean.is_empty() {
             return Err(Error::Config(format!(
                 "image_mean and image_std must have one number per channel, found {} and {}",
                 self.mean.len(),
-                self.deviation.len()
+                self.std.len()
             )));
         }
-        if self.deviation.iter().any(|d| !d.is_finite() || *d <= 0.0) || self.mean.iter().any(|m| !m.is_finite()) {
+        if self.std.iter().any(|d| !d.is_finite() || *d <= 0.0) || self.mean.iter().any(|m| !m.is_finite()) {
             return Err(Error::Config(format!(
                 "image_std must be positive and image_mean finite, found {:?} and {:?}",
-                self.deviation, self.mean
+                self.std, self.mean
             )));
         }
         let empty = matches!(self.resize, Some(Size::Exact { height: 0, .. } | Size::Exact { width: 0, .. }))
@@ -229,7 +229,7 @@ impl ImageProcessor {
     }
 
     /// Mean and standard deviation `[C]` in units of the full range, so that the model's input is
-    /// `(byte / 255 - mean) / deviation`; other rescaling factors, and none, are expressed in them.
+    /// `(byte / 255 - mean) / std`; other rescaling factors, and none, are expressed in them.
     #[must_use]
     pub fn normalization(&self) -> (Vec<f32>, Vec<f32>) {
         // byte * factor = (byte / 255) * full
@@ -238,9 +238,9 @@ impl ImageProcessor {
         if self.normalize {
             // Exactly the numbers of the file in the usual case.
             if (full - 1.0).abs() < 1e-6 {
-                return (self.mean.clone(), self.deviation.clone());
+                return (self.mean.clone(), self.std.clone());
             }
-            (self.mean.iter().map(scale).collect(), self.deviation.iter().map(scale).collect())
+            (self.mean.iter().map(scale).collect(), self.std.iter().map(scale).collect())
         } else {
             (vec![0.0; self.mean.len()], vec![scale(&1.0); self.mean.len()])
         }
@@ -322,7 +322,7 @@ impl ImageProcessor {
             "rescale_factor": self.rescale.unwrap_or(1.0 / 255.0),
             "do_normalize": self.normalize,
             "image_mean": decimals(&self.mean),
-            "image_std": decimals(&self.deviation),
+            "image_std": decimals(&self.std),
         });
         if let Some(size) = self.resize {
             object["size"] = match size {

@@ -1,8 +1,8 @@
 //! Random numbers of the data pipeline.
 
-use crate::ops::philox::{RandomStream, SCENE_STREAM, philox4x32};
+use crate::random::{RandomStream, SCENE_STREAM, philox4x32};
 
-/// The four words of block `block` of a sample's stream in an epoch; see [`crate::ops::philox`].
+/// The four words of block `block` of a sample's stream in an epoch; see [`crate::random`].
 pub(crate) fn words(stream: u8, seed: u64, epoch: u32, sample: u64, block: u32) -> [u32; 4] {
     let high = ((sample >> 32) as u32 & 0x00ff_ffff) | (u32::from(stream) << 24);
     philox4x32([block, epoch, sample as u32, high], [seed as u32, (seed >> 32) as u32])

@@ -7,7 +7,7 @@
 use std::f64::consts::PI;
 
 use crate::data::transform::{CropBox, Resample};
-use crate::instructions::{Instructions, dispatch};
+use crate::isa::{Isa, dispatch};
 
 /// Bits of a weight behind the point: a byte, a sign and a bit of overshoot make 32.
 const BITS: u32 = 22;
@@ -157,7 +157,7 @@ impl Resampler {
             interleaved.resize(source.width, [0; 4 * ROWS]);
             results.resize(width, [0; 4 * ROWS]);
             let pass = RowPass::<C> { out: between, stride, source, table: rows, interleaved, results };
-            dispatch(pass, Instructions::used());
+            dispatch(pass, Isa::used());
             Pixels { bytes: &self.between, stride, height: source.height, width }
         } else {
             source
@@ -165,7 +165,7 @@ impl Resampler {
         if low {
             self.columns.fill(source.height, height, resample, false);
             let pass = ColumnPass { out, length: width * C, source: between, table: &self.columns };
-            dispatch(pass, Instructions::used());
+            dispatch(pass, Isa::used());
         } else {
             between.copy_to(out, C);
         }

@@ -5,7 +5,7 @@ use crate::data::decode::Image;
 use crate::data::jpeg::Part;
 use crate::data::random::{below, unit, words};
 use crate::data::resample::{Pixels, Resampler, divide_alpha, multiply_alpha};
-use crate::ops::philox::AUGMENTATION_STREAM;
+use crate::random::AUGMENTATION_STREAM;
 use crate::{Error, Result};
 
 /// How pixels are interpolated; the names and numbers are Pillow's. All but `Nearest` average over the covered area when

@@ -11,12 +11,11 @@
 //! [`Processes`] is what training works with. Its rule: an error of one process is an error of all. Behind whatever
 //! may fail in one process alone comes [`Processes::ready`] (or [`Processes::agree`]), and only then an exchange.
 
-mod launch;
-mod meeting;
+mod launcher;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod rendezvous;
 #[cfg(feature = "cuda")]
-pub(crate) mod nccl;
 mod single;
 mod tcp;
 
@@ -24,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-pub use launch::{Launch, Meeting};
+pub use launcher::{Launch, Meeting};
 
 use crate::ops::{BUCKET, Communicator, Memory, Watch};
 use crate::{Error, Result};
@@ -132,7 +131,7 @@ impl Processes {
 
     /// Whether this is process 0, which alone writes files.
     #[must_use]
-    pub fn is_chief(&self) -> bool {
+    pub fn is_rank_0(&self) -> bool {
         self.rank() == 0
     }
 
@@ -279,14 +278,14 @@ impl Processes {
             return Ok(());
         }
         let mine: Vec<&String> = settings.iter().map(|(_, value)| value).collect();
-        let chief = self.share(serde_json::to_vec(&mine).unwrap_or_default())?;
-        let chief: Vec<String> = serde_json::from_slice(&chief).unwrap_or_default();
-        let differs = settings.iter().enumerate().find(|(index, (_, mine))| chief.get(*index) != Some(mine));
+        let rank_0 = self.share(serde_json::to_vec(&mine).unwrap_or_default())?;
+        let rank_0: Vec<String> = serde_json::from_slice(&rank_0).unwrap_or_default();
+        let differs = settings.iter().enumerate().find(|(index, (_, mine))| rank_0.get(*index) != Some(mine));
         self.agree(match differs {
             None => Ok(()),
             Some((index, (name, mine))) => Err(Error::Config(format!(
                 "the processes have different settings: {name} is {mine} here and {} on process 0",
-                chief.get(index).map_or("unknown", String::as_str)
+                rank_0.get(index).map_or("unknown", String::as_str)
             ))),
         })
     }
@@ -306,11 +305,11 @@ impl Processes {
             let values = &mut values[..BUCKET.min(length - start)];
             // SAFETY: the only handle to this part that is in use, as the buffer is borrowed mutably.
             let mut part = unsafe { memory.alias(buffer, start, values.len())? };
-            if self.is_chief() {
+            if self.is_rank_0() {
                 memory.download(values, &part)?;
             }
             self.broadcast(bytemuck::cast_slice_mut(values), 0)?;
-            if !self.is_chief() {
+            if !self.is_rank_0() {
                 memory.upload(&mut part, values)?;
             }
         }

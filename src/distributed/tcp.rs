@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use bytemuck::Pod;
 use socket2::{SockRef, TcpKeepalive};
 
-use crate::distributed::launch::Meeting;
-use crate::distributed::meeting;
+use crate::distributed::launcher::Meeting;
+use crate::distributed::rendezvous;
 use crate::ops::Communicator;
 use crate::{Error, Result};
 
@@ -55,8 +55,8 @@ impl Tcp {
     pub fn meet(meeting: &Meeting, patience: Duration) -> Result<Self> {
         let deadline = Instant::now() + patience;
         let streams = match meeting.rank {
-            0 => meeting::receive(meeting, patience)?,
-            _ => vec![meeting::reach(meeting, deadline)?],
+            0 => rendezvous::receive(meeting, patience)?,
+            _ => vec![rendezvous::reach(meeting, deadline)?],
         };
         streams.iter().try_for_each(keep_alive)?;
         let links = Mutex::new(Links { streams, scratch: Vec::new() });

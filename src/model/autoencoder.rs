@@ -12,8 +12,8 @@ use crate::model::positions::{PositionInterpolation, interpolate_grid};
 use crate::model::transformer::{self, Observer};
 use crate::model::workspace::{DecoderWeights, EncoderWeights, Purpose, Vector, Workspace, WorkspaceShape};
 use crate::model::{Masking, initialize};
+use crate::nvtx::range;
 use crate::ops::{Backend, LayerNormShape, LinearShape, LossShape, TokensShape};
-use crate::profile::range;
 use crate::weights::{Checkpoint, DECODER_POSITIONS, ENCODER_POSITIONS, ParameterKind, Parts};
 use crate::{Error, Result};
 

@@ -17,8 +17,8 @@ use crate::model::autoencoder::MaeForPreTraining;
 use crate::model::gradients::Gradients;
 use crate::model::transformer;
 use crate::model::workspace::{Purpose, Workspace};
+use crate::nvtx::range;
 use crate::ops::{Backend, LayerNormShape, LinearShape, TokensShape, Write};
-use crate::profile::range;
 use crate::{Error, Result};
 
 impl<B: Backend> MaeForPreTraining<B> {
@@ -241,7 +241,7 @@ mod tests {
     use crate::cpu::Cpu;
     use crate::model::{ImageValues, Images, Masking, WorkspaceShape};
     use crate::ops::Memory;
-    use crate::ops::philox::RandomStream;
+    use crate::random::RandomStream;
 
     /// What a stage has finished is what the whole pass has in the end, and what is not finished yet is another's.
     #[test]

@@ -10,8 +10,8 @@ use crate::model::parameters::Parameters;
 use crate::model::positions::PositionInterpolation;
 use crate::model::transformer::{self, Observer};
 use crate::model::workspace::{EncoderWeights, Matrix, Purpose, Vector, Workspace, WorkspaceShape};
+use crate::nvtx::range;
 use crate::ops::{AttentionShape, Backend, LayerNormShape, LinearShape, TokensShape};
-use crate::profile::range;
 use crate::weights::{Checkpoint, ENCODER_POSITIONS, Parts};
 use crate::{Error, Result};
 

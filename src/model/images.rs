@@ -24,14 +24,14 @@ pub struct Images<'a> {
 pub enum ImageValues<'a> {
     /// Normalised `pixel_values` `[B, C, H, W]`; all finite.
     Normalized(&'a [f32]),
-    /// Bytes `[B, H, W, C]`; the model sees `(value / 255 - mean[c]) / deviation[c]`.
+    /// Bytes `[B, H, W, C]`; the model sees `(value / 255 - mean[c]) / std[c]`.
     Bytes {
         /// The bytes.
         values: &'a [u8],
         /// Mean `[C]`, in units of the full range.
         mean: &'a [f32],
         /// Standard deviation `[C]`, in units of the full range; not zero.
-        deviation: &'a [f32],
+        std: &'a [f32],
     },
 }
 
@@ -40,7 +40,7 @@ impl Images<'_> {
     ///
     /// # Errors
     /// [`Error::Config`] and [`Error::Shape`] for sizes that do not fit the model or the values; [`Error::Value`] for an empty
-    /// batch, pixels that are not finite or a deviation that is not positive.
+    /// batch, pixels that are not finite or a standard deviation that is not positive.
     pub(crate) fn check(&self, config: &MaeConfig) -> Result<ImageShape> {
         let model = config.image();
         let image = ImageShape { channels: self.channels, height: self.height, width: self.width, ..model };
@@ -60,16 +60,21 @@ impl Images<'_> {
                 }
                 values.len()
             }
-            ImageValues::Bytes { values, mean, deviation } => {
-                if mean.len() != self.channels || deviation.len() != self.channels {
-                    let found = format!("{} and {}", mean.len(), deviation.len());
-                    return Err(Error::shape("images", "mean and deviation per channel", self.channels, found));
+            ImageValues::Bytes { values, mean, std } => {
+                if mean.len() != self.channels || std.len() != self.channels {
+                    let found = format!("{} and {}", mean.len(), std.len());
+                    return Err(Error::shape(
+                        "images",
+                        "mean and standard deviation per channel",
+                        self.channels,
+                        found,
+                    ));
                 }
-                if !deviation.iter().all(|&value| value > 0.0 && value.is_finite())
+                if !std.iter().all(|&value| value > 0.0 && value.is_finite())
                     || !mean.iter().all(|value| value.is_finite())
                 {
-                    let problem = format!("must be finite, deviations positive; found {mean:?} and {deviation:?}");
-                    return Err(Error::value("mean and deviation", problem));
+                    let problem = format!("must be finite, deviations positive; found {mean:?} and {std:?}");
+                    return Err(Error::value("mean and standard deviation", problem));
                 }
                 values.len()
             }
@@ -87,9 +92,7 @@ impl Images<'_> {
         let numbers = range.start * length..range.end * length;
         let values = match self.values {
             ImageValues::Normalized(values) => ImageValues::Normalized(&values[numbers]),
-            ImageValues::Bytes { values, mean, deviation } => {
-                ImageValues::Bytes { values: &values[numbers], mean, deviation }
-            }
+            ImageValues::Bytes { values, mean, std } => ImageValues::Bytes { values: &values[numbers], mean, std },
         };
         Self { batch: range.len(), values, ..*self }
     }

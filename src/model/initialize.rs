@@ -7,7 +7,7 @@ use crate::config::MaeConfig;
 use crate::model::parameters::Parameters;
 use crate::model::positions::sin_cos_table;
 use crate::ops::Backend;
-use crate::ops::philox::{INITIALIZATION_STREAM, RandomStream};
+use crate::random::{INITIALIZATION_STREAM, RandomStream};
 use crate::weights::{ENCODER_POSITIONS, ParameterKind, ParameterSpec};
 
 /// Xavier-uniform matrices (query, key and value as the one matrix that they are in the original; the patch embedding seen as
@@ -56,7 +56,7 @@ fn uniform(random: &mut RandomStream) -> f64 {
     f64::from(random.next_u32()) / 4_294_967_296.0
 }
 
-/// Mean 0, deviation 1 (Box and Muller 1958).
+/// Mean 0, standard deviation 1 (Box and Muller 1958).
 fn normal(random: &mut RandomStream) -> f64 {
     let (radius, angle) = (1.0 - uniform(random), uniform(random));
     (-2.0 * radius.ln()).sqrt() * (TAU * angle).cos()

@@ -9,7 +9,7 @@ impl Images<'_> {
     pub fn normalized(&self) -> Vec<f32> {
         match self.values {
             ImageValues::Normalized(values) => values.to_vec(),
-            ImageValues::Bytes { values, mean, deviation } => {
+            ImageValues::Bytes { values, mean, std } => {
                 let (channels, plane) = (self.channels, self.height * self.width);
                 let mut output = vec![0.0; values.len()];
                 for (image, bytes) in
@@ -17,7 +17,7 @@ impl Images<'_> {
                 {
                     for (place, &byte) in bytes.iter().enumerate() {
                         let (pixel, channel) = (place / channels, place % channels);
-                        image[channel * plane + pixel] = (f32::from(byte) / 255.0 - mean[channel]) / deviation[channel];
+                        image[channel * plane + pixel] = (f32::from(byte) / 255.0 - mean[channel]) / std[channel];
                     }
                 }
                 output
@@ -28,7 +28,7 @@ impl Images<'_> {
 
 /// Predicted patches `[B, L, P * Q * C]` as images `[B, C, H, W]` in the model's normalised units.
 ///
-/// Where the model predicts normalised patches (`norm_pix_loss`), each is scaled back with the mean and deviation of the true
+/// Where the model predicts normalised patches (`norm_pix_loss`), each is scaled back with the mean and standard deviation of the true
 /// patch in `truth` `[B, C, H, W]`: that shows what the model knows of the structure but leaks each patch's brightness and
 /// contrast, so say so beside the picture.
 #[must_use]
@@ -39,7 +39,7 @@ pub fn predicted_images(shape: ImageShape, logits: &[f32], truth: &[f32], norm_p
     for (index, patch) in logits.chunks_exact(length).enumerate() {
         let image = index / patches * shape.length();
         let place = |number: usize| image + pixel_place(shape, index % patches, number);
-        let (mean, deviation) = if norm_pix_loss {
+        let (mean, std) = if norm_pix_loss {
             let values = || (0..length).map(|number| f64::from(truth[place(number)]));
             let mean = values().sum::<f64>() / length as f64;
             let squares: f64 = values().map(|value| (value - mean).powi(2)).sum();
@@ -48,7 +48,7 @@ pub fn predicted_images(shape: ImageShape, logits: &[f32], truth: &[f32], norm_p
             (0.0, 1.0)
         };
         for (number, &value) in patch.iter().enumerate() {
-            output[place(number)] = (f64::from(value) * deviation + mean) as f32;
+            output[place(number)] = (f64::from(value) * std + mean) as f32;
         }
     }
     output
@@ -83,9 +83,9 @@ mod tests {
     fn normalised_predictions_get_the_true_patch_statistics() {
         let shape = ImageShape { channels: 1, height: 2, width: 2, patch_height: 2, patch_width: 2 };
         let truth = [1.0, 3.0, 5.0, 7.0];
-        let deviation = (20.0f64 / 3.0 + 1e-6).sqrt();
+        let std = (20.0f64 / 3.0 + 1e-6).sqrt();
         let images = predicted_images(shape, &[1.0, 0.0, 0.0, -1.0], &truth, true);
-        assert!((f64::from(images[0]) - 4.0 - deviation).abs() < 1e-5);
+        assert!((f64::from(images[0]) - 4.0 - std).abs() < 1e-5);
         assert_eq!(images[1], 4.0);
     }
 }

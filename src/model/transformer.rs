@@ -12,8 +12,8 @@
 
 use crate::Result;
 use crate::model::layers::BlockLayers;
+use crate::nvtx::range;
 use crate::ops::{Activation, AttentionShape, Backend, LayerNormShape, LinearShape, Write};
-use crate::profile::range;
 
 /// Sizes of a stack for one batch.
 #[derive(Clone, Copy, Debug, PartialEq)]

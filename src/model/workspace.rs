@@ -94,7 +94,7 @@ pub(crate) struct Inputs<B: Backend> {
     pub normalized: Option<B::Buffer<f32>>,
     pub bytes: Option<B::Buffer<u8>>,
     pub mean: B::Buffer<f32>,
-    pub deviation: B::Buffer<f32>,
+    pub std: B::Buffer<f32>,
     pub noise: B::Buffer<f32>,
     pub samples: B::Buffer<u64>,
     pub ids_keep: B::Buffer<u32>,
@@ -111,7 +111,7 @@ impl<B: Backend> Inputs<B> {
     pub fn pixels(&self) -> Result<Pixels<'_, B>> {
         match (&self.normalized, &self.bytes) {
             (Some(values), _) => Ok(Pixels::Normalized(values)),
-            (None, Some(values)) => Ok(Pixels::Bytes { values, mean: &self.mean, deviation: &self.deviation }),
+            (None, Some(values)) => Ok(Pixels::Bytes { values, mean: &self.mean, std: &self.std }),
             (None, None) => Err(Error::Config("a workspace was used before images were given to it".into())),
         }
     }
@@ -123,10 +123,10 @@ impl<B: Backend> Inputs<B> {
                 self.bytes = None;
                 upload_to(backend, &mut self.normalized, shape, values)
             }
-            ImageValues::Bytes { values, mean, deviation } => {
+            ImageValues::Bytes { values, mean, std } => {
                 self.normalized = None;
                 backend.upload(&mut self.mean, mean)?;
-                backend.upload(&mut self.deviation, deviation)?;
+                backend.upload(&mut self.std, std)?;
                 upload_to(backend, &mut self.bytes, shape, values)
             }
         }
@@ -264,7 +264,7 @@ impl<B: Backend> Workspace<B> {
                 normalized: None,
                 bytes: None,
                 mean: backend.buffer(image.channels)?,
-                deviation: backend.buffer(image.channels)?,
+                std: backend.buffer(image.channels)?,
                 noise: backend.buffer(batch * patches)?,
                 samples: backend.buffer(batch)?,
                 ids_keep: backend.buffer(batch * keep)?,

@@ -23,7 +23,6 @@ mod loss;
 mod masking;
 mod memory;
 mod patchify;
-pub mod philox;
 mod spec;
 mod tokens;
 

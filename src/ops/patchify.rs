@@ -85,14 +85,14 @@ impl ImageShape {
 pub enum Pixels<'a, M: Memory> {
     /// Normalised numbers `[B, C, H, W]`, used as they are.
     Normalized(&'a M::Buffer<f32>),
-    /// Bytes `[B, H, W, C]`; the model sees `(value / 255 - mean[c]) / deviation[c]`.
+    /// Bytes `[B, H, W, C]`; the model sees `(value / 255 - mean[c]) / std[c]`.
     Bytes {
         /// The bytes.
         values: &'a M::Buffer<u8>,
         /// Mean `[C]` in units of the full range.
         mean: &'a M::Buffer<f32>,
         /// Standard deviation `[C]` in units of the full range.
-        deviation: &'a M::Buffer<f32>,
+        std: &'a M::Buffer<f32>,
     },
 }
 

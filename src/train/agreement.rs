@@ -2,7 +2,7 @@
 
 use crate::data::ImageProcessor;
 use crate::ops::Backend;
-use crate::train::checkpoint::Fingerprints;
+use crate::train::run::checkpoint::Fingerprints;
 use crate::train::{PretrainSettings, Schedule, Sharding};
 
 const NOT_GIVEN: &str = "not given";

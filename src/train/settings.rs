@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::MaeConfig;
 use crate::data::jpeg_decoder;
-use crate::train::checkpoint::Fingerprints;
+use crate::train::run::checkpoint::Fingerprints;
 use crate::train::{OptimizerSettings, Schedule, Sharding};
 use crate::{Error, Result};
 

@@ -70,7 +70,7 @@ fn skill(checkpoint: &Path, data: &str) -> Skill {
     let model = MaeForPreTraining::from_pretrained(checkpoint, Cpu::<f32>::new()).unwrap();
     let image = model.config().image();
     let processor = ImageProcessor::open(checkpoint.join("preprocessor_config.json")).unwrap();
-    let (mean, deviation) = processor.normalization();
+    let (mean, std) = processor.normalization();
     let options = SourceOptions::new(image.channels, image.height, image.width).unwrap();
     let source = Source::parse(data, &options).unwrap();
     let mut values = Vec::new();
@@ -82,7 +82,7 @@ fn skill(checkpoint: &Path, data: &str) -> Skill {
         channels: image.channels,
         height: image.height,
         width: image.width,
-        values: ImageValues::Bytes { values: &values, mean: &mean, deviation: &deviation },
+        values: ImageValues::Bytes { values: &values, mean: &mean, std: &std },
     };
     let masking = Masking::random(model.config().mask_ratio, 5);
     let result = model.forward_with(&images, &masking, None, Extras::default()).unwrap();
@@ -103,7 +103,7 @@ fn skill(checkpoint: &Path, data: &str) -> Skill {
                 let start = ((batch * image.height + y) * image.width + left) * image.channels;
                 for (at, &value) in values[start..start + image.patch_width * image.channels].iter().enumerate() {
                     let channel = at % image.channels;
-                    hidden.push((f64::from(value) / 255.0 - f64::from(mean[channel])) / f64::from(deviation[channel]));
+                    hidden.push((f64::from(value) / 255.0 - f64::from(mean[channel])) / f64::from(std[channel]));
                 }
             }
         }

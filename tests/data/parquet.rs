@@ -148,7 +148,7 @@ fn damaged_files_are_errors_or_pictures() {
     let bytes = fs::read(file("mixed.parquet")).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
-    let mut random = vitmae::ops::philox::RandomStream::new(1, 0, 0, 255);
+    let mut random = vitmae::random::RandomStream::new(1, 0, 0, 255);
     for round in 0..300 {
         let mut damaged = bytes.clone();
         for _ in 0..1 + round % 5 {

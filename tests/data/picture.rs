@@ -3,7 +3,7 @@
 use std::fs;
 
 use vitmae::Error;
-use vitmae::picture::{Curve, Grid, PictureRef, Scale};
+use vitmae::figures::{Curve, Grid, PictureRef, Scale};
 
 use crate::common::gradient;
 

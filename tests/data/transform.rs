@@ -94,15 +94,15 @@ fn the_processor_is_that_of_transformers() {
         let [_, channels, height, width] = expected.shape() else { panic!("{:?}", expected.shape()) };
         let found = processor.process(&image).unwrap();
         assert_eq!((found.height, found.width, found.channels), (*height, *width, *channels), "{config}");
-        let (mean, deviation) = processor.normalization();
+        let (mean, std) = processor.normalization();
         let mut largest = 0.0_f32;
         for (at, value) in expected.data().chunks_exact(4).enumerate() {
             let expected = f32::from_le_bytes(value.try_into().unwrap());
             let (channel, place) = (at / (height * width), at % (height * width));
             let byte = f32::from(found.pixels[place * channels + channel]);
-            let value = (byte / 255.0 - mean[channel]) / deviation[channel];
+            let value = (byte / 255.0 - mean[channel]) / std[channel];
             // In levels of the picture.
-            largest = largest.max((value - expected).abs() * deviation[channel] * 255.0);
+            largest = largest.max((value - expected).abs() * std[channel] * 255.0);
         }
         println!("{config}: {largest} levels");
         assert!(largest < 1.01, "{config}: {largest} levels");

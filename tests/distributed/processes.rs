@@ -173,7 +173,7 @@ fn strangers_are_turned_away() {
         run: String::new(),
     };
     std::thread::scope(|scope| {
-        let chief = scope.spawn(move || Processes::join(&Launch::Tcp(meeting(0))).unwrap());
+        let rank_0 = scope.spawn(move || Processes::join(&Launch::Tcp(meeting(0))).unwrap());
         let mut stranger = loop {
             match TcpStream::connect(("127.0.0.1", port)) {
                 Ok(stream) => break stream,
@@ -184,8 +184,8 @@ fn strangers_are_turned_away() {
         let other = Processes::join(&Launch::Tcp(meeting(1))).unwrap();
         // Dropped only when both are done: either would take the other for dead.
         let other = scope.spawn(move || other.barrier().map(|()| other));
-        let chief = chief.join().unwrap();
-        chief.barrier().unwrap();
+        let rank_0 = rank_0.join().unwrap();
+        rank_0.barrier().unwrap();
         other.join().unwrap().unwrap();
     });
 }
@@ -203,7 +203,7 @@ fn processes_of_another_run_are_turned_away_and_told() {
         run: run.into(),
     };
     std::thread::scope(|scope| {
-        let chief = scope.spawn(move || Processes::join(&Launch::Tcp(meeting(0, 2, "one"))).unwrap());
+        let rank_0 = scope.spawn(move || Processes::join(&Launch::Tcp(meeting(0, 2, "one"))).unwrap());
         // Those that say nothing hold nobody up.
         let silent: Vec<_> = (0..3)
             .map(|_| {
@@ -225,8 +225,8 @@ fn processes_of_another_run_are_turned_away_and_told() {
         assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
         drop(silent);
         let other = scope.spawn(move || other.barrier().map(|()| other));
-        let chief = chief.join().unwrap();
-        chief.barrier().unwrap();
+        let rank_0 = rank_0.join().unwrap();
+        rank_0.barrier().unwrap();
         other.join().unwrap().unwrap();
     });
 }

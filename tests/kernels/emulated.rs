@@ -17,7 +17,7 @@ pub use vitmae::cuda::*;
 pub mod guarded;
 
 #[cfg(not(feature = "emulator"))]
-#[path = "../../src/cuda/emulator.rs"]
+#[path = "../../src/cuda/emulator/mod.rs"]
 pub mod emulator;
 #[cfg(not(feature = "emulator"))]
 #[path = "../../build/hash.rs"]

@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use vitmae::cuda::embedded::Kernel;
 use vitmae::cuda::gemm::{GemmAddresses, GemmDescription};
 use vitmae::cuda::launch::{Argument, Driver, Grid, Limits};
-use vitmae::cuda::modules::Kernel;
 use vitmae::cuda::recording::RecordedWork;
 use vitmae::cuda::{DeviceId, Gpu, Mark, Result, Stream};
 

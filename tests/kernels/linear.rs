@@ -13,7 +13,7 @@ use super::reference::{ARITHMETIC, as_close_as_naive};
 const ACTIVATIONS: [Activation; 5] =
     [Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Silu, Activation::QuickGelu];
 
-/// `n` numbers with mean 0 and deviation 1 that look random; every call with another seed.
+/// `n` numbers with mean 0 and standard deviation 1 that look random; every call with another seed.
 pub fn random(n: usize, seed: u32) -> Vec<f64> {
     let words = (0..n.div_ceil(4) as u32).flat_map(|block| rand_philox::philox4x32_10([block, 0, 0, 0], [seed, 11]));
     words.take(n).map(|word| (f64::from(word) / f64::from(u32::MAX) - 0.5) * 12f64.sqrt()).collect()

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use vitmae::cuda::embedded::Kernel;
 use vitmae::cuda::gemm::{GemmAddresses, GemmDescription};
 use vitmae::cuda::launch::{Argument, Driver, Grid, Limits};
-use vitmae::cuda::modules::Kernel;
 use vitmae::cuda::recording::RecordedWork;
 use vitmae::cuda::{CudaError, DeviceId, Result, Stream};
 

@@ -55,10 +55,10 @@ fn run<B: Loss>(bench: &Bench<'_, B>, shape: LossShape, inputs: &Inputs, bytes: 
     let prediction = bench.elements(&inputs.prediction);
     let (ids, mask) = (bench.ids(&inputs.ids), bench.plain(&inputs.mask));
     let constants = |values: [f64; 3]| -> Vec<f32> { (0..image.channels).map(|c| values[c % 3] as f32).collect() };
-    let (mean, deviation) = (bench.plain(&constants(MEAN)), bench.plain(&constants(DEVIATION)));
+    let (mean, std) = (bench.plain(&constants(MEAN)), bench.plain(&constants(DEVIATION)));
     let (values, floats) = (bench.plain(&inputs.bytes), bench.plain(&inputs.floats));
     let pixels = match bytes {
-        true => Pixels::Bytes { values: &values, mean: &mean, deviation: &deviation },
+        true => Pixels::Bytes { values: &values, mean: &mean, std: &std },
         false => Pixels::Normalized(&floats),
     };
     bench

@@ -21,8 +21,8 @@ mod tokens;
 
 use std::collections::BTreeSet;
 
+use emulated::embedded::{KERNELS, Target};
 use emulated::launch::{Argument, Grid};
-use emulated::modules::{KERNELS, Target};
 use emulated::nvrtc::{Nvrtc, NvrtcError, Source};
 use emulated::{SEEDS, Slice, embedded_kernels, emulator_itself, kernel_files, units};
 

@@ -101,19 +101,19 @@ fn check<T: Checked>(stream: &Stream, shape: PatchifyShape, ids: &[u32], shift: 
 
     let bytes: Vec<u8> = words(pixels + shift, 5).into_iter().map(|word| word as u8).collect();
     let mean: Vec<f32> = (0..channels).map(|channel| MEAN[channel % 3]).collect();
-    let deviation: Vec<f32> = (0..channels).map(|channel| DEVIATION[channel % 3]).collect();
+    let std: Vec<f32> = (0..channels).map(|channel| DEVIATION[channel % 3]).collect();
     let normalised = |sample: usize, channel: usize, y: usize, x: usize| {
         let byte = bytes[shift + ((sample * height + y) * width + x) * channels + channel];
-        (f32::from(byte) / 255.0 - mean[channel]) / deviation[channel]
+        (f32::from(byte) / 255.0 - mean[channel]) / std[channel]
     };
-    let buffers = (stream.upload(&bytes), stream.upload(&mean), stream.upload(&deviation));
+    let buffers = (stream.upload(&bytes), stream.upload(&mean), stream.upload(&std));
     let (byte_buffer, mean_buffer, deviation_buffer) =
         (buffers.0.expect("uploaded"), buffers.1.expect("uploaded"), buffers.2.expect("uploaded"));
     let whole = byte_buffer.as_slice();
     let input = BytePixels {
         pixels: whole.range(shift..pixels + shift).expect("inside"),
         mean: mean_buffer.as_slice(),
-        deviation: deviation_buffer.as_slice(),
+        std: deviation_buffer.as_slice(),
     };
     {
         let mut all = rows.as_mut_slice();
@@ -198,20 +198,19 @@ fn normalising_has_the_bits_of_two_divisions() {
         ([0.491_4, 0.482_2, 0.446_5], [0.247_0, 0.243_5, 0.261_6]),
         ([0.430, 0.411, 0.296], [0.213, 0.156, 0.143]),
     ];
-    for (mean, deviation) in constants {
+    for (mean, std) in constants {
         let pixels = stream.upload(&bytes).expect("uploaded");
-        let (means, deviations) =
-            (stream.upload(&mean).expect("uploaded"), stream.upload(&deviation).expect("uploaded"));
+        let (means, deviations) = (stream.upload(&mean).expect("uploaded"), stream.upload(&std).expect("uploaded"));
         let ids = stream.upload(&[0u32]).expect("uploaded");
         let mut rows = stream.uninitialised::<f32>(768).expect("reserved");
-        let input = BytePixels { pixels: pixels.as_slice(), mean: means.as_slice(), deviation: deviations.as_slice() };
+        let input = BytePixels { pixels: pixels.as_slice(), mean: means.as_slice(), std: deviations.as_slice() };
         patchify_visible_forward_bytes(&stream, &mut rows.as_mut_slice(), &input, &ids.as_slice(), shape)
             .expect("no fault");
         let found = stream.download(&rows.as_slice()).expect("downloaded");
         for (index, found) in found.into_iter().enumerate() {
             let (channel, byte) = (index / 256, index % 256);
-            let expected = (byte as f32 / 255.0 - mean[channel]) / deviation[channel];
-            assert_eq!(found.to_bits(), expected.to_bits(), "{byte} with {} and {}", mean[channel], deviation[channel]);
+            let expected = (byte as f32 / 255.0 - mean[channel]) / std[channel];
+            assert_eq!(found.to_bits(), expected.to_bits(), "{byte} with {} and {}", mean[channel], std[channel]);
         }
     }
 }
@@ -230,8 +229,8 @@ fn as_a_backend<M: Patchify>(device: &M, shape: PatchifyShape, ids: &[u32]) -> [
     device.upload(&mut values, &bytes).expect("uploaded");
     let mut id_buffer = device.buffer(ids.len() + 3).expect("reserved");
     device.upload(&mut id_buffer, ids).expect("uploaded");
-    let (floats, mean, deviation) = (upload(&floats), upload(&MEAN), upload(&DEVIATION));
-    let pixels = [Pixels::Bytes { values: &values, mean: &mean, deviation: &deviation }, Pixels::Normalized(&floats)];
+    let (floats, mean, std) = (upload(&floats), upload(&MEAN), upload(&DEVIATION));
+    let pixels = [Pixels::Bytes { values: &values, mean: &mean, std: &std }, Pixels::Normalized(&floats)];
     pixels.map(|pixels| {
         let mut found = vec![M::Element::default(); batch * keep * image.patch_length()];
         let mut rows = device.buffer(found.len() + 3).expect("reserved");

@@ -1,7 +1,7 @@
 //! Running an op of the contract on any backend, and judging what it wrote against the CPU in f64.
 
 use vitmae::ops::Memory;
-use vitmae::ops::philox::RandomStream;
+use vitmae::random::RandomStream;
 
 /// Elements behind what a shape needs, which no op may touch.
 const GUARDS: usize = 19;

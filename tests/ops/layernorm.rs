@@ -98,7 +98,7 @@ fn layernorm_backward_in_f32_agrees_with_f64_and_accumulates() {
         let (x, dy, old, gamma) = (random(4, length), random(5, length), random(6, length), random(7, shape.width));
         let single = backward::<f32>(shape, None, &dy, &x, &gamma);
         let double = backward::<f64>(shape, None, &dy, &x, &gamma);
-        // Two numbers that are close together make the reciprocal deviation, and with it all errors, large.
+        // Two numbers that are close together make the reciprocal std, and with it all errors, large.
         let largest = naive_forward(shape, &x, &gamma, &gamma)[2].iter().fold(1.0, |a: f64, &b| a.max(b));
         for (what, (single, double)) in ["dx", "dgamma", "dbeta"].iter().zip(single.iter().zip(&double)) {
             close(what, single, double, largest * tolerance::<f32>(shape.rows));

@@ -1,6 +1,6 @@
 use vitmae::cpu::{Cpu, Float};
-use vitmae::ops::philox::RandomStream;
 use vitmae::ops::{ImageShape, Loss, LossShape, Pixels};
+use vitmae::random::RandomStream;
 
 use crate::patchify::some_ids;
 use crate::support::{buffer, check_gradient, close, plain, poisoned, random, read, same_on_any_threads};
@@ -135,16 +135,16 @@ fn loss_of_bytes_is_that_of_normalized_pixels() {
     let image = ImageShape { channels: 3, height: 8, width: 8, patch_height: 4, patch_width: 4 };
     let mut case = Case::new(image, 2, 3, true, true);
     let bytes: Vec<u8> = RandomStream::new(6, 0, 0, 200).take(2 * image.length()).map(|word| word as u8).collect();
-    let (mean, deviation) = ([0.5_f32, 0.4, 0.3], [0.25_f32, 0.2, 0.3]);
+    let (mean, std) = ([0.5_f32, 0.4, 0.3], [0.25_f32, 0.2, 0.3]);
     for index in 0..case.values.len() {
         let (sample, c, place) = (index / 192, index / 64 % 3, index % 64);
         let byte = bytes[sample * 192 + place * 3 + c];
-        case.values[index] = (f32::from(byte) / 255.0 - mean[c]) / deviation[c];
+        case.values[index] = (f32::from(byte) / 255.0 - mean[c]) / std[c];
     }
     let prediction = random(7, case.numbers());
     let (mut loss, mut patches) = (buffer::<f32>(&[0.25]), poisoned(case.ids.len()));
     let mut gradient = poisoned(case.numbers());
-    let (values, mean, deviation) = (plain(&bytes, 0), plain(&mean, 0.0), plain(&deviation, 0.0));
+    let (values, mean, std) = (plain(&bytes, 0), plain(&mean, 0.0), plain(&std, 0.0));
     Cpu::new()
         .loss_forward_backward(
             case.shape,
@@ -152,7 +152,7 @@ fn loss_of_bytes_is_that_of_normalized_pixels() {
             &mut patches,
             &mut gradient,
             &buffer(&prediction),
-            Pixels::Bytes { values: &values, mean: &mean, deviation: &deviation },
+            Pixels::Bytes { values: &values, mean: &mean, std: &std },
             &plain(&case.ids, 0),
             &plain(&case.mask, 0.0),
         )

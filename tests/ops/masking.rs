@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 use vitmae::cpu::Cpu;
-use vitmae::ops::philox::{AUGMENTATION_STREAM, MASKING_STREAM, RandomStream, philox4x32};
 use vitmae::ops::{Masking, MaskingShape, RandomMask};
+use vitmae::random::{AUGMENTATION_STREAM, MASKING_STREAM, RandomStream, philox4x32};
 
 use crate::support::{plain, read_plain, same_on_any_threads};
 

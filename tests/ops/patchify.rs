@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 use vitmae::cpu::{Cpu, Float};
-use vitmae::ops::philox::RandomStream;
 use vitmae::ops::{ImageShape, Patchify, Pixels};
+use vitmae::random::RandomStream;
 
 use crate::support::{plain, poisoned, random, read, same_on_any_threads, shuffles};
 
@@ -50,17 +50,17 @@ fn check<F: Float>(image: ImageShape, batch: usize, visible: usize, seed: u64) {
     let values: Vec<u8> =
         RandomStream::new(seed, 1, 1, 200).take(batch * image.length()).map(|word| word as u8).collect();
     let (pixels, mean) = (plain(&values, 0), [0.485_f32, 0.456, 0.406, 0.1, 0.2]);
-    let deviation = [0.229_f32, 0.224, 0.225, 0.5, 0.25];
-    let (mean_buffer, deviation_buffer) = (plain(&mean, 0.0), plain(&deviation, 0.0));
+    let std = [0.229_f32, 0.224, 0.225, 0.5, 0.25];
+    let (mean_buffer, deviation_buffer) = (plain(&mean, 0.0), plain(&std, 0.0));
     let found = same_on_any_threads(|| {
         let mut rows = poisoned::<F>(length);
-        let pixels = Pixels::Bytes { values: &pixels, mean: &mean_buffer, deviation: &deviation_buffer };
+        let pixels = Pixels::Bytes { values: &pixels, mean: &mean_buffer, std: &deviation_buffer };
         Cpu::new().patchify_visible_forward(image, batch, visible, &mut rows, pixels, &ids_buffer).unwrap();
         read(&rows)
     });
     let at = |b, c, y, x| ((b * image.height + y) * image.width + x) * image.channels + c;
     let expected = naive(image, visible, &ids, |b, c, y, x| {
-        f64::from((f32::from(values[at(b, c, y, x)]) / 255.0 - mean[c]) / deviation[c])
+        f64::from((f32::from(values[at(b, c, y, x)]) / 255.0 - mean[c]) / std[c])
     });
     assert_eq!(found, expected);
 }

@@ -4,8 +4,8 @@ use std::sync::OnceLock;
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use vitmae::cpu::{Cpu, CpuBuffer, Float};
-use vitmae::ops::philox::RandomStream;
 use vitmae::ops::{Element, Memory};
+use vitmae::random::RandomStream;
 
 /// Elements behind what a shape needs, which no op may touch.
 const GUARDS: usize = 37;

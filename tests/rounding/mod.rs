@@ -21,7 +21,7 @@ fn round(numbers: &mut Numbers) {
 fn inner(pixels: Pixels<'_, Rounding>) -> Pixels<'_, Cpu<f64>> {
     match pixels {
         Pixels::Normalized(values) => Pixels::Normalized(values),
-        Pixels::Bytes { values, mean, deviation } => Pixels::Bytes { values, mean, deviation },
+        Pixels::Bytes { values, mean, std } => Pixels::Bytes { values, mean, std },
     }
 }
 

@@ -6,9 +6,9 @@ use std::time::Duration;
 use cudarc::cublaslt::sys;
 
 use super::{CANDIDATES, Key, WORKSPACE_BYTES};
+use crate::cuda::embedded::read_cached;
 use crate::cuda::error::Result;
 use crate::cuda::hash::hash;
-use crate::cuda::modules::read_cached;
 
 /// A candidate replaces one that cuBLASLt ranks before it if it takes less than this share of its time. Below that, noise
 /// would choose.
@@ -74,8 +74,8 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+    use crate::cuda::embedded::write_cached;
     use crate::cuda::gemm::{EpilogueKind, Gemm, GemmAddresses, GemmDescription, GemmType, Layout};
-    use crate::cuda::modules::write_cached;
 
     #[test]
     fn the_clearly_fastest_of_those_that_run_is_chosen() {

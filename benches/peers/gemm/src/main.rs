@@ -7,7 +7,7 @@ use std::error::Error;
 use std::time::Instant;
 
 use vitmae::cpu::Cpu;
-use vitmae::ops::philox::RandomStream;
+use vitmae::random::RandomStream;
 use vitmae::ops::{Linear, LinearShape, Memory, Write};
 
 /// `out[rows, columns] (+)= left[rows, depth] right[depth, columns]`; a transposed factor is stored the other way round.

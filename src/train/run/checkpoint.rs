@@ -11,7 +11,7 @@ use crate::config::MaeConfig;
 use crate::data::{ImageProcessor, jpeg_decoder};
 use crate::ops::Backend;
 use crate::train::Trainer;
-use crate::train::moments::Moments;
+use crate::train::data_parallel::moments::Moments;
 use crate::train::settings::PretrainSettings;
 use crate::weights::{Checkpoint, TensorFile};
 use crate::{Error, Result};
@@ -22,7 +22,7 @@ const AVERAGE: &str = "ema";
 const MOMENTS: &str = "optimizer.safetensors";
 const WEIGHTS: &str = "model.safetensors";
 /// What the name of a checkpoint begins with.
-pub(super) const PREFIX: &str = "checkpoint-";
+pub(in crate::train) const PREFIX: &str = "checkpoint-";
 
 /// What a run needs to go on, besides weights and moments.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

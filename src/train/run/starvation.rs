@@ -14,7 +14,7 @@ const QUIET: Duration = Duration::from_secs(300);
 
 /// Sums up steps, and says when they waited for pictures for too much of their time.
 #[derive(Debug, Default)]
-pub(super) struct Starvation {
+pub(in crate::train) struct Starvation {
     steps: u64,
     waited: f64,
     seconds: f64,
@@ -23,7 +23,7 @@ pub(super) struct Starvation {
 
 /// Steps that waited too long.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Starved {
+pub(in crate::train) struct Starved {
     pub steps: u64,
     /// What they took.
     pub seconds: f64,

@@ -19,12 +19,12 @@ pub(crate) struct Moments<M> {
 
 impl<B: Backend> Trainer<B> {
     /// All moments, on process 0, where the processes keep a share of them each; nothing where each keeps all. Collective.
-    pub(super) fn gather_moments(&self) -> Result<Option<Moments<B::Master>>> {
+    pub(in crate::train) fn gather_moments(&self) -> Result<Option<Moments<B::Master>>> {
         let Some(part) = self.exchange.sharded else { return Ok(None) };
         let (backend, processes) = (self.model.backend(), &self.exchange.processes);
         processes.ready()?;
         let length = self.model.parameters().layout().trained();
-        let kept = if processes.is_chief() { length } else { 0 };
+        let kept = if processes.is_rank_0() { length } else { 0 };
         let gather = |share: &B::Buffer<B::Master>| -> Result<Vec<B::Master>> {
             let mut all = Vec::with_capacity(kept);
             let mut values = vec![B::Master::default(); BUCKET.min(part)];
@@ -38,7 +38,7 @@ impl<B: Backend> Trainer<B> {
                         backend.download(values, &piece)?;
                     }
                     processes.broadcast(bytemuck::cast_slice_mut(values), owner)?;
-                    if processes.is_chief() {
+                    if processes.is_rank_0() {
                         all.extend_from_slice(values);
                     }
                 }
@@ -48,7 +48,7 @@ impl<B: Backend> Trainer<B> {
         let gathered = gather(&self.optimizer.first)
             .and_then(|first| Ok(Moments { first, second: gather(&self.optimizer.second)? }))
             .inspect_err(|_| processes.break_off())?;
-        Ok(processes.is_chief().then_some(gathered))
+        Ok(processes.is_rank_0().then_some(gathered))
     }
 
     /// Writes the moments under the parameters' published names: `first_moment.NAME`, `second_moment.NAME`. Those that
@@ -120,7 +120,7 @@ impl<B: Backend> Trainer<B> {
     }
 
     /// Gives all processes their share of the moments that process 0 was given. Collective.
-    pub(super) fn share_moments(&mut self, moments: Option<Moments<B::Master>>) -> Result<()> {
+    pub(in crate::train) fn share_moments(&mut self, moments: Option<Moments<B::Master>>) -> Result<()> {
         let processes = self.exchange.processes.clone();
         let (backend, share) = (self.model.backend(), self.exchange.share.clone());
         let length = self.model.parameters().layout().trained();
@@ -130,7 +130,7 @@ impl<B: Backend> Trainer<B> {
             for start in (0..length).step_by(BUCKET) {
                 let end = length.min(start + BUCKET);
                 let values = &mut values[..end - start];
-                if processes.is_chief() {
+                if processes.is_rank_0() {
                     values.copy_from_slice(&all[start..end]);
                 }
                 processes.broadcast(bytemuck::cast_slice_mut(values), 0)?;

@@ -4,10 +4,10 @@ mod ops;
 
 use half::bf16;
 
+use super::embedded::Kernel;
 use super::error::{CudaError, Result};
 use super::gemm::{Addend, Epilogue, Gemm, GemmElement, GemmType, Layout};
 use super::launch::{Argument, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
-use super::modules::Kernel;
 use crate::ops::{Activation, LinearShape, Write};
 
 const FINISH: Kernel = Kernel::named("linear_bias_backward_finish_f32");

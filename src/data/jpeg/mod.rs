@@ -186,7 +186,7 @@ mod tests {
     #[test]
     fn parts_are_those_of_the_whole() {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases/jpeg");
-        let mut random = crate::ops::philox::RandomStream::new(1, 0, 0, 255);
+        let mut random = crate::random::RandomStream::new(1, 0, 0, 255);
         let mut below = |bound: usize| random.next_u32() as usize % bound;
         let (mut part, mut count) = (Part::default(), 0);
         for entry in std::fs::read_dir(folder).unwrap() {

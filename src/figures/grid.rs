@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::picture::canvas::{Canvas, FONTS, INK, cell, wrap};
+use crate::figures::canvas::{Canvas, FONTS, INK, cell, wrap};
 use crate::{Error, Result};
 
 /// Cells are enlarged by a whole factor until their longer side has as many pixels.
@@ -171,7 +171,7 @@ struct Cell {
 /// A sheet of pictures: captions above the columns, a label beside each row, notes below.
 ///
 /// ```
-/// use vitmae::picture::{Grid, PictureRef};
+/// use vitmae::figures::{Grid, PictureRef};
 ///
 /// let picture = vec![128_u8; 32 * 32 * 3];
 /// let mask = [0.0, 1.0, 1.0, 0.0];

@@ -50,7 +50,7 @@ pub struct PretrainReport {
 }
 
 /// The mean loss of the first and last tenth of the steps.
-pub(super) fn first_and_last(history: &[Metrics]) -> Option<(f64, f64)> {
+pub(in crate::train) fn first_and_last(history: &[Metrics]) -> Option<(f64, f64)> {
     let losses: Vec<f64> = history.iter().filter_map(|metrics| metrics.loss).collect();
     let tenth = losses.len().div_ceil(10);
     let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;

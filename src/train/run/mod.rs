@@ -9,6 +9,15 @@
 //! OUT/reconstruction-STEP.png   the same few pictures each time
 //! ```
 
+pub(in crate::train) mod checkpoint;
+mod figures;
+pub(in crate::train) mod metrics;
+pub(in crate::train) mod report;
+mod run_dir;
+mod starvation;
+mod tensorboard;
+mod validation;
+
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -20,15 +29,14 @@ use crate::files::write_json;
 use crate::model::{ImageValues, Images, MaeForPreTraining, Masking};
 use crate::ops::{Backend, MaskingShape, RandomMask};
 use crate::train::agreement;
-use crate::train::checkpoint::{self, Fingerprints};
-use crate::train::folder;
-use crate::train::metrics::{Metrics, MetricsFile};
-use crate::train::outputs::{Files, shown_pictures};
-use crate::train::report::{Event, PretrainReport, first_and_last};
+use crate::train::run::checkpoint::Fingerprints;
+use crate::train::run::figures::{Files, shown_pictures};
+use crate::train::run::metrics::{Metrics, MetricsFile};
+use crate::train::run::report::{Event, PretrainReport, first_and_last};
+use crate::train::run::starvation::Starvation;
+use crate::train::run::tensorboard::EventFile;
+use crate::train::run::validation::Validation;
 use crate::train::settings::{PretrainSettings, Recipe, Resolved, RunLength};
-use crate::train::starvation::Starvation;
-use crate::train::tensorboard::EventFile;
-use crate::train::validation::Validation;
 use crate::train::{Schedule, Trainer};
 use crate::{Error, Result};
 
@@ -65,7 +73,7 @@ pub fn pretrain_together<B: Backend>(
 }
 
 /// A run under way.
-pub(super) struct Run<'s, B: Backend> {
+pub(in crate::train) struct Run<'s, B: Backend> {
     pub settings: &'s PretrainSettings,
     pub trainer: Trainer<B>,
     pub loader: Loader,
@@ -74,7 +82,7 @@ pub(super) struct Run<'s, B: Backend> {
     /// The batch that was prefetched.
     pub upcoming: Option<Batch>,
     pub processor: ImageProcessor,
-    /// Mean and deviation per channel.
+    /// Mean and standard deviation per channel.
     pub normalization: (Vec<f32>, Vec<f32>),
     /// The pictures of the reconstruction grid, `[SHOWN, H, W, C]`.
     pub shown: Vec<u8>,
@@ -121,14 +129,14 @@ impl<'s, B: Backend> Run<'s, B> {
         MaskingShape::new(*batch_size, image.patches(), config.mask_ratio)?;
         settings.check()?;
         for data in [Some(&settings.data), settings.validation.as_ref()].into_iter().flatten() {
-            folder::refuse_inside("the run's folder", out, data)?;
+            run_dir::refuse_inside("the run's folder", out, data)?;
             settings
                 .events
                 .as_ref()
-                .map_or(Ok(()), |events| folder::refuse_inside("the folder of TensorBoard's events", events, data))?;
+                .map_or(Ok(()), |events| run_dir::refuse_inside("the folder of TensorBoard's events", events, data))?;
         }
-        if processes.is_chief() {
-            folder::refuse_to_overwrite(out, settings.resume)?;
+        if processes.is_rank_0() {
+            run_dir::refuse_to_overwrite(out, settings.resume)?;
         }
 
         let processor = match &settings.from {
@@ -170,8 +178,8 @@ impl<'s, B: Backend> Run<'s, B> {
             total_steps,
         };
 
-        let (lock, resumed) = match processes.is_chief() {
-            true => folder::take(out, settings.resume).map(|(lock, resumed)| (Some(lock), resumed))?,
+        let (lock, resumed) = match processes.is_rank_0() {
+            true => run_dir::take(out, settings.resume).map(|(lock, resumed)| (Some(lock), resumed))?,
             false => (None, None),
         };
         processes.ready()?;
@@ -180,7 +188,7 @@ impl<'s, B: Backend> Run<'s, B> {
         // The others get weights and moments from process 0.
         let model = match (&resumed, &settings.from) {
             (Some((_, folder)), _) => MaeForPreTraining::from_pretrained(folder, backend)?,
-            (None, Some(from)) if processes.is_chief() => {
+            (None, Some(from)) if processes.is_rank_0() => {
                 MaeForPreTraining::from_pretrained_as(from, config.clone(), backend)?
             }
             _ => MaeForPreTraining::new(config.clone(), backend, *seed)?,
@@ -296,7 +304,7 @@ impl<'s, B: Backend> Run<'s, B> {
             let last = self.done == total;
             if last || !go_on || (self.done.is_multiple_of(checkpoints) && !skipped) {
                 let same = self.trainer.stay_together().map_err(|error| self.rescue(error, watch))?;
-                if !same && self.processes.is_chief() {
+                if !same && self.processes.is_rank_0() {
                     tracing::warn!(
                         "step {}: the weights of the processes had drifted apart, as on processors of different kinds; all have \
                          those of process 0 now",
@@ -371,7 +379,7 @@ impl<'s, B: Backend> Run<'s, B> {
         let upcoming = if self.done + 1 < self.schedule.total_steps { self.prefetch(&mut waited) } else { Ok(()) };
         let report = self.trainer.report()?;
         self.done += 1;
-        if !report.updated && self.processes.is_chief() {
+        if !report.updated && self.processes.is_rank_0() {
             tracing::warn!(
                 "step {}: loss {} or gradient norm {} is not finite; the update was skipped",
                 self.done,
@@ -431,7 +439,7 @@ impl<'s, B: Backend> Run<'s, B> {
         let due = self.done == self.schedule.total_steps || self.done.is_multiple_of(self.checkpoint_every());
         let Some(validation) = self.validation.as_mut().filter(|_| due) else { return Ok(None) };
         let Some(loss) = validation.loss(&mut self.trainer, &self.processes)? else { return Ok(None) };
-        if !loss.is_finite() && self.processes.is_chief() {
+        if !loss.is_finite() && self.processes.is_rank_0() {
             tracing::warn!("step {}: the validation loss is not finite", self.done);
         }
         if !loss.is_finite() {
@@ -464,12 +472,12 @@ impl<'s, B: Backend> Run<'s, B> {
 /// A batch as the trainer takes it.
 fn training_input<'a>(
     batch: &'a Batch,
-    (mean, deviation): &'a (Vec<f32>, Vec<f32>),
+    (mean, std): &'a (Vec<f32>, Vec<f32>),
     ratio: f64,
     seed: u64,
 ) -> (Images<'a>, Masking<'a>) {
     let Batch { channels, height, width, .. } = *batch;
-    let values = ImageValues::Bytes { values: &batch.pixels, mean, deviation };
+    let values = ImageValues::Bytes { values: &batch.pixels, mean, std };
     let random = RandomMask { seed, epoch: batch.epoch };
     let masking = Masking::Random { ratio, random, samples: Some(&batch.samples), first: 0 };
     (Images { batch: batch.len(), channels, height, width, values }, masking)

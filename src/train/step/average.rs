@@ -9,7 +9,7 @@ use crate::{Error, Result};
 
 /// An exponential moving average of all trained parameters.
 #[derive(Debug)]
-pub(super) struct Average<B: Backend> {
+pub(in crate::train) struct Average<B: Backend> {
     /// What an update keeps of the average.
     pub decay: f64,
     /// In the layout of the parameters, without the position tables.
@@ -58,7 +58,7 @@ impl<B: Backend> Trainer<B> {
     }
 
     /// Reads the average that [`Trainer::save_average`] wrote; one must be kept.
-    pub(super) fn load_average(&mut self, folder: &Path) -> Result<()> {
+    pub(in crate::train) fn load_average(&mut self, folder: &Path) -> Result<()> {
         let Some(average) = &mut self.average else { return Ok(()) };
         let (backend, layout) = (self.model.backend(), self.model.parameters().layout());
         let mut values = vec![B::Master::default(); layout.trained()];

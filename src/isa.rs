@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 /// Sets of vector instructions, each of which includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Instructions {
+pub enum Isa {
     /// What every processor of this architecture has.
     Plain,
     /// AVX2 and fused multiply-adds.
@@ -16,12 +16,12 @@ pub enum Instructions {
 /// What the machine has is not to be used beyond this.
 const VARIABLE: &str = "VITMAE_CPU_ISA";
 
-impl Instructions {
+impl Isa {
     /// What this process uses: what the machine has, up to what the variable `VITMAE_CPU_ISA` (`avx512`, `avx2` or `plain`) allows.
     #[must_use]
     #[inline]
     pub fn used() -> Self {
-        static USED: OnceLock<Instructions> = OnceLock::new();
+        static USED: OnceLock<Isa> = OnceLock::new();
         *USED.get_or_init(|| {
             let there = Self::there();
             match std::env::var(VARIABLE).as_deref() {
@@ -55,7 +55,7 @@ impl Instructions {
     }
 }
 
-impl std::fmt::Display for Instructions {
+impl std::fmt::Display for Isa {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Plain => "no vector instructions beyond the architecture's",
@@ -67,15 +67,15 @@ impl std::fmt::Display for Instructions {
 
 /// Runs a job compiled for these instructions.
 #[inline(always)]
-pub(crate) fn dispatch<J: pulp::WithSimd>(job: J, instructions: Instructions) -> J::Output {
+pub(crate) fn dispatch<J: pulp::WithSimd>(job: J, instructions: Isa) -> J::Output {
     #[cfg(target_arch = "x86_64")]
     {
-        if instructions >= Instructions::Avx512
+        if instructions >= Isa::Avx512
             && let Some(simd) = pulp::x86::V4::try_new()
         {
             return pulp::Simd::vectorize(simd, job);
         }
-        if instructions >= Instructions::Avx2
+        if instructions >= Isa::Avx2
             && let Some(simd) = pulp::x86::V3::try_new()
         {
             return pulp::Simd::vectorize(simd, job);

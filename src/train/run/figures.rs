@@ -3,23 +3,23 @@
 use std::fs;
 
 use crate::data::{ImageProcessor, Source};
+use crate::figures::{Curve, reconstruction_grid};
 use crate::model::{Extras, ImageValues, Images, Masking, Purpose, WorkspaceShape};
 use crate::ops::{Backend, MaskingShape};
-use crate::picture::{Curve, reconstruction_grid};
-use crate::train::checkpoint::{self, TrainerState};
-use crate::train::folder;
-use crate::train::metrics::MetricsFile;
-use crate::train::pretrain::Run;
-use crate::train::report::Event;
-use crate::train::tensorboard::EventFile;
+use crate::train::run::Run;
+use crate::train::run::checkpoint::{self, TrainerState};
+use crate::train::run::metrics::MetricsFile;
+use crate::train::run::report::Event;
+use crate::train::run::run_dir;
+use crate::train::run::tensorboard::EventFile;
 use crate::{Error, Result};
 
 /// What a run writes to all the time.
-pub(super) struct Files {
+pub(in crate::train) struct Files {
     pub metrics: MetricsFile,
     pub events: EventFile,
     /// Held as long as the run: no other writes to its folder.
-    pub _lock: folder::FolderLock,
+    pub _lock: run_dir::RunLock,
 }
 
 /// Pictures in a reconstruction grid.
@@ -27,19 +27,19 @@ const SHOWN: usize = 6;
 
 impl<B: Backend> Run<'_, B> {
     /// Writes `reconstruction-STEP.png`.
-    pub(super) fn draw(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
+    pub(in crate::train) fn draw(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
         let Some(files) = &mut self.files else { return Ok(()) };
         let model = self.trainer.model();
         let config = model.config();
         let image = config.image();
-        let (mean, deviation) = self.processor.normalization();
+        let (mean, std) = self.processor.normalization();
         let batch = self.shown.len() / image.length();
         let images = Images {
             batch,
             channels: image.channels,
             height: image.height,
             width: image.width,
-            values: ImageValues::Bytes { values: &self.shown, mean: &mean, deviation: &deviation },
+            values: ImageValues::Bytes { values: &self.shown, mean: &mean, std: &std },
         };
         let masking = Masking::random(config.mask_ratio, self.settings.seed);
         let keep = MaskingShape::new(batch, image.patches(), config.mask_ratio)?.keep;
@@ -53,7 +53,7 @@ impl<B: Backend> Run<'_, B> {
         })?;
         let result = model.reconstruct_in(&mut workspace, &images, &masking, Extras::default())?;
         let labels: Vec<String> = (1..=batch).map(|index| format!("picture {index}")).collect();
-        let mut grid = reconstruction_grid(config, image, &images, &result, (&mean, &deviation), &labels)?;
+        let mut grid = reconstruction_grid(config, image, &images, &result, (&mean, &std), &labels)?;
         grid.footer(&format!("Step {}, loss {:.4} on these pictures.", self.done, result.loss));
         let path = self.settings.out.join(format!("reconstruction-{}.png", self.done));
         grid.save(&path)?;
@@ -64,7 +64,7 @@ impl<B: Backend> Run<'_, B> {
         self.draw_curve(watch)
     }
 
-    pub(super) fn draw_curve(&self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
+    pub(in crate::train) fn draw_curve(&self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
         if self.history.is_empty() || self.files.is_none() {
             return Ok(());
         }
@@ -77,7 +77,7 @@ impl<B: Backend> Run<'_, B> {
     }
 
     /// Writes `checkpoint-STEP/`, whole or not at all. Collective where the optimiser's state is shared out.
-    pub(super) fn save(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
+    pub(in crate::train) fn save(&mut self, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Result<()> {
         let moments = self.trainer.gather_moments()?;
         if self.files.is_none() {
             self.saved = Some((self.done, self.settings.out.join(checkpoint::folder_name(self.done))));
@@ -98,7 +98,7 @@ impl<B: Backend> Run<'_, B> {
 
     /// Saves what was trained since the last checkpoint, where the disk or the pictures failed and not the training. Where each
     /// process has a share of the optimiser's state, all have to be there for that.
-    pub(super) fn rescue(&mut self, error: Error, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Error {
+    pub(in crate::train) fn rescue(&mut self, error: Error, watch: &mut dyn FnMut(Event<'_>) -> bool) -> Error {
         let shares = self.trainer.shards_optimizer();
         // The others come here when they are told.
         let error = if shares { self.processes.tell(error) } else { error };
@@ -116,7 +116,7 @@ impl<B: Backend> Run<'_, B> {
     }
 
     /// Adds to an error where the last whole checkpoint is.
-    pub(super) fn explain(&self, error: Error) -> Error {
+    pub(in crate::train) fn explain(&self, error: Error) -> Error {
         if self.files.is_none() {
             return error;
         }
@@ -132,7 +132,7 @@ impl<B: Backend> Run<'_, B> {
 }
 
 /// The first pictures of a source that can be decoded, as the model sees them at inference.
-pub(super) fn shown_pictures(source: &Source, processor: &ImageProcessor) -> Result<Vec<u8>> {
+pub(in crate::train) fn shown_pictures(source: &Source, processor: &ImageProcessor) -> Result<Vec<u8>> {
     let mut pixels = Vec::new();
     let mut found = 0;
     let mut problem = None;

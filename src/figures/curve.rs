@@ -32,7 +32,7 @@ const POINTS: usize = 1500;
 /// A value against steps: a light line for what was measured, a dark one for its running mean.
 ///
 /// ```
-/// use vitmae::picture::Curve;
+/// use vitmae::figures::Curve;
 ///
 /// let losses: Vec<(u64, f64)> = (0..100).map(|step| (step, 1.0 / (step + 1) as f64)).collect();
 /// # let folder = tempfile::tempdir().unwrap();

@@ -28,10 +28,10 @@ use self::choice::{Choice, SCHEME, choose, chosen_before, file_name};
 use self::descriptors::{Preference, Product, failed};
 pub use self::library::probe;
 use super::discovery::DeviceInfo;
-use super::driver::{call, reserving};
+use super::embedded::{cache_folder, write_cached};
 use super::error::{CudaError, Result};
 use super::gemm::{GemmAddresses, GemmDescription, Layout, span};
-use super::modules::{cache_folder, write_cached};
+use super::gpu::{call, reserving};
 
 /// What NVIDIA recommends for Hopper; smaller GPUs are content with less and have room for it.
 const WORKSPACE_BYTES: usize = 32 << 20;

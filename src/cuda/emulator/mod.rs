@@ -9,15 +9,13 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use super::embedded::Kernel;
 use super::error::{CudaError, Result};
 use super::gemm::{EpilogueKind, GemmAddresses, GemmDescription, GemmType, Layout};
 use super::launch::{Argument, DeviceId, Driver, Grid, Limits, Stream};
-use super::modules::Kernel;
 use super::recording::RecordedWork;
 use functions::Functions;
 
-// By its path, because tests take this file into another folder's program.
-#[path = "emulator/functions.rs"]
 mod functions;
 
 /// How an emulator runs.

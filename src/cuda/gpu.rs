@@ -8,11 +8,11 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::cublaslt::CublasLt;
 use super::discovery::{DeviceInfo, device_count, device_info, has_event_times};
+use super::embedded::{KERNELS, Kernel, KernelFile, Target, embedded_kernels};
 use super::error::{CudaError, Result};
 use super::exchange::Exchange;
 use super::gemm::{GemmAddresses, GemmDescription};
 use super::launch::{Argument, DeviceId, Driver, Grid, Limits, MAX_ARGUMENTS, Stream, exactly};
-use super::modules::{KERNELS, Kernel, KernelFile, Target, embedded_kernels};
 use super::recording::{Graph, RecordedWork};
 use super::staging::Staging;
 use super::timing::Mark;

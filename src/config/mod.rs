@@ -73,7 +73,7 @@ pub struct MaeConfig {
     pub decoder_intermediate_size: usize,
     /// The share of patches that are hidden, in `[0, 1)`.
     pub mask_ratio: f64,
-    /// Whether the target is each patch normalised by its own mean and deviation.
+    /// Whether the target is each patch normalised by its own mean and std.
     pub norm_pix_loss: bool,
     /// Every other key of `config.json` (`architectures`, `transformers_version`, `torch_dtype`, `id2label`, …), written back
     /// as it was.

@@ -23,7 +23,7 @@ const EXAMPLES: usize = 3;
 
 /// Pictures as the model sees them at inference, hidden by the same masks each time.
 #[derive(Debug)]
-pub(super) struct Validation {
+pub(in crate::train) struct Validation {
     source: Source,
     fingerprint: String,
     processor: ImageProcessor,
@@ -154,10 +154,10 @@ impl Validation {
         }
         if let Some(problem) = &problem {
             // What all have found out together, one says.
-            if failed > 0.0 || processes.is_chief() {
+            if failed > 0.0 || processes.is_rank_0() {
                 tracing::warn!("the validation loss is left out, and the run goes on: {problem}");
             }
-        } else if failed > 0.0 && processes.is_chief() {
+        } else if failed > 0.0 && processes.is_rank_0() {
             tracing::warn!("the validation loss is left out, as another process cannot read its pictures");
         }
         if problem.is_some() || failed > 0.0 {
@@ -166,7 +166,7 @@ impl Validation {
         }
         let pictures = pictures as u64;
         if let Some(before) = self.pictures.replace(pictures).filter(|&before| before != pictures)
-            && processes.is_chief()
+            && processes.is_rank_0()
         {
             tracing::warn!(
                 "the validation loss is now of {pictures} pictures, and was of {before}: the two do not compare"
@@ -179,7 +179,7 @@ impl Validation {
     fn own_sum<B: Backend>(&mut self, trainer: &mut Trainer<B>) -> Result<(f64, usize)> {
         // No more at a time than in training, whose memory they share.
         let mut loader = self.loader(self.at_a_time)?;
-        let (mean, deviation) = self.processor.normalization();
+        let (mean, std) = self.processor.normalization();
         let ratio = trainer.model().config().mask_ratio;
         let (mut sum, mut pictures) = (0.0, 0);
         loop {
@@ -192,7 +192,7 @@ impl Validation {
                 channels: batch.channels,
                 height: batch.height,
                 width: batch.width,
-                values: ImageValues::Bytes { values: &batch.pixels, mean: &mean, deviation: &deviation },
+                values: ImageValues::Bytes { values: &batch.pixels, mean: &mean, std: &std },
             };
             let masking = Masking::Random { ratio, random, samples: Some(&batch.samples), first: 0 };
             sum += trainer.evaluate(&images, &masking)? * count as f64;
@@ -241,7 +241,8 @@ impl<B: Backend> Trainer<B> {
         let backend = model.backend();
         backend.zero(validation_loss)?;
         let hidden = images.batch * mask.hidden();
-        for range in super::trainer::micro_batches(images.batch, workspace.shape().batch.min(*micro_batch)) {
+        for range in crate::train::step::trainer::micro_batches(images.batch, workspace.shape().batch.min(*micro_batch))
+        {
             let (images, masking) = (images.part(range.clone()), masking.part(range, mask.patches));
             model.forward_in(workspace, &images, &masking, hidden, validation_loss, None)?;
         }

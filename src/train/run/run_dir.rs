@@ -4,14 +4,14 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::train::checkpoint;
+use crate::train::run::checkpoint;
 use crate::{Error, Result};
 
 /// Locked by the run that writes to the folder.
 const LOCK: &str = ".lock";
 
 /// Refuses a folder that holds a run, unless it is to be gone on with.
-pub(super) fn refuse_to_overwrite(out: &Path, resume: bool) -> Result<()> {
+pub(in crate::train) fn refuse_to_overwrite(out: &Path, resume: bool) -> Result<()> {
     // A run that was refused before its first step has an empty file there.
     let began = fs::metadata(out.join("metrics.jsonl")).is_ok_and(|metrics| metrics.len() > 0);
     let holds = began || checkpoint::exists(out)?;
@@ -23,7 +23,7 @@ pub(super) fn refuse_to_overwrite(out: &Path, resume: bool) -> Result<()> {
 }
 
 /// Refuses a folder of a run, called `what`, that lies among the pictures of a set, which the run would write into.
-pub(super) fn refuse_inside(what: &str, out: &Path, data: &OsStr) -> Result<()> {
+pub(in crate::train) fn refuse_inside(what: &str, out: &Path, data: &OsStr) -> Result<()> {
     let data = Path::new(data);
     // The folder may not be there yet: what is there of its path counts.
     let place = std::path::absolute(out).ok().and_then(|out| {
@@ -45,12 +45,12 @@ pub(super) fn refuse_inside(what: &str, out: &Path, data: &OsStr) -> Result<()> 
 
 /// Keeps other runs out of a folder as long as it lives.
 #[derive(Debug)]
-pub(super) struct FolderLock {
+pub(in crate::train) struct RunLock {
     path: PathBuf,
     _file: fs::File,
 }
 
-impl Drop for FolderLock {
+impl Drop for RunLock {
     /// Removes the folder of a run that did not come to its first file.
     fn drop(&mut self) {
         let Some(folder) = self.path.parent() else { return };
@@ -63,7 +63,7 @@ impl Drop for FolderLock {
 }
 
 /// Takes the folder of a run for this run alone and clears what a killed one was writing; says where to go on.
-pub(super) fn take(out: &Path, resume: bool) -> Result<(FolderLock, Option<(u64, PathBuf)>)> {
+pub(in crate::train) fn take(out: &Path, resume: bool) -> Result<(RunLock, Option<(u64, PathBuf)>)> {
     let lock = lock(out)?;
     // Once more: another run may have been here since.
     refuse_to_overwrite(out, resume)?;
@@ -76,12 +76,12 @@ pub(super) fn take(out: &Path, resume: bool) -> Result<(FolderLock, Option<(u64,
 }
 
 /// Makes the folder of a run and keeps other runs out of it until the result is dropped.
-fn lock(out: &Path) -> Result<FolderLock> {
+fn lock(out: &Path) -> Result<RunLock> {
     fs::create_dir_all(out).map_err(|error| Error::io("creating", out, error))?;
     let path = out.join(LOCK);
     let file = fs::File::create(&path).map_err(|error| Error::io("creating", &path, error))?;
     match file.try_lock() {
-        Ok(()) => Ok(FolderLock { path, _file: file }),
+        Ok(()) => Ok(RunLock { path, _file: file }),
         Err(fs::TryLockError::WouldBlock) => Err(Error::Config(format!(
             "another run is writing to {}: wait for its end, or choose another folder",
             out.display()
@@ -89,7 +89,7 @@ fn lock(out: &Path) -> Result<FolderLock> {
         // Some network file systems have no locks: go on without.
         Err(fs::TryLockError::Error(error)) => {
             tracing::warn!("{} cannot be locked ({error}): see to it that no other run writes there", path.display());
-            Ok(FolderLock { path, _file: file })
+            Ok(RunLock { path, _file: file })
         }
     }
 }

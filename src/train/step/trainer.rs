@@ -7,11 +7,11 @@ use crate::model::{
     Gradients, ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation, Purpose, Workspace,
     WorkspaceShape,
 };
+use crate::nvtx::range;
 use crate::ops::{AdamWSettings, AdamWState, BUCKET, Backend, MaskingShape, RandomMask};
-use crate::profile::range;
-use crate::train::average::Average;
-use crate::train::passes::{Pass, Passes};
-use crate::train::together::{Exchange, MicroBatch, Sharding};
+use crate::train::data_parallel::{Exchange, MicroBatch, Sharding};
+use crate::train::step::average::Average;
+use crate::train::step::graphs::{Pass, Passes};
 use crate::{Error, Result};
 
 /// What the optimiser is told once.
@@ -43,7 +43,7 @@ pub struct OptimizerState<B: Backend> {
     learning_rate: B::Buffer<f64>,
     gradient_norm: B::Buffer<B::Master>,
     /// The loss of the step so far.
-    pub(super) loss: B::Buffer<B::Master>,
+    pub(in crate::train) loss: B::Buffer<B::Master>,
 }
 
 impl<B: Backend> OptimizerState<B> {
@@ -78,31 +78,31 @@ const NON_FINITE_LIMIT: u64 = 10;
 /// device that records, after the second.
 #[derive(Debug)]
 pub struct Trainer<B: Backend> {
-    pub(super) model: MaeForPreTraining<B>,
-    pub(super) gradients: Gradients<B>,
+    pub(in crate::train) model: MaeForPreTraining<B>,
+    pub(in crate::train) gradients: Gradients<B>,
     pub(crate) optimizer: OptimizerState<B>,
     settings: OptimizerSettings,
-    pub(super) workspace: Option<Workspace<B>>,
-    pub(super) micro_batch: usize,
+    pub(in crate::train) workspace: Option<Workspace<B>>,
+    pub(in crate::train) micro_batch: usize,
     recompute: bool,
-    pub(super) passes: Passes<B>,
+    pub(in crate::train) passes: Passes<B>,
     /// Whether the last pixels were bytes: the workspace keeps a buffer for one kind only.
     bytes: bool,
     /// The batch whose first micro-batch lies prepared in the workspace.
-    pub(super) prefetched: Option<Prefetched>,
+    pub(in crate::train) prefetched: Option<Prefetched>,
     /// The device's counters as they were read last.
-    pub(super) last: AdamWState,
+    pub(in crate::train) last: AdamWState,
     /// The loss of what is evaluated between steps.
-    pub(super) validation_loss: B::Buffer<B::Master>,
+    pub(in crate::train) validation_loss: B::Buffer<B::Master>,
     /// The average of the weights, where one is kept.
-    pub(super) average: Option<Average<B>>,
+    pub(in crate::train) average: Option<Average<B>>,
     /// The processes that make each step together.
-    pub(super) exchange: Exchange,
+    pub(in crate::train) exchange: Exchange,
 }
 
 /// Which batch was prefetched: where it lies, and how it is masked.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Prefetched {
+pub(in crate::train) struct Prefetched {
     images: usize,
     batch: usize,
     /// Where the noise or the samples lie, or the first sample.
@@ -131,7 +131,7 @@ impl Prefetched {
 }
 
 /// Ranges of at most `most` images.
-pub(super) fn micro_batches(batch: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+pub(in crate::train) fn micro_batches(batch: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     (0..batch).step_by(most.max(1)).map(move |start| start..(start + most).min(batch))
 }
 
@@ -144,7 +144,7 @@ impl<B: Backend> Trainer<B> {
         Self::with_exchange(model, settings, micro_batch, &Processes::single(), Sharding::Nothing)
     }
 
-    pub(super) fn with_exchange(
+    pub(in crate::train) fn with_exchange(
         model: MaeForPreTraining<B>,
         settings: OptimizerSettings,
         micro_batch: usize,
@@ -188,7 +188,7 @@ impl<B: Backend> Trainer<B> {
     }
 
     /// To be called where what a pass does changes, or before memory that it uses is dropped.
-    pub(super) fn forget_passes(&mut self) {
+    pub(in crate::train) fn forget_passes(&mut self) {
         self.passes.forget();
     }
 
@@ -249,7 +249,7 @@ impl<B: Backend> Trainer<B> {
 
     /// The same, with the sums over all processes started as soon as the last micro-batch has what they need, where
     /// `all_reduce` says so. An error behind that ends what the processes do together.
-    pub(super) fn accumulate_batch(
+    pub(in crate::train) fn accumulate_batch(
         &mut self,
         images: &Images<'_>,
         masking: &Masking<'_>,
@@ -302,7 +302,7 @@ impl<B: Backend> Trainer<B> {
     }
 
     /// Checks a batch, and makes a workspace for its micro-batches where there is none that fits.
-    pub(super) fn fit(&mut self, images: &Images<'_>, masking: &Masking<'_>) -> Result<MaskingShape> {
+    pub(in crate::train) fn fit(&mut self, images: &Images<'_>, masking: &Masking<'_>) -> Result<MaskingShape> {
         let image = images.check(self.model.config())?;
         let mask = masking.check(images.batch, image.patches())?;
         let shape = WorkspaceShape {

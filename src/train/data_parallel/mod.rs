@@ -1,14 +1,16 @@
 //! A trainer among several processes: gradients are added up while the last of them are computed, and the start is the same for
 //! all.
 
+pub(in crate::train) mod moments;
+
 use std::ops::Range;
 
 use crate::distributed::Processes;
 use crate::model::{Gradients, Images, MaeForPreTraining, Masking, Workspace};
 use crate::ops::{BUCKET, Backend, Communicator};
-use crate::train::moments::Moments;
-use crate::train::passes::{Pass, Passes};
-use crate::train::trainer::OptimizerState;
+use crate::train::data_parallel::moments::Moments;
+use crate::train::step::graphs::{Pass, Passes};
+use crate::train::step::trainer::OptimizerState;
 use crate::train::{OptimizerSettings, Trainer};
 use crate::{Error, Result};
 
@@ -29,7 +31,7 @@ const ALIGNMENT: usize = 64;
 
 /// What the processes of a run exchange in a step, and when.
 #[derive(Debug)]
-pub(super) struct Exchange {
+pub(in crate::train) struct Exchange {
     pub processes: Processes,
     /// Whether anything is exchanged at all.
     pub together: bool,
@@ -45,7 +47,7 @@ pub(super) struct Exchange {
 }
 
 /// A micro-batch that lies prepared in a workspace.
-pub(super) struct MicroBatch<'a, B: Backend> {
+pub(in crate::train) struct MicroBatch<'a, B: Backend> {
     pub model: &'a MaeForPreTraining<B>,
     pub workspace: &'a mut Workspace<B>,
     pub batch: usize,
@@ -249,7 +251,11 @@ impl<B: Backend> Trainer<B> {
     ///
     /// # Errors
     /// As [`Trainer::all_reduce`].
-    pub(super) fn start_together(&mut self, moments: Option<Moments<B::Master>>, has_moments: bool) -> Result<()> {
+    pub(in crate::train) fn start_together(
+        &mut self,
+        moments: Option<Moments<B::Master>>,
+        has_moments: bool,
+    ) -> Result<()> {
         let processes = self.exchange.processes.clone();
         if processes.size() == 1 {
             return Ok(());
@@ -265,7 +271,7 @@ impl<B: Backend> Trainer<B> {
     ///
     /// # Errors
     /// As [`Trainer::all_reduce`].
-    pub(super) fn stay_together(&mut self) -> Result<bool> {
+    pub(in crate::train) fn stay_together(&mut self) -> Result<bool> {
         let processes = self.exchange.processes.clone();
         if processes.size() == 1 {
             return Ok(true);

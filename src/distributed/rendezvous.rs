@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use crate::distributed::launch::Meeting;
+use crate::distributed::launcher::Meeting;
 use crate::{Error, Result};
 
 /// Sent first by everybody, so that a stray connection is told from a process of the run.
