@@ -9,20 +9,20 @@ struct alignas(8) Pair {
     float x, y;
 };
 
-// s^T to p^T in place: rows are keys from `first` on, columns queries, whose references lie in shared memory.
+// s^T to p^T in place: rows are keys from `first` on, columns are queries, whose lse_log2 lies in shared memory.
 template <u32 M, u32 COUNT>
-DEVICE void probabilities(f32x4 (&s)[M][COUNT], const float* references, u32 first, const AttentionShape& shape) {
+DEVICE void probabilities(f32x4 (&s)[M][COUNT], const float* lse_log2, u32 first, const AttentionShape& shape) {
     const float scale_log2 = shape.scale * LOG2_E;
     const u32 column = 2 * (lane_index() % 4);
     UNROLL
     for (u32 i = 0; i < COUNT; ++i) {
-        const Pair reference = *reinterpret_cast<const Pair*>(references + 8 * i + column);
+        const Pair lse = *reinterpret_cast<const Pair*>(lse_log2 + 8 * i + column);
         UNROLL
         for (u32 m = 0; m < M; ++m) {
-            s[m][i].x = exp2_approximate(s[m][i].x * scale_log2 - reference.x);
-            s[m][i].y = exp2_approximate(s[m][i].y * scale_log2 - reference.y);
-            s[m][i].z = exp2_approximate(s[m][i].z * scale_log2 - reference.x);
-            s[m][i].w = exp2_approximate(s[m][i].w * scale_log2 - reference.y);
+            s[m][i].x = exp2_approximate(s[m][i].x * scale_log2 - lse.x);
+            s[m][i].y = exp2_approximate(s[m][i].y * scale_log2 - lse.y);
+            s[m][i].z = exp2_approximate(s[m][i].z * scale_log2 - lse.x);
+            s[m][i].w = exp2_approximate(s[m][i].w * scale_log2 - lse.y);
         }
     }
     if (first + 16 * M <= shape.tokens) return;
@@ -55,13 +55,13 @@ DEVICE void score_gradients(f32x4 (&dp)[M][2 * QUERY_TILES], const f32x4 (&p)[M]
     }
 }
 
-// Two neighbouring 16x8 tiles at a time: sums become fragments.
+// Two neighbouring 16 x 8 tiles at a time: sums become operand A.
 template <u32 M, u32 GROUPS>
-DEVICE void as_left(u32x4 (&left)[M][GROUPS], const f32x4 (&sums)[M][2 * GROUPS]) {
+DEVICE void as_operand_A(u32x4 (&a)[M][GROUPS], const f32x4 (&sums)[M][2 * GROUPS]) {
     UNROLL
     for (u32 m = 0; m < M; ++m) {
         UNROLL
-        for (u32 group = 0; group < GROUPS; ++group) left[m][group] = as_left(sums[m][2 * group], sums[m][2 * group + 1]);
+        for (u32 group = 0; group < GROUPS; ++group) a[m][group] = as_operand_A(sums[m][2 * group], sums[m][2 * group + 1]);
     }
 }
 

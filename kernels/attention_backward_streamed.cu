@@ -41,30 +41,30 @@ DEVICE u32* delta_of(bf16* dqkv, u32 token, const BlockPlace& place, const Atten
     return reinterpret_cast<u32*>(packed_rows(dqkv, place.sample, place.head, 0, shape).row(token));
 }
 
-// What a warp knows of M times 16 queries: their references, and delta, known (dq) or being added up over a lane's columns.
+// What a warp keeps of M times 16 queries: lse_log2, and delta, which is known (dq) or being added up over a lane's columns.
 template <u32 M>
 struct QueryRows {
-    float reference[M][2];
+    float lse_log2[M][2];
     float delta[M][2];
 };
 
 // One step over 16 * GROUPS keys, the first of which is `first`: adds to delta, or to dq with the delta that is known.
-template <u32 WIDTH, u32 M, u32 GROUPS, bool LAST, bool DELTA>
-DEVICE void step_over_keys(QueryRows<M>& rows, f32x4 (&dq)[M][WIDTH / 8], const u8* queries, const u8* dout, const u8* keys,
+template <u32 HEAD_DIM, u32 M, u32 GROUPS, bool LAST, bool DELTA>
+DEVICE void step_over_keys(QueryRows<M>& rows, f32x4 (&dq)[M][HEAD_DIM / 8], const u8* queries, const u8* dout, const u8* keys,
                            const u8* values, u32 first, const AttentionShape& shape) {
     const float scale_log2 = shape.scale * LOG2_E;
     f32x4 p[M][2 * GROUPS], dp[M][2 * GROUPS];
-    multiply_by_rows<WIDTH, M, GROUPS>(p, queries, keys);
-    multiply_by_rows<WIDTH, M, GROUPS>(dp, dout, values);
+    mm_ABt<HEAD_DIM, M, GROUPS>(p, queries, keys);
+    mm_ABt<HEAD_DIM, M, GROUPS>(dp, dout, values);
     UNROLL
     for (u32 m = 0; m < M; ++m) {
-        if (LAST) hide_keys(p[m], first, shape.tokens);
+        if (LAST) mask_keys(p[m], first, shape.tokens);
         UNROLL
         for (u32 i = 0; i < 2 * GROUPS; ++i) {
-            p[m][i].x = exp2_approximate(p[m][i].x * scale_log2 - rows.reference[m][0]);
-            p[m][i].y = exp2_approximate(p[m][i].y * scale_log2 - rows.reference[m][0]);
-            p[m][i].z = exp2_approximate(p[m][i].z * scale_log2 - rows.reference[m][1]);
-            p[m][i].w = exp2_approximate(p[m][i].w * scale_log2 - rows.reference[m][1]);
+            p[m][i].x = exp2_approximate(p[m][i].x * scale_log2 - rows.lse_log2[m][0]);
+            p[m][i].y = exp2_approximate(p[m][i].y * scale_log2 - rows.lse_log2[m][0]);
+            p[m][i].z = exp2_approximate(p[m][i].z * scale_log2 - rows.lse_log2[m][1]);
+            p[m][i].w = exp2_approximate(p[m][i].w * scale_log2 - rows.lse_log2[m][1]);
             if (DELTA) {
                 rows.delta[m][0] += p[m][i].x * dp[m][i].x + p[m][i].y * dp[m][i].y;
                 rows.delta[m][1] += p[m][i].z * dp[m][i].z + p[m][i].w * dp[m][i].w;
@@ -77,16 +77,16 @@ DEVICE void step_over_keys(QueryRows<M>& rows, f32x4 (&dq)[M][WIDTH / 8], const 
         }
     }
     if (DELTA) return;
-    u32x4 left[M][GROUPS];
-    as_left<M, GROUPS>(left, dp);
-    multiply_over_rows<WIDTH, M, GROUPS>(dq, left, keys);
+    u32x4 a[M][GROUPS];
+    as_operand_A<M, GROUPS>(a, dp);
+    mma_AB<HEAD_DIM, M, GROUPS>(dq, a, keys);
 }
 
 // The kernels attention_backward_delta_* (DELTA) and attention_backward_queries_*: KEYS keys at a time in two stages.
-template <u32 WIDTH, u32 M, u32 GROUPS, u32 KEYS, bool DELTA>
+template <u32 HEAD_DIM, u32 M, u32 GROUPS, u32 KEYS, bool DELTA>
 DEVICE void backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* log_sum_exp,
                              const AttentionShape& shape) {
-    constexpr u32 QUERIES = 64 * M, STRIDE = tile_stride(WIDTH), STEP = 16 * GROUPS;
+    constexpr u32 QUERIES = 64 * M, STRIDE = tile_stride(HEAD_DIM), STEP = 16 * GROUPS;
     const BlockPlace place((shape.tokens + QUERIES - 1) / QUERIES, shape);
     const HeadRows<const bf16> keys = packed_rows(qkv, place.sample, place.head, 1, shape);
     const HeadRows<const bf16> values = packed_rows(qkv, place.sample, place.head, 2, shape);
@@ -95,25 +95,25 @@ DEVICE void backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, cons
     u8* stages = dout_tile + QUERIES * STRIDE;
     const auto copy_stage = [&](u32 stage) {
         u8* tile = stages + (stage & 1) * (2 * KEYS * STRIDE);
-        copy_tile<WIDTH>(tile, keys, stage * KEYS, KEYS, shape);
-        copy_tile<WIDTH>(tile + KEYS * STRIDE, values, stage * KEYS, KEYS, shape);
+        copy_tile<HEAD_DIM>(tile, keys, stage * KEYS, KEYS, shape);
+        copy_tile<HEAD_DIM>(tile + KEYS * STRIDE, values, stage * KEYS, KEYS, shape);
     };
     const u32 block_first = place.tile * QUERIES;
-    copy_tile<WIDTH>(query_tile, packed_rows(qkv, place.sample, place.head, 0, shape), block_first, QUERIES, shape);
-    copy_tile<WIDTH>(dout_tile, output_rows(dout, place.sample, place.head, shape), block_first, QUERIES, shape);
+    copy_tile<HEAD_DIM>(query_tile, packed_rows(qkv, place.sample, place.head, 0, shape), block_first, QUERIES, shape);
+    copy_tile<HEAD_DIM>(dout_tile, output_rows(dout, place.sample, place.head, shape), block_first, QUERIES, shape);
     copy_stage(0);
     copy_async_commit();
 
     const u32 mine = 16 * M * warp_index();
     QueryRows<M> rows;
-    f32x4 dq[M][WIDTH / 8];
+    f32x4 dq[M][HEAD_DIM / 8];
     UNROLL
     for (u32 m = 0; m < M; ++m) {
         clear(dq[m]);
         UNROLL
         for (u32 half = 0; half < 2; ++half) {
             const u32 token = block_first + mine + 16 * m + lane_index() / 4 + 8 * half;
-            rows.reference[m][half] = reference_of(log_sum_exp, token, place, shape);
+            rows.lse_log2[m][half] = lse_log2_of(log_sum_exp, token, place, shape);
             rows.delta[m][half] = 0.0f;
             if (!DELTA && token < shape.tokens) rows.delta[m][half] = bits_float(*delta_of(dqkv, token, place, shape));
         }
@@ -128,12 +128,12 @@ DEVICE void backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, cons
         const u32 end = minimum(stage * KEYS + KEYS, shape.tokens);
         u32 key = stage * KEYS;
         for (; key + STEP <= end; key += STEP, tile += STEP * STRIDE) {
-            step_over_keys<WIDTH, M, GROUPS, false, DELTA>(rows, dq, query_tile + mine * STRIDE, dout_tile + mine * STRIDE, tile,
-                                                           tile + KEYS * STRIDE, key, shape);
+            step_over_keys<HEAD_DIM, M, GROUPS, false, DELTA>(rows, dq, query_tile + mine * STRIDE, dout_tile + mine * STRIDE,
+                                                              tile, tile + KEYS * STRIDE, key, shape);
         }
         for (; key < end; key += 16, tile += 16 * STRIDE) {
-            step_over_keys<WIDTH, M, 1, true, DELTA>(rows, dq, query_tile + mine * STRIDE, dout_tile + mine * STRIDE, tile,
-                                                     tile + KEYS * STRIDE, key, shape);
+            step_over_keys<HEAD_DIM, M, 1, true, DELTA>(rows, dq, query_tile + mine * STRIDE, dout_tile + mine * STRIDE, tile,
+                                                        tile + KEYS * STRIDE, key, shape);
         }
         block_barrier();
     }
@@ -147,7 +147,7 @@ DEVICE void backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, cons
                 *delta_of(dqkv, token, place, shape) = float_bits(half == 0 ? delta[0] : delta[1]);
             }
         } else {
-            store_rows<WIDTH>(packed_rows(dqkv, place.sample, place.head, 0, shape), dq[m], first, shape.scale, shape.scale,
+            store_rows<HEAD_DIM>(packed_rows(dqkv, place.sample, place.head, 0, shape), dq[m], first, shape.scale, shape.scale,
                               shape);
         }
     }
@@ -156,38 +156,38 @@ DEVICE void backward_queries(bf16* dqkv, const bf16* dout, const bf16* qkv, cons
 // Queries that are in shared memory at a time, in each of two stages.
 constexpr u32 STREAMED_QUERIES = 32;
 
-template <u32 WIDTH, u32 M>
+template <u32 HEAD_DIM, u32 M>
 DEVICE void backward_keys(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* log_sum_exp,
                           const AttentionShape& shape) {
-    constexpr u32 KEYS = 64 * M, STRIDE = tile_stride(WIDTH), QUERY_TILES = STREAMED_QUERIES / 16;
+    constexpr u32 KEYS = 64 * M, STRIDE = tile_stride(HEAD_DIM), QUERY_TILES = STREAMED_QUERIES / 16;
     const BlockPlace place((shape.tokens + KEYS - 1) / KEYS, shape);
     const HeadRows<const bf16> queries = packed_rows(qkv, place.sample, place.head, 0, shape);
     const HeadRows<const bf16> gradients = output_rows(dout, place.sample, place.head, shape);
     u8* key_tile = shared_memory<u8>();
     u8* value_tile = key_tile + KEYS * STRIDE;
     u8* stages = value_tile + KEYS * STRIDE;
-    // References, then deltas, of each stage.
+    // lse_log2, then delta, of each stage.
     float* statistics = reinterpret_cast<float*>(stages + 4 * STREAMED_QUERIES * STRIDE);
     const auto copy_stage = [&](u32 stage) {
         const u32 first = stage * STREAMED_QUERIES;
         u8* tile = stages + (stage & 1) * (2 * STREAMED_QUERIES * STRIDE);
-        copy_tile<WIDTH>(tile, queries, first, STREAMED_QUERIES, shape);
-        copy_tile<WIDTH>(tile + STREAMED_QUERIES * STRIDE, gradients, first, STREAMED_QUERIES, shape);
+        copy_tile<HEAD_DIM>(tile, queries, first, STREAMED_QUERIES, shape);
+        copy_tile<HEAD_DIM>(tile + STREAMED_QUERIES * STRIDE, gradients, first, STREAMED_QUERIES, shape);
         if (thread_index() < STREAMED_QUERIES) {
             const u32 token = first + thread_index();
             float* target = statistics + (stage & 1) * (2 * STREAMED_QUERIES) + thread_index();
-            target[0] = reference_of(log_sum_exp, token, place, shape);
+            target[0] = lse_log2_of(log_sum_exp, token, place, shape);
             target[STREAMED_QUERIES] = token < shape.tokens ? bits_float(*delta_of(dqkv, token, place, shape)) : 0.0f;
         }
     };
     const u32 block_first = place.tile * KEYS;
-    copy_tile<WIDTH>(key_tile, packed_rows(qkv, place.sample, place.head, 1, shape), block_first, KEYS, shape);
-    copy_tile<WIDTH>(value_tile, packed_rows(qkv, place.sample, place.head, 2, shape), block_first, KEYS, shape);
+    copy_tile<HEAD_DIM>(key_tile, packed_rows(qkv, place.sample, place.head, 1, shape), block_first, KEYS, shape);
+    copy_tile<HEAD_DIM>(value_tile, packed_rows(qkv, place.sample, place.head, 2, shape), block_first, KEYS, shape);
     copy_stage(0);
     copy_async_commit();
 
     const u32 mine = 16 * M * warp_index();
-    f32x4 dk[M][WIDTH / 8], dv[M][WIDTH / 8];
+    f32x4 dk[M][HEAD_DIM / 8], dv[M][HEAD_DIM / 8];
     UNROLL
     for (u32 m = 0; m < M; ++m) {
         clear(dk[m]);
@@ -201,25 +201,26 @@ DEVICE void backward_keys(bf16* dqkv, const bf16* dout, const bf16* qkv, const f
         block_barrier();
         const u8* tile = stages + (stage & 1) * (2 * STREAMED_QUERIES * STRIDE);
         const u8* dout_tile = tile + STREAMED_QUERIES * STRIDE;
-        const float* references = statistics + (stage & 1) * (2 * STREAMED_QUERIES);
+        const float* lse_log2 = statistics + (stage & 1) * (2 * STREAMED_QUERIES);
         f32x4 p[M][2 * QUERY_TILES], dp[M][2 * QUERY_TILES];
-        u32x4 left[M][QUERY_TILES];
-        multiply_by_rows<WIDTH, M, QUERY_TILES>(p, key_tile + mine * STRIDE, tile);
-        probabilities(p, references, block_first + mine, shape);
-        as_left<M, QUERY_TILES>(left, p);
-        multiply_over_rows<WIDTH, M, QUERY_TILES>(dv, left, dout_tile);
-        multiply_by_rows<WIDTH, M, QUERY_TILES>(dp, value_tile + mine * STRIDE, dout_tile);
-        const float delta[1] = {references[STREAMED_QUERIES + lane_index()]};
+        u32x4 a[M][QUERY_TILES];
+        mm_ABt<HEAD_DIM, M, QUERY_TILES>(p, key_tile + mine * STRIDE, tile);
+        probabilities(p, lse_log2, block_first + mine, shape);
+        as_operand_A<M, QUERY_TILES>(a, p);
+        mma_AB<HEAD_DIM, M, QUERY_TILES>(dv, a, dout_tile);
+        mm_ABt<HEAD_DIM, M, QUERY_TILES>(dp, value_tile + mine * STRIDE, dout_tile);
+        const float delta[1] = {lse_log2[STREAMED_QUERIES + lane_index()]};
         score_gradients<M, QUERY_TILES>(dp, p, delta);
-        as_left<M, QUERY_TILES>(left, dp);
-        multiply_over_rows<WIDTH, M, QUERY_TILES>(dk, left, tile);
+        as_operand_A<M, QUERY_TILES>(a, dp);
+        mma_AB<HEAD_DIM, M, QUERY_TILES>(dk, a, tile);
         block_barrier();
     }
     UNROLL
     for (u32 m = 0; m < M; ++m) {
         const u32 key = block_first + mine + 16 * m;
-        store_rows<WIDTH>(packed_rows(dqkv, place.sample, place.head, 1, shape), dk[m], key, shape.scale, shape.scale, shape);
-        store_rows<WIDTH>(packed_rows(dqkv, place.sample, place.head, 2, shape), dv[m], key, 1.0f, 1.0f, shape);
+        store_rows<HEAD_DIM>(packed_rows(dqkv, place.sample, place.head, 1, shape), dk[m], key, shape.scale, shape.scale,
+                             shape);
+        store_rows<HEAD_DIM>(packed_rows(dqkv, place.sample, place.head, 2, shape), dv[m], key, 1.0f, 1.0f, shape);
     }
 }
 

@@ -19,9 +19,9 @@
 //   out          [B, N, H * D], bf16, assigned
 //   log_sum_exp  [B, H, N], f32, assigned: what the backward pass needs besides qkv
 //   qkv          [B, N, 3, H, D], bf16
-// Products accumulate in f32; scores, maxima and sums are f32; probabilities are rounded to bf16 for the product with v.
-// The reference value of a row's exponentials is raised only when its maximum grew by more than 2^8, so that rescaling is
-// rare; the result does not depend on it except for rounding. No order depends on timing.
+// Products accumulate in f32; scores, row_maxima and sums are f32; probabilities are rounded to bf16 for the product with v.
+// A row's exponentials are relative to row_max, which is raised only when a score exceeds it by more than 8 (a factor of 2^8),
+// so that rescaling is rare; the result does not depend on it except for rounding. No order depends on timing.
 //
 // Preconditions, checked by src/cuda/attention.rs: D is a multiple of 8 and at most the kernel's; all buffers 16-byte aligned
 // and as long as their shapes; B * H * tiles and B * N below 2^31; N at most 64 or 80 (whole); shared memory fits the device.
@@ -41,65 +41,65 @@
 
 // What a warp keeps of M times 16 rows while it walks over the keys. Components x, y of sums belong to row lane / 4, z and w to
 // the row 8 further on; so do entries 0 and 1 of the statistics.
-template <u32 WIDTH, u32 M>
+template <u32 HEAD_DIM, u32 M>
 struct Rows {
-    f32x4 out[M][WIDTH / 8];
-    float reference[M][2];  // what the exponentials are relative to, in units of log2
-    float sum[M][2];        // of exponentials, over this lane's columns
+    f32x4 out[M][HEAD_DIM / 8];
+    float row_max[M][2];  // what the exponentials are relative to, in units of log2; at most SLACK below the true maximum
+    float row_sum[M][2];        // of exponentials, over this lane's columns
 
     DEVICE Rows() {
         UNROLL
         for (u32 m = 0; m < M; ++m) {
             clear(out[m]);
-            reference[m][0] = reference[m][1] = minus_infinity();
-            sum[m][0] = sum[m][1] = 0.0f;
+            row_max[m][0] = row_max[m][1] = minus_infinity();
+            row_sum[m][0] = row_sum[m][1] = 0.0f;
         }
     }
 };
 
-// The largest score of each of the two rows, in units of log2.
+// The largest score of each of the two rows in this step, in units of log2.
 template <u32 COUNT>
-DEVICE void maxima(float (&largest)[2], const f32x4 (&s)[COUNT], float scale_log2) {
+DEVICE void row_maxima(float (&step_max)[2], const f32x4 (&s)[COUNT], float scale_log2) {
     float first = minus_infinity(), second = minus_infinity();
     UNROLL
     for (u32 i = 0; i < COUNT; ++i) {
         first = maximum(first, maximum(s[i].x, s[i].y));
         second = maximum(second, maximum(s[i].z, s[i].w));
     }
-    largest[0] = maximum_of_row(first) * scale_log2;
-    largest[1] = maximum_of_row(second) * scale_log2;
+    step_max[0] = maximum_of_row(first) * scale_log2;
+    step_max[1] = maximum_of_row(second) * scale_log2;
 }
 
 // Scores to exponentials, in place; adds them to this lane's sums.
 template <u32 COUNT>
-DEVICE void exponentials(f32x4 (&s)[COUNT], float (&sum)[2], const float (&reference)[2], float scale_log2) {
+DEVICE void exponentials(f32x4 (&s)[COUNT], float (&row_sum)[2], const float (&row_max)[2], float scale_log2) {
     UNROLL
     for (u32 i = 0; i < COUNT; ++i) {
-        s[i].x = exp2_approximate(s[i].x * scale_log2 - reference[0]);
-        s[i].y = exp2_approximate(s[i].y * scale_log2 - reference[0]);
-        s[i].z = exp2_approximate(s[i].z * scale_log2 - reference[1]);
-        s[i].w = exp2_approximate(s[i].w * scale_log2 - reference[1]);
-        sum[0] += s[i].x + s[i].y;
-        sum[1] += s[i].z + s[i].w;
+        s[i].x = exp2_approximate(s[i].x * scale_log2 - row_max[0]);
+        s[i].y = exp2_approximate(s[i].y * scale_log2 - row_max[0]);
+        s[i].z = exp2_approximate(s[i].z * scale_log2 - row_max[1]);
+        s[i].w = exp2_approximate(s[i].w * scale_log2 - row_max[1]);
+        row_sum[0] += s[i].x + s[i].y;
+        row_sum[1] += s[i].z + s[i].w;
     }
 }
 
-// Raises the references of 16 rows where the largest score ran away from them, and what was summed so far with it.
-template <u32 WIDTH, u32 M>
-DEVICE void raise_reference(Rows<WIDTH, M>& rows, u32 m, const float (&largest)[2]) {
+// Raises row_max of 16 rows where a score exceeds it by more than SLACK, and rescales what was summed so far.
+template <u32 HEAD_DIM, u32 M>
+DEVICE void raise_row_max(Rows<HEAD_DIM, M>& rows, u32 m, const float (&step_max)[2]) {
     constexpr float SLACK = 8.0f;
-    const bool grew = largest[0] > rows.reference[m][0] + SLACK || largest[1] > rows.reference[m][1] + SLACK;
-    if (ballot(grew) == 0) return;
+    const bool grew = step_max[0] > rows.row_max[m][0] + SLACK || step_max[1] > rows.row_max[m][1] + SLACK;
+    if (warp_ballot(grew) == 0) return;
     float factor[2];
     UNROLL
     for (u32 half = 0; half < 2; ++half) {
-        const float raised = maximum(rows.reference[m][half], largest[half]);
-        factor[half] = exp2_approximate(rows.reference[m][half] - raised);
-        rows.reference[m][half] = raised;
-        rows.sum[m][half] *= factor[half];
+        const float raised = maximum(rows.row_max[m][half], step_max[half]);
+        factor[half] = exp2_approximate(rows.row_max[m][half] - raised);
+        rows.row_max[m][half] = raised;
+        rows.row_sum[m][half] *= factor[half];
     }
     UNROLL
-    for (u32 i = 0; i < WIDTH / 8; ++i) {
+    for (u32 i = 0; i < HEAD_DIM / 8; ++i) {
         rows.out[m][i].x *= factor[0];
         rows.out[m][i].y *= factor[0];
         rows.out[m][i].z *= factor[1];
@@ -108,121 +108,121 @@ DEVICE void raise_reference(Rows<WIDTH, M>& rows, u32 m, const float (&largest)[
 }
 
 // One step over 16 * GROUPS keys, the first of which is `first`; with LAST, those from N on are left out.
-template <u32 WIDTH, u32 M, u32 GROUPS, bool LAST>
-DEVICE void attend(Rows<WIDTH, M>& rows, const u32x4 (&query)[M][WIDTH / 16], const u8* keys, const u8* values, u32 first,
+template <u32 HEAD_DIM, u32 M, u32 GROUPS, bool LAST>
+DEVICE void attend(Rows<HEAD_DIM, M>& rows, const u32x4 (&query)[M][HEAD_DIM / 16], const u8* keys, const u8* values, u32 first,
                    const AttentionShape& shape) {
     const float scale_log2 = shape.scale * LOG2_E;
     f32x4 s[M][2 * GROUPS];
-    multiply_by_rows<WIDTH, M, GROUPS>(s, query, keys);
+    mm_ABt<HEAD_DIM, M, GROUPS>(s, query, keys);
     u32x4 p[M][GROUPS];
     UNROLL
     for (u32 m = 0; m < M; ++m) {
-        if (LAST) hide_keys(s[m], first, shape.tokens);
-        float largest[2];
-        maxima(largest, s[m], scale_log2);
-        raise_reference(rows, m, largest);
-        exponentials(s[m], rows.sum[m], rows.reference[m], scale_log2);
+        if (LAST) mask_keys(s[m], first, shape.tokens);
+        float step_max[2];
+        row_maxima(step_max, s[m], scale_log2);
+        raise_row_max(rows, m, step_max);
+        exponentials(s[m], rows.row_sum[m], rows.row_max[m], scale_log2);
         UNROLL
-        for (u32 group = 0; group < GROUPS; ++group) p[m][group] = as_left(s[m][2 * group], s[m][2 * group + 1]);
+        for (u32 group = 0; group < GROUPS; ++group) p[m][group] = as_operand_A(s[m][2 * group], s[m][2 * group + 1]);
     }
-    multiply_over_rows<WIDTH, M, GROUPS>(rows.out, p, values);
+    mma_AB<HEAD_DIM, M, GROUPS>(rows.out, p, values);
 }
 
 // The keys [first, end) of a tile whose first row is key `first`: whole steps, then 16 keys at a time.
-template <u32 WIDTH, u32 M, u32 GROUPS>
-DEVICE void attend_all(Rows<WIDTH, M>& rows, const u32x4 (&query)[M][WIDTH / 16], const u8* keys, const u8* values, u32 first,
-                       u32 end, const AttentionShape& shape) {
+template <u32 HEAD_DIM, u32 M, u32 GROUPS>
+DEVICE void attend_all(Rows<HEAD_DIM, M>& rows, const u32x4 (&query)[M][HEAD_DIM / 16], const u8* keys, const u8* values,
+                       u32 first, u32 end, const AttentionShape& shape) {
     constexpr u32 STEP = 16 * GROUPS;
     u32 key = first;
     for (; key + STEP <= end; key += STEP) {
-        const u32 offset = (key - first) * tile_stride(WIDTH);
-        attend<WIDTH, M, GROUPS, false>(rows, query, keys + offset, values + offset, key, shape);
+        const u32 offset = (key - first) * tile_stride(HEAD_DIM);
+        attend<HEAD_DIM, M, GROUPS, false>(rows, query, keys + offset, values + offset, key, shape);
     }
     for (; key < end; key += 16) {
-        const u32 offset = (key - first) * tile_stride(WIDTH);
-        attend<WIDTH, M, 1, true>(rows, query, keys + offset, values + offset, key, shape);
+        const u32 offset = (key - first) * tile_stride(HEAD_DIM);
+        attend<HEAD_DIM, M, 1, true>(rows, query, keys + offset, values + offset, key, shape);
     }
 }
 
 // Divides by the sums and writes 16 rows and their log-sum-exp, from token `first` on.
-template <u32 WIDTH>
-DEVICE void finish(bf16* out, float* log_sum_exp, const f32x4 (&sums)[WIDTH / 8], const float (&reference)[2],
+template <u32 HEAD_DIM>
+DEVICE void finish(bf16* out, float* log_sum_exp, const f32x4 (&sums)[HEAD_DIM / 8], const float (&row_max)[2],
                    const float (&lane_sum)[2], u32 first, const BlockPlace& place, const AttentionShape& shape) {
     const float sum[2] = {sum_of_row(lane_sum[0]), sum_of_row(lane_sum[1])};
-    store_rows<WIDTH>(output_rows(out, place.sample, place.head, shape), sums, first, 1.0f / sum[0], 1.0f / sum[1], shape);
+    store_rows<HEAD_DIM>(output_rows(out, place.sample, place.head, shape), sums, first, 1.0f / sum[0], 1.0f / sum[1], shape);
     const u32 half = lane_index() % 4;
     const u32 token = first + lane_index() / 4 + 8 * half;
     if (half < 2 && token < shape.tokens) {
-        const float first_value = reference[0] * LN_2 + natural_logarithm(sum[0]);
-        const float second_value = reference[1] * LN_2 + natural_logarithm(sum[1]);
+        const float first_value = row_max[0] * LN_2 + natural_logarithm(sum[0]);
+        const float second_value = row_max[1] * LN_2 + natural_logarithm(sum[1]);
         log_sum_exp[place.statistic(token, shape)] = half == 0 ? first_value : second_value;
     }
 }
 
-template <u32 WIDTH, u32 GROUPS>
+template <u32 HEAD_DIM, u32 GROUPS>
 DEVICE void forward_whole(bf16* out, float* log_sum_exp, const bf16* qkv, const AttentionShape& shape) {
     constexpr u32 ROWS = 16 * GROUPS;
     const BlockPlace place(1, shape);
     u8* query_tile = shared_memory<u8>();
-    u8* key_tile = query_tile + ROWS * tile_stride(WIDTH);
-    u8* value_tile = key_tile + ROWS * tile_stride(WIDTH);
-    copy_tile<WIDTH>(query_tile, packed_rows(qkv, place.sample, place.head, 0, shape), 0, ROWS, shape);
-    copy_tile<WIDTH>(key_tile, packed_rows(qkv, place.sample, place.head, 1, shape), 0, ROWS, shape);
+    u8* key_tile = query_tile + ROWS * tile_stride(HEAD_DIM);
+    u8* value_tile = key_tile + ROWS * tile_stride(HEAD_DIM);
+    copy_tile<HEAD_DIM>(query_tile, packed_rows(qkv, place.sample, place.head, 0, shape), 0, ROWS, shape);
+    copy_tile<HEAD_DIM>(key_tile, packed_rows(qkv, place.sample, place.head, 1, shape), 0, ROWS, shape);
     copy_async_commit();
-    copy_tile<WIDTH>(value_tile, packed_rows(qkv, place.sample, place.head, 2, shape), 0, ROWS, shape);
+    copy_tile<HEAD_DIM>(value_tile, packed_rows(qkv, place.sample, place.head, 2, shape), 0, ROWS, shape);
     copy_async_commit();
 
     const u32 first = 16 * warp_index();
     const bool works = first < shape.tokens;
     const float scale_log2 = shape.scale * LOG2_E;
     u32x4 p[1][GROUPS];
-    float largest[2], sum[2] = {0.0f, 0.0f};
+    float row_max[2], row_sum[2] = {0.0f, 0.0f};
     copy_async_wait_groups<1>();
     block_barrier();
     if (works) {
-        u32x4 query[1][WIDTH / 16];
-        load_left<WIDTH>(query[0], query_tile + first * tile_stride(WIDTH));
+        u32x4 query[1][HEAD_DIM / 16];
+        load_operand_A<HEAD_DIM>(query[0], query_tile + first * tile_stride(HEAD_DIM));
         f32x4 s[1][2 * GROUPS];
-        multiply_by_rows<WIDTH, 1, GROUPS>(s, query, key_tile);
-        hide_keys(s[0], 0, shape.tokens);
-        maxima(largest, s[0], scale_log2);
-        exponentials(s[0], sum, largest, scale_log2);
+        mm_ABt<HEAD_DIM, 1, GROUPS>(s, query, key_tile);
+        mask_keys(s[0], 0, shape.tokens);
+        row_maxima(row_max, s[0], scale_log2);
+        exponentials(s[0], row_sum, row_max, scale_log2);
         UNROLL
-        for (u32 group = 0; group < GROUPS; ++group) p[0][group] = as_left(s[0][2 * group], s[0][2 * group + 1]);
+        for (u32 group = 0; group < GROUPS; ++group) p[0][group] = as_operand_A(s[0][2 * group], s[0][2 * group + 1]);
     }
     copy_async_wait_groups<0>();
     block_barrier();
     if (works) {
-        f32x4 sums[1][WIDTH / 8];
+        f32x4 sums[1][HEAD_DIM / 8];
         clear(sums[0]);
-        multiply_over_rows<WIDTH, 1, GROUPS>(sums, p, value_tile);
-        finish<WIDTH>(out, log_sum_exp, sums[0], largest, sum, first, place, shape);
+        mma_AB<HEAD_DIM, 1, GROUPS>(sums, p, value_tile);
+        finish<HEAD_DIM>(out, log_sum_exp, sums[0], row_max, row_sum, first, place, shape);
     }
 }
 
-template <u32 WIDTH, u32 M, u32 GROUPS>
+template <u32 HEAD_DIM, u32 M, u32 GROUPS>
 DEVICE void forward_resident(bf16* out, float* log_sum_exp, const bf16* qkv, const AttentionShape& shape) {
     constexpr u32 QUERIES = 16 * M;
     const BlockPlace place(1, shape);
     const u32 key_rows = (shape.tokens + 15) / 16 * 16;
     const u32 query_rows = (shape.tokens + QUERIES - 1) / QUERIES * QUERIES;
     u8* key_tile = shared_memory<u8>();
-    u8* value_tile = key_tile + key_rows * tile_stride(WIDTH);
-    u8* query_tile = value_tile + key_rows * tile_stride(WIDTH);
-    copy_tile<WIDTH>(query_tile, packed_rows(qkv, place.sample, place.head, 0, shape), 0, query_rows, shape);
-    copy_tile<WIDTH>(key_tile, packed_rows(qkv, place.sample, place.head, 1, shape), 0, key_rows, shape);
-    copy_tile<WIDTH>(value_tile, packed_rows(qkv, place.sample, place.head, 2, shape), 0, key_rows, shape);
+    u8* value_tile = key_tile + key_rows * tile_stride(HEAD_DIM);
+    u8* query_tile = value_tile + key_rows * tile_stride(HEAD_DIM);
+    copy_tile<HEAD_DIM>(query_tile, packed_rows(qkv, place.sample, place.head, 0, shape), 0, query_rows, shape);
+    copy_tile<HEAD_DIM>(key_tile, packed_rows(qkv, place.sample, place.head, 1, shape), 0, key_rows, shape);
+    copy_tile<HEAD_DIM>(value_tile, packed_rows(qkv, place.sample, place.head, 2, shape), 0, key_rows, shape);
     copy_async_wait();
     block_barrier();
     for (u32 first = QUERIES * warp_index(); first < shape.tokens; first += QUERIES * (block_threads() / 32)) {
-        u32x4 query[M][WIDTH / 16];
+        u32x4 query[M][HEAD_DIM / 16];
         UNROLL
-        for (u32 m = 0; m < M; ++m) load_left<WIDTH>(query[m], query_tile + (first + 16 * m) * tile_stride(WIDTH));
-        Rows<WIDTH, M> rows;
-        attend_all<WIDTH, M, GROUPS>(rows, query, key_tile, value_tile, 0, shape.tokens, shape);
+        for (u32 m = 0; m < M; ++m) load_operand_A<HEAD_DIM>(query[m], query_tile + (first + 16 * m) * tile_stride(HEAD_DIM));
+        Rows<HEAD_DIM, M> rows;
+        attend_all<HEAD_DIM, M, GROUPS>(rows, query, key_tile, value_tile, 0, shape.tokens, shape);
         UNROLL
         for (u32 m = 0; m < M; ++m) {
-            finish<WIDTH>(out, log_sum_exp, rows.out[m], rows.reference[m], rows.sum[m], first + 16 * m, place, shape);
+            finish<HEAD_DIM>(out, log_sum_exp, rows.out[m], rows.row_max[m], rows.row_sum[m], first + 16 * m, place, shape);
         }
     }
 }
@@ -230,9 +230,9 @@ DEVICE void forward_resident(bf16* out, float* log_sum_exp, const bf16* qkv, con
 // Keys that are in shared memory at a time, in each of two stages.
 constexpr u32 STREAMED_KEYS = 64;
 
-template <u32 WIDTH, u32 M, u32 GROUPS>
+template <u32 HEAD_DIM, u32 M, u32 GROUPS>
 DEVICE void forward_streamed(bf16* out, float* log_sum_exp, const bf16* qkv, const AttentionShape& shape) {
-    constexpr u32 WARPS = 4, QUERIES = 16 * M * WARPS, STRIDE = tile_stride(WIDTH);
+    constexpr u32 WARPS = 4, QUERIES = 16 * M * WARPS, STRIDE = tile_stride(HEAD_DIM);
     const BlockPlace place((shape.tokens + QUERIES - 1) / QUERIES, shape);
     const HeadRows<const bf16> keys = packed_rows(qkv, place.sample, place.head, 1, shape);
     const HeadRows<const bf16> values = packed_rows(qkv, place.sample, place.head, 2, shape);
@@ -240,17 +240,17 @@ DEVICE void forward_streamed(bf16* out, float* log_sum_exp, const bf16* qkv, con
     u8* stages = query_tile + QUERIES * STRIDE;
     const auto copy_stage = [&](u32 stage) {
         u8* tile = stages + (stage & 1) * (2 * STREAMED_KEYS * STRIDE);
-        copy_tile<WIDTH>(tile, keys, stage * STREAMED_KEYS, STREAMED_KEYS, shape);
-        copy_tile<WIDTH>(tile + STREAMED_KEYS * STRIDE, values, stage * STREAMED_KEYS, STREAMED_KEYS, shape);
+        copy_tile<HEAD_DIM>(tile, keys, stage * STREAMED_KEYS, STREAMED_KEYS, shape);
+        copy_tile<HEAD_DIM>(tile + STREAMED_KEYS * STRIDE, values, stage * STREAMED_KEYS, STREAMED_KEYS, shape);
     };
-    copy_tile<WIDTH>(query_tile, packed_rows(qkv, place.sample, place.head, 0, shape), place.tile * QUERIES, QUERIES, shape);
+    copy_tile<HEAD_DIM>(query_tile, packed_rows(qkv, place.sample, place.head, 0, shape), place.tile * QUERIES, QUERIES, shape);
     copy_stage(0);
     copy_async_commit();
 
     const u32 mine = 16 * M * warp_index();
     const u32 first = place.tile * QUERIES + mine;
-    u32x4 query[M][WIDTH / 16];
-    Rows<WIDTH, M> rows;
+    u32x4 query[M][HEAD_DIM / 16];
+    Rows<HEAD_DIM, M> rows;
     const u32 count = (shape.tokens + STREAMED_KEYS - 1) / STREAMED_KEYS;
     for (u32 stage = 0; stage < count; ++stage) {
         if (stage + 1 < count) copy_stage(stage + 1);
@@ -259,20 +259,20 @@ DEVICE void forward_streamed(bf16* out, float* log_sum_exp, const bf16* qkv, con
         block_barrier();
         if (stage == 0) {
             UNROLL
-            for (u32 m = 0; m < M; ++m) load_left<WIDTH>(query[m], query_tile + (mine + 16 * m) * STRIDE);
+            for (u32 m = 0; m < M; ++m) load_operand_A<HEAD_DIM>(query[m], query_tile + (mine + 16 * m) * STRIDE);
         }
         const u8* tile = stages + (stage & 1) * (2 * STREAMED_KEYS * STRIDE);
         const u32 key = stage * STREAMED_KEYS;
         const u32 end = minimum(key + STREAMED_KEYS, shape.tokens);
         if (first < shape.tokens) {
-            attend_all<WIDTH, M, GROUPS>(rows, query, tile, tile + STREAMED_KEYS * STRIDE, key, end, shape);
+            attend_all<HEAD_DIM, M, GROUPS>(rows, query, tile, tile + STREAMED_KEYS * STRIDE, key, end, shape);
         }
         block_barrier();
     }
     if (first >= shape.tokens) return;
     UNROLL
     for (u32 m = 0; m < M; ++m) {
-        finish<WIDTH>(out, log_sum_exp, rows.out[m], rows.reference[m], rows.sum[m], first + 16 * m, place, shape);
+        finish<HEAD_DIM>(out, log_sum_exp, rows.out[m], rows.row_max[m], rows.row_sum[m], first + 16 * m, place, shape);
     }
 }
 

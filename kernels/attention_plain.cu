@@ -55,7 +55,7 @@ DEVICE void load_tile(float* tile, const HeadRows<const T>& from, u32 first, con
 }
 
 // s[i][j] = row i of `a` by row j of `b`; this thread's rows are 16 apart.
-DEVICE void multiply_by_rows(float (&s)[2][2], const float* a, const float* b, const Cell& cell) {
+DEVICE void mm_ABt(float (&s)[2][2], const float* a, const float* b, const Cell& cell) {
     s[0][0] = s[0][1] = s[1][0] = s[1][1] = 0.0f;
     const float* a_row = a + cell.row * cell.stride;
     const float* b_row = b + cell.column * cell.stride;
@@ -71,7 +71,7 @@ DEVICE void multiply_by_rows(float (&s)[2][2], const float* a, const float* b, c
 
 // sums[i] += row i of 32 x 32 factors by the rows of a tile. `across`, `along`: from one row of the factors to the next, and
 // from one element of a row to the next.
-DEVICE void multiply_over_rows(float (&sums)[2][MAX_SIXTEENS], const float* factors, u32 across, u32 along, const float* rows,
+DEVICE void mma_AB(float (&sums)[2][MAX_SIXTEENS], const float* factors, u32 across, u32 along, const float* rows,
                                const Cell& cell) {
     const float* factor = factors + cell.row * across;
     const float* row = rows + cell.column;
@@ -117,16 +117,16 @@ attention_forward_f32(float* __restrict__ out, float* __restrict__ log_sum_exp, 
     float* key_tile = query_tile + TILE * cell.stride;
     float* value_tile = key_tile + TILE * cell.stride;
     float* scores = value_tile + TILE * cell.stride;
-    // Per query: what exponentials are relative to, their sum, and what the last step made of older ones.
-    float* reference = scores + TILE * SCORE_STRIDE;
-    float* sum = reference + TILE;
-    float* factor = sum + TILE;
+    // Per query: what exponentials are relative to, their row sum, and the last step's factor on older ones.
+    float* row_max = scores + TILE * SCORE_STRIDE;
+    float* row_sum = row_max + TILE;
+    float* factor = row_sum + TILE;
     const float scale_log2 = shape.scale * LOG2_E;
     const u32 first = place.tile * TILE;
     load_tile(query_tile, packed_rows(qkv, place.sample, place.head, 0, shape), first, cell, shape);
     if (thread_index() < TILE) {
-        reference[thread_index()] = minus_infinity();
-        sum[thread_index()] = 0.0f;
+        row_max[thread_index()] = minus_infinity();
+        row_sum[thread_index()] = 0.0f;
     }
     float sums[2][MAX_SIXTEENS];
     clear(sums);
@@ -135,7 +135,7 @@ attention_forward_f32(float* __restrict__ out, float* __restrict__ log_sum_exp, 
         load_tile(value_tile, packed_rows(qkv, place.sample, place.head, 2, shape), key, cell, shape);
         block_barrier();
         float s[2][2];
-        multiply_by_rows(s, query_tile, key_tile, cell);
+        mm_ABt(s, query_tile, key_tile, cell);
         UNROLL
         for (u32 i = 0; i < 2; ++i) {
             UNROLL
@@ -149,7 +149,7 @@ attention_forward_f32(float* __restrict__ out, float* __restrict__ log_sum_exp, 
         // Four rows to a warp, a key to a lane.
         for (u32 row = warp_index(); row < TILE; row += block_threads() / 32) {
             float& score = scores[row * SCORE_STRIDE + lane_index()];
-            const float before = reference[row];
+            const float before = row_max[row];
             float largest = score;
             for (u32 mask = 16; mask > 0; mask /= 2) largest = maximum(largest, shuffle_xor(largest, mask));
             largest = maximum(largest, before);
@@ -160,8 +160,8 @@ attention_forward_f32(float* __restrict__ out, float* __restrict__ log_sum_exp, 
             warp_barrier();
             if (lane_index() == 0) {
                 factor[row] = exp2_approximate(before - largest);
-                sum[row] = sum[row] * factor[row] + total;
-                reference[row] = largest;
+                row_sum[row] = row_sum[row] * factor[row] + total;
+                row_max[row] = largest;
             }
         }
         block_barrier();
@@ -170,14 +170,14 @@ attention_forward_f32(float* __restrict__ out, float* __restrict__ log_sum_exp, 
             sums[0][j] *= factor[cell.row];
             sums[1][j] *= factor[cell.row + 16];
         }
-        multiply_over_rows(sums, scores, SCORE_STRIDE, 1, value_tile, cell);
+        mma_AB(sums, scores, SCORE_STRIDE, 1, value_tile, cell);
         block_barrier();
     }
-    store_rows(output_rows(out, place.sample, place.head, shape), sums, first, 1.0f / sum[cell.row], 1.0f / sum[cell.row + 16],
-               cell, shape);
+    store_rows(output_rows(out, place.sample, place.head, shape), sums, first, 1.0f / row_sum[cell.row],
+               1.0f / row_sum[cell.row + 16], cell, shape);
     const u32 token = first + thread_index();
     if (thread_index() < TILE && token < shape.tokens) {
-        const float value = reference[thread_index()] * LN_2 + natural_logarithm(sum[thread_index()]);
+        const float value = row_max[thread_index()] * LN_2 + natural_logarithm(row_sum[thread_index()]);
         log_sum_exp[place.statistic(token, shape)] = value;
     }
 }
@@ -209,16 +209,16 @@ struct Backward {
     }
 
     // p and dp of this thread, with keys from `key` on.
-    DEVICE void scores(float (&p)[2][2], float (&dp)[2][2], const float (&reference)[2], u32 key,
+    DEVICE void scores(float (&p)[2][2], float (&dp)[2][2], const float (&lse_log2)[2], u32 key,
                        const AttentionShape& shape) const {
-        multiply_by_rows(p, query_tile, key_tile, cell);
-        multiply_by_rows(dp, dout_tile, value_tile, cell);
+        mm_ABt(p, query_tile, key_tile, cell);
+        mm_ABt(dp, dout_tile, value_tile, cell);
         UNROLL
         for (u32 i = 0; i < 2; ++i) {
             UNROLL
             for (u32 j = 0; j < 2; ++j) {
                 const bool exists = key + cell.column + 16 * j < shape.tokens;
-                p[i][j] = exists ? exp2_approximate(p[i][j] * (shape.scale * LOG2_E) - reference[i]) : 0.0f;
+                p[i][j] = exists ? exp2_approximate(p[i][j] * (shape.scale * LOG2_E) - lse_log2[i]) : 0.0f;
             }
         }
     }
@@ -238,12 +238,12 @@ struct Backward {
 };
 
 // Reference and delta of this thread's two queries from `first` on.
-DEVICE void query_statistics(float (&reference)[2], float (&delta)[2], const float* log_sum_exp, const float* dqkv, u32 first,
+DEVICE void query_statistics(float (&lse_log2)[2], float (&delta)[2], const float* log_sum_exp, const float* dqkv, u32 first,
                              const Cell& cell, const BlockPlace& place, const AttentionShape& shape) {
     UNROLL
     for (u32 i = 0; i < 2; ++i) {
         const u32 token = first + cell.row + 16 * i;
-        reference[i] = reference_of(log_sum_exp, token, place, shape);
+        lse_log2[i] = lse_log2_of(log_sum_exp, token, place, shape);
         delta[i] = token < shape.tokens ? *packed_rows(dqkv, place.sample, place.head, 0, shape).row(token) : 0.0f;
     }
 }
@@ -254,15 +254,15 @@ attention_backward_delta_f32(float* __restrict__ dqkv, const float* __restrict__
     const BlockPlace place((shape.tokens + TILE - 1) / TILE, shape);
     const Backward backward(shape);
     const u32 first = place.tile * TILE;
-    float reference[2], delta[2] = {0.0f, 0.0f}, sum[2] = {0.0f, 0.0f};
+    float lse_log2[2], delta[2] = {0.0f, 0.0f}, sum[2] = {0.0f, 0.0f};
     UNROLL
-    for (u32 i = 0; i < 2; ++i) reference[i] = reference_of(log_sum_exp, first + backward.cell.row + 16 * i, place, shape);
+    for (u32 i = 0; i < 2; ++i) lse_log2[i] = lse_log2_of(log_sum_exp, first + backward.cell.row + 16 * i, place, shape);
     backward.load_queries(dout, qkv, first, place, shape);
     for (u32 key = 0; key < shape.tokens; key += TILE) {
         backward.load_keys(qkv, key, place, shape);
         block_barrier();
         float p[2][2], dp[2][2];
-        backward.scores(p, dp, reference, key, shape);
+        backward.scores(p, dp, lse_log2, key, shape);
         UNROLL
         for (u32 i = 0; i < 2; ++i) {
             delta[i] += p[i][0] * dp[i][0] + p[i][1] * dp[i][1];
@@ -294,15 +294,15 @@ attention_backward_keys_f32(float* __restrict__ dqkv, const float* __restrict__ 
     clear(dv);
     backward.load_keys(qkv, key, place, shape);
     for (u32 first = 0; first < shape.tokens; first += TILE) {
-        float reference[2], delta[2], p[2][2], dp[2][2];
-        query_statistics(reference, delta, log_sum_exp, dqkv, first, backward.cell, place, shape);
+        float lse_log2[2], delta[2], p[2][2], dp[2][2];
+        query_statistics(lse_log2, delta, log_sum_exp, dqkv, first, backward.cell, place, shape);
         backward.load_queries(dout, qkv, first, place, shape);
         block_barrier();
-        backward.scores(p, dp, reference, key, shape);
+        backward.scores(p, dp, lse_log2, key, shape);
         backward.store_scores(p, dp, delta);
         block_barrier();
-        multiply_over_rows(dv, backward.probabilities, 1, SCORE_STRIDE, backward.dout_tile, backward.cell);
-        multiply_over_rows(dk, backward.gradients, 1, SCORE_STRIDE, backward.query_tile, backward.cell);
+        mma_AB(dv, backward.probabilities, 1, SCORE_STRIDE, backward.dout_tile, backward.cell);
+        mma_AB(dk, backward.gradients, 1, SCORE_STRIDE, backward.query_tile, backward.cell);
         block_barrier();
     }
     const HeadRows<float> dk_rows = packed_rows(dqkv, place.sample, place.head, 1, shape);
@@ -316,18 +316,18 @@ attention_backward_queries_f32(float* __restrict__ dqkv, const float* __restrict
     const BlockPlace place((shape.tokens + TILE - 1) / TILE, shape);
     const Backward backward(shape);
     const u32 first = place.tile * TILE;
-    float reference[2], delta[2], dq[2][MAX_SIXTEENS];
+    float lse_log2[2], delta[2], dq[2][MAX_SIXTEENS];
     clear(dq);
-    query_statistics(reference, delta, log_sum_exp, dqkv, first, backward.cell, place, shape);
+    query_statistics(lse_log2, delta, log_sum_exp, dqkv, first, backward.cell, place, shape);
     backward.load_queries(dout, qkv, first, place, shape);
     for (u32 key = 0; key < shape.tokens; key += TILE) {
         backward.load_keys(qkv, key, place, shape);
         block_barrier();
         float p[2][2], dp[2][2];
-        backward.scores(p, dp, reference, key, shape);
+        backward.scores(p, dp, lse_log2, key, shape);
         backward.store_scores(p, dp, delta);
         block_barrier();
-        multiply_over_rows(dq, backward.gradients, SCORE_STRIDE, 1, backward.key_tile, backward.cell);
+        mma_AB(dq, backward.gradients, SCORE_STRIDE, 1, backward.key_tile, backward.cell);
         block_barrier();
     }
     const HeadRows<float> dq_rows = packed_rows(dqkv, place.sample, place.head, 0, shape);
@@ -346,16 +346,16 @@ DEVICE void attention_probabilities(T* probabilities, const T* qkv, const float*
         load_tile(key_tile, packed_rows(qkv, place.sample, place.head, 1, shape), key, cell, shape);
         block_barrier();
         float s[2][2];
-        multiply_by_rows(s, query_tile, key_tile, cell);
+        mm_ABt(s, query_tile, key_tile, cell);
         UNROLL
         for (u32 i = 0; i < 2; ++i) {
             const u32 token = first + cell.row + 16 * i;
-            const float reference = reference_of(log_sum_exp, token, place, shape);
+            const float lse_log2 = lse_log2_of(log_sum_exp, token, place, shape);
             UNROLL
             for (u32 j = 0; j < 2; ++j) {
                 const u32 column = key + cell.column + 16 * j;
                 if (token >= shape.tokens || column >= shape.tokens) continue;
-                const float p = exp2_approximate(s[i][j] * (shape.scale * LOG2_E) - reference);
+                const float p = exp2_approximate(s[i][j] * (shape.scale * LOG2_E) - lse_log2);
                 Element<T>::store(probabilities + place.statistic(token, shape) * shape.tokens + column, p);
             }
         }

@@ -212,7 +212,7 @@ DEVICE void patchify_visible_u8(T* rows, const u8* pixels, const u32* ids_keep, 
     const u32 lines = tile * shape.patch_height.divisor;
     const u32 elements = tile * shape.row_length.divisor;
     T* tile_rows = rows + static_cast<u64>(first_row) * shape.row_length.divisor;
-    // Words first: they need the alignment. The addresses follow behind them.
+    // Words first: they need the alignment. The addresses follow them.
     u8* words = shared_memory<u8>();
     if (shape.staged) {
         u64* addresses = reinterpret_cast<u64*>(words + shape.tile * shape.patch_height.divisor * 16 * shape.words.divisor);

@@ -15,7 +15,7 @@
 //   block_barrier()                               every thread of the block arrives; orders shared and global memory
 //   warp_barrier()                                every lane of the warp arrives; orders memory within the warp
 //   shuffle(value, lane), shuffle_xor(value, m)   every lane of the warp takes part; does not order memory
-//   ballot(predicate)                             bit i is lane i's predicate; every lane takes part
+//   warp_ballot(predicate)                             bit i is lane i's predicate; every lane takes part
 //   load_16, store_16                             one 128-bit access; the address is a multiple of 16. load_16 is for memory
 //                                                 that nothing writes during the launch, and takes the read-only path
 //   load_own_16                                   the same for memory that this thread, and no other, writes in the launch
@@ -25,11 +25,11 @@
 //   copy_async_commit()                           closes a group: this thread's copies since the last one
 //   copy_async_wait_groups<N>()                   all but the N newest groups of this thread have landed
 //   copy_async_wait()                             this thread's copies have landed; a barrier shows them to other threads
-//   load_matrices(row)                            four 8x8 matrices of 16-bit elements from shared memory. Lane i gives the
+//   ldmatrix_x4(row)                            four 8x8 matrices of 16-bit elements from shared memory. Lane i gives the
 //                                                 address, a multiple of 16, of row i % 8 of matrix i / 8; lane 4 r + c gets
 //                                                 elements 2 c and 2 c + 1 of row r of each. Every lane takes part
-//   load_matrices_transposed(row)                 the same of each matrix's transpose
-//   multiply_matrices(a, b_0, b_1, sum)           sum + a b for a 16x16, b 16x8 (bf16) and sum 16x8 (f32) in fragments: lane
+//   ldmatrix_x4_transposed(row)                 the same of each matrix's transpose
+//   mma_m16n8k16(a, b_0, b_1, sum)           sum + a b for a 16x16, b 16x8 (bf16) and sum 16x8 (f32) in fragments: lane
 //                                                 4 r + c has rows r and r + 8 of a and sum, column r of b. a: columns 2 c,
 //                                                 2 c + 1 of row r, of row r + 8, then the same 8 columns on; b_0: rows 2 c,
 //                                                 2 c + 1, b_1: 8 rows on; sum: columns 2 c, 2 c + 1 of row r, of row r + 8.
@@ -103,7 +103,7 @@ DEVICE u32 shuffle(u32 value, u32 lane) { return __shfl_sync(0xffffffffu, value,
 DEVICE float shuffle(float value, u32 lane) { return __shfl_sync(0xffffffffu, value, lane); }
 DEVICE u32 shuffle_xor(u32 value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE float shuffle_xor(float value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
-DEVICE u32 ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+DEVICE u32 warp_ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 
 DEVICE u32x4 load_16(const void* address) {
     u32x4 value;
@@ -153,7 +153,7 @@ DEVICE void copy_async_wait_groups() {
 
 DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-DEVICE u32x4 load_matrices(const void* row) {
+DEVICE u32x4 ldmatrix_x4(const void* row) {
     u32x4 value;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -162,7 +162,7 @@ DEVICE u32x4 load_matrices(const void* row) {
     return value;
 }
 
-DEVICE u32x4 load_matrices_transposed(const void* row) {
+DEVICE u32x4 ldmatrix_x4_transposed(const void* row) {
     u32x4 value;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -172,9 +172,9 @@ DEVICE u32x4 load_matrices_transposed(const void* row) {
 }
 
 // Not volatile: its result is all that it does, so a sum that nobody uses may go, and independent products may change places.
-// What the loads do to memory is volatile above. No product may move behind a condition that lanes decide differently: the
+// What the loads do to memory is volatile above. No product may move past a condition that lanes decide differently: the
 // whole warp uses each sum before one, in a loop that adds to it, in a shuffle or in `opaque`.
-DEVICE f32x4 multiply_matrices(const u32x4& a, u32 b_0, u32 b_1, f32x4 sum) {
+DEVICE f32x4 mma_m16n8k16(const u32x4& a, u32 b_0, u32 b_1, f32x4 sum) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sum.x), "+f"(sum.y), "+f"(sum.z), "+f"(sum.w)

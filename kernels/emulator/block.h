@@ -135,7 +135,7 @@ void multiply(Thread* lanes) {
 
 // Each row is read on behalf of the lane that gave its address and, as all lanes get some of it, of one more; then it counts
 // as read by several.
-void Emulator::load_matrices(u32 warp, bool transposed) {
+void Emulator::ldmatrix_x4(u32 warp, bool transposed) {
     Thread* lanes = &threads[warp * WARP];
     u16 elements[4][8][8];
     const u32 last = current;
@@ -206,9 +206,9 @@ void Emulator::complete(u32 warp) {
             default: break;
         }
     }
-    if (kind == Collective::MULTIPLY_MATRICES) multiply(lanes);
-    if (kind == Collective::LOAD_MATRICES) load_matrices(warp, false);
-    if (kind == Collective::LOAD_MATRICES_TRANSPOSED) load_matrices(warp, true);
+    if (kind == Collective::MMA_M16N8K16) multiply(lanes);
+    if (kind == Collective::LDMATRIX_X4) ldmatrix_x4(warp, false);
+    if (kind == Collective::LDMATRIX_X4_TRANSPOSED) ldmatrix_x4(warp, true);
     if (kind == Collective::WARP_BARRIER) ++warps[warp].epoch;
     warps[warp].arrived = 0;
     std::vector<u32> released;

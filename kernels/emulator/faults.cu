@@ -21,7 +21,7 @@ fault_none_exchange(u32* out, const u32* in) {
     block_barrier();
     u32 value = shared[(thread_index() + 1) % block_threads()];
     for (u32 mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-    const u32 odd = ballot(lane_index() % 2 == 1);
+    const u32 odd = warp_ballot(lane_index() % 2 == 1);
     out[global_index()] = value + shuffle(odd, 3);
 }
 
@@ -122,7 +122,7 @@ fault_divergent_shuffle(u32* out, const u32* in) {
 KERNEL(128)
 fault_shuffle_against_ballot(u32* out, const u32* in) {
     u32 value = in[global_index()];
-    value = lane_index() < 16 ? shuffle_xor(value, 1) : ballot(value > 0);
+    value = lane_index() < 16 ? shuffle_xor(value, 1) : warp_ballot(value > 0);
     out[global_index()] = value;
 }
 
@@ -213,9 +213,9 @@ fault_products_in_two_places(u32* out, const u32* in) {
     const u32x4 a = load_16(in + 4 * global_index());
     f32x4 sum = {0, 0, 0, 0};
     if (lane_index() % 2 == 0) {
-        sum = multiply_matrices(a, a.x, a.y, sum);
+        sum = mma_m16n8k16(a, a.x, a.y, sum);
     } else {
-        sum = multiply_matrices(a, a.y, a.x, sum);
+        sum = mma_m16n8k16(a, a.y, a.x, sum);
     }
     out[global_index()] = float_bits(sum.x);
 }
@@ -283,21 +283,21 @@ KERNEL(128)
 fault_none_matrices(u32* out, const u32* in) {
     const u32x4* rows = matrix_rows(in);
     block_barrier();
-    store_16(out + 4 * global_index(), load_matrices(rows + lane_index()));
+    store_16(out + 4 * global_index(), ldmatrix_x4(rows + lane_index()));
 }
 
 KERNEL(128)
 fault_none_matrices_transposed(u32* out, const u32* in) {
     const u32x4* rows = matrix_rows(in);
     block_barrier();
-    store_16(out + 4 * global_index(), load_matrices_transposed(rows + lane_index()));
+    store_16(out + 4 * global_index(), ldmatrix_x4_transposed(rows + lane_index()));
 }
 
 // sums += a b, in fragments: one per lane.
 KERNEL(128)
 fault_none_multiply(f32x4* sums, const u32x4* a, const u32* b) {
     const u32 lane = global_index();
-    const f32x4 sum = multiply_matrices(load_16(a + lane), b[2 * lane], b[2 * lane + 1], sums[lane]);
+    const f32x4 sum = mma_m16n8k16(load_16(a + lane), b[2 * lane], b[2 * lane + 1], sums[lane]);
     sums[lane] = sum;
 }
 
@@ -334,7 +334,7 @@ KERNEL(128)
 fault_divergent_multiply(u32* out, const u32* in) {
     const u32x4 a = load_16(in + 4 * global_index());
     f32x4 sum = {0, 0, 0, 0};
-    if (lane_index() != 3) sum = multiply_matrices(a, a.x, a.y, sum);
+    if (lane_index() != 3) sum = mma_m16n8k16(a, a.x, a.y, sum);
     out[global_index()] = float_bits(sum.x);
 }
 
@@ -343,7 +343,7 @@ fault_divergent_matrices(u32* out, const u32* in) {
     const u32x4* rows = matrix_rows(in);
     block_barrier();
     u32x4 value = {0, 0, 0, 0};
-    if (lane_index() < 8) value = load_matrices(rows + lane_index());
+    if (lane_index() < 8) value = ldmatrix_x4(rows + lane_index());
     out[global_index()] = value.x;
 }
 
@@ -353,9 +353,9 @@ fault_multiply_against_matrices(u32* out, const u32* in) {
     block_barrier();
     u32x4 value = {0, 0, 0, 0};
     if (lane_index() % 2 == 0) {
-        value = load_matrices(rows + lane_index());
+        value = ldmatrix_x4(rows + lane_index());
     } else {
-        const f32x4 sum = multiply_matrices(value, 0, 0, {0, 0, 0, 0});
+        const f32x4 sum = mma_m16n8k16(value, 0, 0, {0, 0, 0, 0});
         value.x = float_bits(sum.x);
     }
     out[global_index()] = value.x;
@@ -364,7 +364,7 @@ fault_multiply_against_matrices(u32* out, const u32* in) {
 KERNEL(128)
 fault_matrices_without_barrier(u32* out, const u32* in) {
     const u32x4* rows = matrix_rows(in);
-    out[global_index()] = load_matrices(rows + lane_index()).x;
+    out[global_index()] = ldmatrix_x4(rows + lane_index()).x;
 }
 
 // The next round overwrites rows that are still read.
@@ -372,7 +372,7 @@ KERNEL(128)
 fault_matrices_overwritten(u32* out, const u32* in) {
     const u32x4* rows = matrix_rows(in);
     block_barrier();
-    const u32x4 value = load_matrices(rows + lane_index());
+    const u32x4 value = ldmatrix_x4(rows + lane_index());
     matrix_rows(in);
     out[global_index()] = value.x;
 }
@@ -382,12 +382,12 @@ fault_uninitialised_matrices(u32* out, const u32* in) {
     u32x4* shared = shared_memory<u32x4>();
     if (thread_index() != 9) shared[thread_index()] = load_16(in + 4 * global_index());
     block_barrier();
-    out[global_index()] = load_matrices(shared + 32 * warp_index() + lane_index()).x;
+    out[global_index()] = ldmatrix_x4(shared + 32 * warp_index() + lane_index()).x;
 }
 
 KERNEL(128)
 fault_misaligned_matrices(u32* out, const u32* in) {
     const u32x4* rows = matrix_rows(in);
     block_barrier();
-    out[global_index()] = load_matrices(reinterpret_cast<const u32*>(rows) + lane_index()).x;
+    out[global_index()] = ldmatrix_x4(reinterpret_cast<const u32*>(rows) + lane_index()).x;
 }

@@ -34,7 +34,7 @@ u32 shuffle(u32 value, u32 lane, emulator::Place at = emulator::Place::current()
 float shuffle(float value, u32 lane, emulator::Place at = emulator::Place::current());
 u32 shuffle_xor(u32 value, u32 mask, emulator::Place at = emulator::Place::current());
 float shuffle_xor(float value, u32 mask, emulator::Place at = emulator::Place::current());
-u32 ballot(bool predicate, emulator::Place at = emulator::Place::current());
+u32 warp_ballot(bool predicate, emulator::Place at = emulator::Place::current());
 
 u32x4 load_16(const void* address);
 // By reference: the compiler does not report reads of structures that it passes by value.
@@ -45,9 +45,9 @@ void copy_async_16(void* shared, const void* global);
 void copy_async_16_or_zero(void* shared, const void* global, bool valid);
 void copy_async_commit();
 void copy_async_wait();
-u32x4 load_matrices(const void* row, emulator::Place at = emulator::Place::current());
-u32x4 load_matrices_transposed(const void* row, emulator::Place at = emulator::Place::current());
-f32x4 multiply_matrices(const u32x4& a, u32 b_0, u32 b_1, const f32x4& sum, emulator::Place at = emulator::Place::current());
+u32x4 ldmatrix_x4(const void* row, emulator::Place at = emulator::Place::current());
+u32x4 ldmatrix_x4_transposed(const void* row, emulator::Place at = emulator::Place::current());
+f32x4 mma_m16n8k16(const u32x4& a, u32 b_0, u32 b_1, const f32x4& sum, emulator::Place at = emulator::Place::current());
 float exp2_approximate(float x);
 float natural_logarithm(float x);
 

@@ -1,7 +1,7 @@
 // Runs kernels on the CPU, one fibre per CUDA thread and one block at a time, and checks every access to memory.
 //
 // What is caught, always with kernel, block and thread: an access outside a buffer, to a released one, or to an address near
-// null; an access at an address that is no multiple of its size; a read of memory that nothing wrote; two threads of a block
+// null; an access at an address that is not a multiple of its size; a read of memory that nothing wrote; two threads of a block
 // that touch the same byte of shared memory, one of them writing, with no barrier between; two blocks that do so in global memory
 // in one launch; a lane that never arrives at a warp collective, or arrives at another one or at one in another place of the
 // source; a barrier that cannot be passed, or that threads reach in different places; a read of an asynchronous copy before its
@@ -123,7 +123,7 @@ u32 shuffle(u32 value, u32 lane, Place at) { return running->collective(Collecti
 float shuffle(float value, u32 lane, Place at) { return float_of(shuffle(bits_of(value), lane, at)); }
 u32 shuffle_xor(u32 value, u32 mask, Place at) { return running->collective(Collective::SHUFFLE_XOR, value, mask, at); }
 float shuffle_xor(float value, u32 mask, Place at) { return float_of(shuffle_xor(bits_of(value), mask, at)); }
-u32 ballot(bool predicate, Place at) { return running->collective(Collective::BALLOT, predicate, 0, at); }
+u32 warp_ballot(bool predicate, Place at) { return running->collective(Collective::BALLOT, predicate, 0, at); }
 
 u32x4 load_16(const void* address) {
     running->check_alignment(reinterpret_cast<u64>(address), 16, false);
@@ -160,27 +160,27 @@ void copy_async_wait() {
     running->land_copies(0);
 }
 
-u32x4 load_matrices(const void* row, Place at) {
+u32x4 ldmatrix_x4(const void* row, Place at) {
     Thread& thread = running->threads[running->current];
     thread.row = row;
-    running->collective(Collective::LOAD_MATRICES, 0, 0, at);
+    running->collective(Collective::LDMATRIX_X4, 0, 0, at);
     return thread.loaded;
 }
 
-u32x4 load_matrices_transposed(const void* row, Place at) {
+u32x4 ldmatrix_x4_transposed(const void* row, Place at) {
     Thread& thread = running->threads[running->current];
     thread.row = row;
-    running->collective(Collective::LOAD_MATRICES_TRANSPOSED, 0, 0, at);
+    running->collective(Collective::LDMATRIX_X4_TRANSPOSED, 0, 0, at);
     return thread.loaded;
 }
 
-f32x4 multiply_matrices(const u32x4& a, u32 b_0, u32 b_1, const f32x4& sum, Place at) {
+f32x4 mma_m16n8k16(const u32x4& a, u32 b_0, u32 b_1, const f32x4& sum, Place at) {
     Thread& thread = running->threads[running->current];
     thread.a = a;
     thread.b[0] = b_0;
     thread.b[1] = b_1;
     thread.sum = sum;
-    running->collective(Collective::MULTIPLY_MATRICES, 0, 0, at);
+    running->collective(Collective::MMA_M16N8K16, 0, 0, at);
     return thread.sum;
 }
 

@@ -79,9 +79,9 @@ enum class Collective {
     SHUFFLE,
     SHUFFLE_XOR,
     BALLOT,
-    LOAD_MATRICES,
-    LOAD_MATRICES_TRANSPOSED,
-    MULTIPLY_MATRICES,
+    LDMATRIX_X4,
+    LDMATRIX_X4_TRANSPOSED,
+    MMA_M16N8K16,
 };
 
 const char* name_of(Collective collective) {
@@ -89,10 +89,10 @@ const char* name_of(Collective collective) {
         case Collective::WARP_BARRIER: return "warp_barrier";
         case Collective::SHUFFLE: return "shuffle";
         case Collective::SHUFFLE_XOR: return "shuffle_xor";
-        case Collective::BALLOT: return "ballot";
-        case Collective::LOAD_MATRICES: return "load_matrices";
-        case Collective::LOAD_MATRICES_TRANSPOSED: return "load_matrices_transposed";
-        case Collective::MULTIPLY_MATRICES: return "multiply_matrices";
+        case Collective::BALLOT: return "warp_ballot";
+        case Collective::LDMATRIX_X4: return "ldmatrix_x4";
+        case Collective::LDMATRIX_X4_TRANSPOSED: return "ldmatrix_x4_transposed";
+        case Collective::MMA_M16N8K16: return "mma_m16n8k16";
     }
     return "?";
 }
@@ -115,7 +115,7 @@ struct Thread {
     u32 operand;   // of the collective: the value or predicate
     u32 selector;  // of the collective: lane or mask
     u32 result;    // of the collective
-    // Of load_matrices and multiply_matrices, which have more to bring and to take away.
+    // Of ldmatrix_x4 and mma_m16n8k16, which have more to bring and to take away.
     const void* row;
     u32x4 a;
     u32 b[2];
@@ -196,7 +196,7 @@ struct Emulator {
     std::string describe(const Buffer& buffer, u64 address) const;
     u32 collective(Collective kind, u32 operand, u32 selector, const Place& at);
     void complete(u32 warp);
-    void load_matrices(u32 warp, bool transposed);
+    void ldmatrix_x4(u32 warp, bool transposed);
     void issue_copy(void* target, const void* source, bool valid);
     void land_copies(u32 pending);
 };
