@@ -1,4 +1,5 @@
-//! Compiles kernels/*.cu through NVRTC where there is one and embeds them; embeds their sources in any case.
+//! Lists the kernels of kernels/*.cu; with the feature `cuda`, compiles them through NVRTC where there is one and embeds them,
+//! and embeds their sources in any case.
 //!
 //! | variable | meaning |
 //! | --- | --- |
@@ -14,13 +15,14 @@ mod emulator;
 #[cfg(feature = "cuda")]
 #[path = "build/hash.rs"]
 mod hash;
+#[path = "build/kernels.rs"]
+mod kernels;
 #[cfg(feature = "cuda")]
 #[path = "build/manifest.rs"]
 mod manifest;
 #[cfg(feature = "cuda")]
 #[path = "build/nvrtc.rs"]
 mod nvrtc;
-#[cfg(feature = "cuda")]
 #[path = "build/units.rs"]
 #[cfg_attr(not(feature = "emulator"), allow(dead_code, reason = "only the emulator has units"))]
 mod units;
@@ -40,17 +42,12 @@ fn main() {
     }
 }
 
-#[cfg(feature = "cuda")]
 fn run() -> Result<(), String> {
-    let kernels = manifest::read_kernels()?;
+    let kernels = kernels::read_kernels()?;
+    kernels::list_symbols(&kernels)?;
+    #[cfg(feature = "cuda")]
     manifest::embed(&kernels)?;
     #[cfg(feature = "emulator")]
     emulator::compile(&kernels)?;
-    Ok(())
-}
-
-/// Without the feature `cuda` there is nothing to do.
-#[cfg(not(feature = "cuda"))]
-fn run() -> Result<(), String> {
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::manifest::Kernels;
+use crate::kernels::Kernels;
 use crate::units::{CHECKED, FLAGS, Unit, units};
 
 /// Compiles every unit and tells cargo to link them.

@@ -1,4 +1,4 @@
-//! Reads the kernels, compiles them, and writes the manifest that `src/cuda/embedded.rs` includes.
+//! Compiles the kernels and writes the manifest that `src/cuda/embedded.rs` includes.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -8,48 +8,11 @@ use flate2::Compression;
 use flate2::write::ZlibEncoder;
 
 use crate::hash::hash;
+use crate::kernels::Kernels;
 use crate::nvrtc::{Nvrtc, NvrtcError, OPTIONS, SEARCH_VARIABLES, Source, Target};
-use crate::units::definitions;
 
 /// Architectures that are compiled for unless `VITMAE_CUDA_ARCHS` says otherwise.
 const DEFAULT_TARGETS: &str = "sm_80,sm_90a";
-
-/// The kernels folder in memory.
-pub struct Kernels {
-    /// The folder.
-    pub folder: PathBuf,
-    /// Name and text of each `.cu` file.
-    pub files: Vec<(String, String)>,
-    /// Name and text of each `.cuh` file.
-    pub headers: Vec<(String, String)>,
-}
-
-/// Reads kernels/*.cu and *.cuh in a fixed order.
-pub fn read_kernels() -> Result<Kernels, String> {
-    let root = std::env::var("CARGO_MANIFEST_DIR").map_err(|error| format!("CARGO_MANIFEST_DIR: {error}"))?;
-    let folder = Path::new(&root).join("kernels");
-    for watched in ["kernels", "build"] {
-        println!("cargo::rerun-if-changed={watched}");
-    }
-    let fail = |path: &Path, error: std::io::Error| format!("cannot read {}: {error}", path.display());
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(&folder).map_err(|error| fail(&folder, error))? {
-        paths.push(entry.map_err(|error| fail(&folder, error))?.path());
-    }
-    paths.sort();
-    let (mut files, mut headers) = (Vec::new(), Vec::new());
-    for path in paths {
-        let list = match path.extension().and_then(|extension| extension.to_str()) {
-            Some("cu") => &mut files,
-            Some("cuh") => &mut headers,
-            _ => continue,
-        };
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let text = std::fs::read_to_string(&path).map_err(|error| fail(&path, error))?;
-        list.push((name, text));
-    }
-    Ok(Kernels { folder, files, headers })
-}
 
 /// Compiles the kernels where NVRTC is found, and writes the manifest.
 pub fn embed(kernels: &Kernels) -> Result<(), String> {
@@ -98,7 +61,6 @@ fn write_manifest(kernels: &Kernels, nvrtc: Option<&Nvrtc>, targets: &[Target], 
     for (name, text) in &kernels.files {
         let source = Source { name, text };
         line(format!("        KernelFile {{ name: {name:?}, text: {},", include_source(kernels, name)));
-        line(format!("            symbols: &{:?},", symbols(text)));
         line("            images: &[".into());
         for &target in targets.iter().filter(|_| nvrtc.is_some()) {
             let image = compile(nvrtc, source, &headers, target)?;
@@ -147,8 +109,4 @@ fn rust_target(target: Target) -> String {
         target.capability, target.suffix, target.ptx
     );
     text
-}
-
-fn symbols(text: &str) -> Vec<String> {
-    definitions(text).into_iter().map(|definition| definition.symbol).collect()
 }

@@ -19,6 +19,10 @@
 // and, where a run keeps a moving average of its weights, behind the update:
 //   weights_average         average [n], f32, in place: average += share (p - average), share = 1 - decay of the average
 //
+// Ops of adamw_prepare: adamw_step
+// Ops of adamw_update: adamw_step
+// Ops of masters_to_bf16: adamw_step
+//
 // Arithmetic: the sum of squares in f64 (squares of f32 are exact there, and do not overflow), in an order that depends on n
 // and on `vectorized` alone; bias corrections in f64 (powers by squaring, as src/ops/adamw.rs does); the update in f32.
 // All outputs are assigned but for parameters, m, v, average and state, which are updated. No aliasing.

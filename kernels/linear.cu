@@ -7,6 +7,13 @@
 //   linear_bias_backward_finish_f32  dbias[j] += sum over c of partial[c, j]     accumulated
 //   linear_bias_round_bf16         rounded = bf16(bias), for an epilogue whose bias has the output's type
 //
+// Ops of linear_bias_round: linear_forward, linear_residual_forward, linear_activation_forward
+// Ops of linear_activation_forward: linear_activation_forward, activation_forward
+// Ops of linear_activation_backward: linear_activation_backward_input
+// Ops of linear_activation_backward_bias: linear_activation_backward
+// Ops of linear_bias_backward_partial: linear_backward_weight
+// Ops of linear_bias_backward_finish: linear_backward_weight, linear_activation_backward
+//
 // One pass for backward's three needs of an activation: its slope, its output for the next weight's gradient, and the bias
 // gradient of the layer before; the sums are of dpre before it is rounded.
 // f: GELU with the error function (Hendrycks and Gimpel, arXiv 1606.08415), its tanh form, ReLU, SiLU, or

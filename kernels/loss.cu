@@ -14,6 +14,8 @@
 //   loss_forward_backward_f32_*   pixels [B, C, H, W], f32, already normalised
 //   loss_sum                      loss [1] += scale * sum of patch_loss [rows], in f64, in a fixed order
 //
+// Ops of loss_sum: loss_forward_backward, cross_entropy_forward_backward
+//
 // prediction, dprediction [B * n, ph * pw * C], f32 or bf16, in the order (p, q, c); ids [B, n], u32; mask [B, L], f32; mean,
 // deviation [C], f32; patch_loss [B * n], f32. Outputs are assigned, but for loss. Arithmetic in f32, two passes for mean and
 // variance. An id that is no patch gives NaN everywhere in its row. No aliasing.

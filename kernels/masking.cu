@@ -16,6 +16,9 @@
 //                                samples[b], u64 [B], the sample's index in the whole data set; the noise is its 24 high
 //                                bits over 2^24. A mask therefore depends on seed, epoch and sample alone.
 //
+// Ops of masking_forward_noise: masking_from_noise
+// Ops of masking_forward_random: masking_random
+//
 // Method: noise becomes an unsigned key that sorts the same way; every thread counts, over all patches, the keys that come
 // before its own. That is L comparisons per patch, but no data-dependent control flow, and the rank is what is wanted.
 //

@@ -132,10 +132,10 @@ pub fn report(nvrtc: &Nvrtc, tools: &Tools) -> Result<String, String> {
     for file in embedded_kernels().files {
         let usages: Vec<_> = ARCHITECTURES.iter().map(|&of| usage(nvrtc, tools, file, of)).collect::<Result<_, _>>()?;
         let _ = write!(text, "\n## {}\n", file.name);
-        for symbol in file.symbols {
+        for symbol in file.symbols() {
             let _ = write!(text, "\n### `{symbol}`\n\n{HEADER}");
             for ((architecture, usage), launches) in ARCHITECTURES.iter().zip(&usages).zip(&launches) {
-                let usage = usage.get(*symbol).ok_or_else(|| format!("{symbol} is not in the code"))?;
+                let usage = usage.get(symbol).ok_or_else(|| format!("{symbol} is not in the code"))?;
                 line(&mut text, *architecture, usage, launches.get(symbol).copied());
             }
         }

@@ -58,7 +58,8 @@ fn devices(out: &mut impl Write, device: DeviceChoice, precision: Option<Precisi
     writeln!(out)?;
     writeln!(out, "ops")?;
     for op in OPS {
-        let symbols = if op.symbols.is_empty() { "-".to_string() } else { op.symbols.join(" ") };
+        let symbols: Vec<_> = op.symbols().collect();
+        let symbols = if symbols.is_empty() { "-".to_string() } else { symbols.join(" ") };
         writeln!(out, "  {:10} {:33} {symbols}", op.family, op.name)?;
     }
     writeln!(out)?;
@@ -104,7 +105,7 @@ fn kernels(out: &mut impl Write) -> anyhow::Result<()> {
         let images: Vec<String> =
             file.images.iter().map(|image| format!("{} {} bytes", image.target, image.len)).collect();
         writeln!(out, "  {:12} {}", file.name, images.join(", "))?;
-        for symbol in file.symbols {
+        for symbol in file.symbols() {
             writeln!(out, "    {symbol}")?;
         }
     }

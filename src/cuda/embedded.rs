@@ -13,117 +13,23 @@ use super::error::{CudaError, Result};
 use super::hash::hash;
 pub use super::nvrtc::Target;
 use super::nvrtc::{Nvrtc, NvrtcError, Source};
+use crate::ops::KERNELS;
 
 /// A kernel, by its place in [`KERNELS`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Kernel(usize);
 
-/// Kernel files and the symbols that launchers use from them. A test holds it against `kernels/`.
-pub const KERNELS: &[(&str, &str)] = &[
-    ("layernorm.cu", "layernorm_forward_f32"),
-    ("layernorm.cu", "layernorm_forward_bf16"),
-    ("layernorm.cu", "layernorm_backward_dx_any_f32"),
-    ("layernorm.cu", "layernorm_backward_dx_256_f32"),
-    ("layernorm.cu", "layernorm_backward_dx_512_f32"),
-    ("layernorm.cu", "layernorm_backward_dx_768_f32"),
-    ("layernorm.cu", "layernorm_backward_dx_1024_f32"),
-    ("layernorm.cu", "layernorm_backward_dx_1280_f32"),
-    ("layernorm.cu", "layernorm_backward_dx_any_bf16"),
-    ("layernorm.cu", "layernorm_backward_dx_256_bf16"),
-    ("layernorm.cu", "layernorm_backward_dx_512_bf16"),
-    ("layernorm.cu", "layernorm_backward_dx_768_bf16"),
-    ("layernorm.cu", "layernorm_backward_dx_1024_bf16"),
-    ("layernorm.cu", "layernorm_backward_dx_1280_bf16"),
-    ("layernorm.cu", "layernorm_backward_parameters"),
-    ("adamw.cu", "gradient_norm_partial"),
-    ("adamw.cu", "gradient_norm_finish"),
-    ("adamw.cu", "adamw_prepare"),
-    ("adamw.cu", "adamw_update_f32"),
-    ("adamw.cu", "adamw_update_bf16"),
-    ("adamw.cu", "masters_to_bf16"),
-    ("adamw.cu", "weights_average"),
-    ("attention_forward.cu", "attention_forward_whole_d64_n64_bf16"),
-    ("attention_forward.cu", "attention_forward_whole_d64_n80_bf16"),
-    ("attention_forward.cu", "attention_forward_whole_d80_n80_bf16"),
-    ("attention_forward.cu", "attention_forward_resident_d32_bf16"),
-    ("attention_forward.cu", "attention_forward_resident_d64_bf16"),
-    ("attention_forward.cu", "attention_forward_resident_d80_bf16"),
-    ("attention_forward.cu", "attention_forward_streamed_d32_bf16"),
-    ("attention_forward.cu", "attention_forward_streamed_d64_bf16"),
-    ("attention_forward.cu", "attention_forward_streamed_d80_bf16"),
-    ("attention_forward.cu", "attention_forward_streamed_d128_bf16"),
-    ("attention_backward.cu", "attention_backward_whole_d64_n64_bf16"),
-    ("attention_backward.cu", "attention_backward_whole_d64_n80_bf16"),
-    ("attention_backward.cu", "attention_backward_whole_d80_n80_bf16"),
-    ("attention_backward.cu", "attention_backward_resident_d32_bf16"),
-    ("attention_backward.cu", "attention_backward_resident_d64_bf16"),
-    ("attention_backward_streamed.cu", "attention_backward_delta_d32_bf16"),
-    ("attention_backward_streamed.cu", "attention_backward_delta_d64_bf16"),
-    ("attention_backward_streamed.cu", "attention_backward_delta_d80_bf16"),
-    ("attention_backward_streamed.cu", "attention_backward_delta_d128_bf16"),
-    ("attention_backward_streamed.cu", "attention_backward_keys_d32_bf16"),
-    ("attention_backward_streamed.cu", "attention_backward_keys_d64_bf16"),
-    ("attention_backward_streamed.cu", "attention_backward_keys_d80_bf16"),
-    ("attention_backward_streamed.cu", "attention_backward_keys_d128_bf16"),
-    ("attention_backward_streamed.cu", "attention_backward_queries_d32_bf16"),
-    ("attention_backward_streamed.cu", "attention_backward_queries_d64_bf16"),
-    ("attention_backward_streamed.cu", "attention_backward_queries_d80_bf16"),
-    ("attention_backward_streamed.cu", "attention_backward_queries_d128_bf16"),
-    ("attention_plain.cu", "attention_forward_f32"),
-    ("attention_plain.cu", "attention_backward_delta_f32"),
-    ("attention_plain.cu", "attention_backward_keys_f32"),
-    ("attention_plain.cu", "attention_backward_queries_f32"),
-    ("attention_plain.cu", "attention_probabilities_f32"),
-    ("attention_plain.cu", "attention_probabilities_bf16"),
-    ("cross_entropy.cu", "cross_entropy_forward_backward_f32"),
-    ("cross_entropy.cu", "cross_entropy_forward_backward_bf16"),
-    ("loss.cu", "loss_forward_backward_u8_f32"),
-    ("loss.cu", "loss_forward_backward_u8_bf16"),
-    ("loss.cu", "loss_forward_backward_f32_f32"),
-    ("loss.cu", "loss_forward_backward_f32_bf16"),
-    ("loss.cu", "loss_sum"),
-    ("linear.cu", "linear_activation_forward_f32"),
-    ("linear.cu", "linear_activation_forward_bf16"),
-    ("linear.cu", "linear_activation_backward_f32"),
-    ("linear.cu", "linear_activation_backward_bf16"),
-    ("linear.cu", "linear_activation_backward_bias_f32"),
-    ("linear.cu", "linear_activation_backward_bias_bf16"),
-    ("linear.cu", "linear_bias_backward_partial_f32"),
-    ("linear.cu", "linear_bias_backward_partial_bf16"),
-    ("linear.cu", "linear_bias_backward_finish_f32"),
-    ("linear.cu", "linear_bias_round_bf16"),
-    ("masking.cu", "masking_forward_noise_f32"),
-    ("masking.cu", "masking_forward_random"),
-    ("patchify.cu", "patchify_visible_forward_u8_f32"),
-    ("patchify.cu", "patchify_visible_forward_u8_bf16"),
-    ("patchify.cu", "patchify_visible_forward_f32_f32"),
-    ("patchify.cu", "patchify_visible_forward_f32_bf16"),
-    ("tokens.cu", "tokens_assemble_forward_f32"),
-    ("tokens.cu", "tokens_assemble_forward_bf16"),
-    ("tokens.cu", "tokens_assemble_backward_f32"),
-    ("tokens.cu", "tokens_assemble_backward_bf16"),
-    ("tokens.cu", "tokens_unshuffle_forward_f32"),
-    ("tokens.cu", "tokens_unshuffle_forward_bf16"),
-    ("tokens.cu", "tokens_unshuffle_backward_f32"),
-    ("tokens.cu", "tokens_unshuffle_backward_bf16"),
-    ("tokens.cu", "tokens_gather_forward_f32"),
-    ("tokens.cu", "tokens_gather_forward_bf16"),
-    ("tokens.cu", "tokens_gather_backward_f32"),
-    ("tokens.cu", "tokens_gather_backward_bf16"),
-    ("tokens.cu", "tokens_unshuffle_backward_mask_token"),
-];
-
 impl Kernel {
-    /// The kernel with a symbol that is in [`KERNELS`]. For constants: an unknown symbol then does not compile.
+    /// The kernel with a symbol. For constants: a symbol that no source has then does not compile.
     pub(crate) const fn named(symbol: &str) -> Self {
         let mut index = 0;
         while index < KERNELS.len() {
-            if equal(KERNELS[index].1.as_bytes(), symbol.as_bytes()) {
+            if equal(KERNELS[index].symbol.as_bytes(), symbol.as_bytes()) {
                 return Self(index);
             }
             index += 1;
         }
-        panic!("not in KERNELS")
+        panic!("no kernel in kernels/ has this name")
     }
 
     /// Its place in [`KERNELS`].
@@ -135,7 +41,7 @@ impl Kernel {
     /// Its name in `kernels/`.
     #[must_use]
     pub fn symbol(self) -> &'static str {
-        KERNELS[self.0].1
+        KERNELS[self.0].symbol
     }
 }
 
@@ -178,8 +84,6 @@ pub struct KernelFile {
     pub name: &'static str,
     /// Its text.
     pub text: &'static str,
-    /// The kernels in it.
-    pub symbols: &'static [&'static str],
     /// Its compiled forms; none if the build machine had no NVRTC.
     pub images: &'static [Image],
 }
@@ -235,6 +139,11 @@ impl Target {
 }
 
 impl KernelFile {
+    /// The kernels in it.
+    pub fn symbols(&self) -> impl Iterator<Item = &'static str> {
+        KERNELS.iter().filter(|kernel| kernel.file == self.name).map(|kernel| kernel.symbol)
+    }
+
     /// The images that a GPU of compute capability `major.minor` runs, best first: machine code for exactly this
     /// architecture, machine code for an older one of its generation, PTX from the newest.
     #[must_use]
@@ -353,7 +262,7 @@ mod tests {
     #[test]
     fn a_gpu_gets_the_code_made_for_it() {
         let images = ["sm_80", "sm_90a", "compute_90", "sm_90"].map(image);
-        let file = KernelFile { name: "", text: "", symbols: &[], images: Box::leak(Box::new(images)) };
+        let file = KernelFile { name: "", text: "", images: Box::leak(Box::new(images)) };
         let choice = |major, minor| -> Vec<_> {
             file.images_for(major, minor).iter().map(|image| image.target.to_string()).collect()
         };

@@ -8,7 +8,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::cublaslt::CublasLt;
 use super::discovery::{DeviceInfo, device_count, device_info, has_event_times};
-use super::embedded::{KERNELS, Kernel, KernelFile, Target, embedded_kernels};
+use super::embedded::{Kernel, KernelFile, Target, embedded_kernels};
 use super::error::{CudaError, Result};
 use super::exchange::Exchange;
 use super::gemm::{GemmAddresses, GemmDescription};
@@ -16,7 +16,7 @@ use super::launch::{Argument, DeviceId, Driver, Grid, Limits, MAX_ARGUMENTS, Str
 use super::recording::{Graph, RecordedWork};
 use super::staging::Staging;
 use super::timing::Mark;
-use crate::ops::Communicator;
+use crate::ops::{Communicator, KERNELS};
 
 /// An opened GPU with every kernel resolved. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -99,9 +99,9 @@ impl Functions {
             loaded.modules.push(module);
             modules.push((file.name, module));
         }
-        for &(file, symbol) in KERNELS {
-            let module = modules.iter().find(|(name, _)| *name == file).map(|&(_, module)| module);
-            loaded.functions.push(resolve(module, symbol, info)?);
+        for kernel in KERNELS {
+            let module = modules.iter().find(|(name, _)| *name == kernel.file).map(|&(_, module)| module);
+            loaded.functions.push(resolve(module, kernel.symbol, info)?);
         }
         Ok(loaded)
     }

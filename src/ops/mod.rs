@@ -40,7 +40,7 @@ pub use masking::{Masking, MaskingShape, RandomMask};
 pub(crate) use memory::gather_on_host;
 pub use memory::{Element, Memory};
 pub use patchify::{ImageShape, Patchify, Pixels};
-pub use spec::{Cost, OPS, OpSpec};
+pub use spec::{Cost, KERNELS, KernelSpec, OPS, OpSpec};
 pub use tokens::{Tokens, TokensShape};
 
 /// Everything the model needs of a device.
