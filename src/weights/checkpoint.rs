@@ -1,34 +1,38 @@
 //! Opening checkpoints, and reading exactly the weights that a model has.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Component, Path, PathBuf};
 
-use serde::Deserialize;
-
 use crate::config::MaeConfig;
-use crate::weights::{ParameterKind, ParameterSpec, TensorFile, listed, names};
+use crate::weights::dialects::{Dialect, View, is_decoder, is_head};
+use crate::weights::shards::Shards;
+use crate::weights::store::{Store, Stored};
+use crate::weights::{ParameterKind, ParameterSpec, listed};
 use crate::{Error, Result};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-/// The largest index that is read: one entry per tensor.
-const MAX_INDEX: u64 = 100 << 20;
-
 /// A checkpoint that is open for reading: a configuration, and weights in one file or several.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     config: Option<MaeConfig>,
-    files: Vec<TensorFile>,
-    /// By published name: the file, and the entry in it.
-    tensors: BTreeMap<String, (usize, usize)>,
+    store: Box<dyn Store>,
+    dialect: &'static Dialect,
+    /// By published name.
+    parameters: BTreeMap<String, Place>,
 }
 
-/// `model.safetensors.index.json`: which shard has which tensor.
-#[derive(Deserialize)]
-struct Index {
-    weight_map: HashMap<String, String>,
+/// Where a parameter lies.
+#[derive(Debug)]
+struct Place {
+    /// The tensor in the store.
+    tensor: usize,
+    view: View,
+    /// The parameter's, or the stored tensor's if that cannot be seen so.
+    shape: Vec<usize>,
 }
 
 impl Checkpoint {
@@ -66,13 +70,10 @@ impl Checkpoint {
             )));
         }
         let config = if config.exists() { Some(MaeConfig::from_file(&config)?) } else { None };
-        let files = if weights.to_string_lossy().ends_with(".index.json") {
-            open_shards(&weights)?
-        } else {
-            vec![TensorFile::open(&weights)?]
-        };
-        let tensors = by_published_name(path, &files)?;
-        Ok(Self { path: path.to_path_buf(), config, files, tensors })
+        let store = Box::new(Shards::open(&weights)?);
+        let dialect = Dialect::of(&*store);
+        let parameters = by_published_name(path, &*store, dialect)?;
+        Ok(Self { path: path.to_path_buf(), config, store, dialect, parameters })
     }
 
     /// The file with the weights, or with their index, of a folder.
@@ -118,26 +119,26 @@ impl Checkpoint {
         })
     }
 
-    /// The published names of the tensors, sorted.
+    /// The published names of the parameters, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
+        self.parameters.keys().map(String::as_str)
     }
 
-    /// The shape of the tensor with this published name.
+    /// The shape of the parameter with this published name.
     #[must_use]
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.tensors.get(name).map(|&(file, entry)| self.files[file].entries()[entry].shape.as_slice())
+        self.parameters.get(name).map(|place| place.shape.as_slice())
     }
 
     /// Whether there is a decoder; without one, this is an encoder for features and classification.
     #[must_use]
     pub fn has_decoder(&self) -> bool {
-        self.names().any(names::is_decoder)
+        self.names().any(is_decoder)
     }
 
     /// Reads the parameters `specs`, and calls `put` with the place and the numbers of each, in their order.
     ///
-    /// The checkpoint must have exactly these tensors in these shapes. When only an encoder is asked for, it may also have a
+    /// The checkpoint must have exactly these parameters in these shapes. When only an encoder is asked for, it may also have a
     /// decoder, a `classifier` and a `pooler`. Everything is checked before the first call; one tensor is held at a time.
     ///
     /// # Errors
@@ -150,24 +151,27 @@ impl Checkpoint {
     ) -> Result<()> {
         self.check(specs)?;
         for spec in specs {
-            let (file, entry) = self.find(&spec.name)?;
-            self.files[file].check_float(entry)?;
+            self.store.tensor(self.find(&spec.name)?.0).check_float()?;
         }
-        let mut values = Vec::new();
+        let (mut numbers, mut held, mut scratch) = (Vec::new(), None, Vec::new());
         for (index, spec) in specs.iter().enumerate() {
-            let (file, entry) = self.find(&spec.name)?;
-            let file = &mut self.files[file];
-            file.read_f32(entry, &mut values)?;
-            if let Some(place) = values.iter().position(|value| !value.is_finite()) {
+            let (tensor, view) = self.find(&spec.name)?;
+            // Parameters that share a tensor follow each other.
+            if held != Some(tensor) {
+                self.store.read_f32(tensor, &mut numbers)?;
+                held = Some(tensor);
+            }
+            let Stored { name, shape, file, .. } = self.store.tensor(tensor);
+            if let Some(place) = numbers.iter().position(|number| !number.is_finite()) {
                 return Err(Error::checkpoint(
-                    file.path(),
+                    file,
                     format!(
-                        "tensor {} has {} as element {place}; the model is damaged, or did not survive its training",
-                        file.entries()[entry].name,
-                        values[place]
+                        "tensor {name} has {} as element {place}; the model is damaged, or did not survive its training",
+                        numbers[place]
                     ),
                 ));
             }
+            let values = view.of(shape, &numbers, &mut scratch);
             if spec.kind == ParameterKind::Position && values.iter().all(|&value| value == 0.0) {
                 tracing::warn!(
                     "checkpoint {}: the position table {} is zero everywhere, as some versions of transformers leave it in \
@@ -176,15 +180,15 @@ impl Checkpoint {
                     spec.name
                 );
             }
-            put(index, &values)?;
+            put(index, values)?;
         }
         Ok(())
     }
 
-    fn find(&self, name: &str) -> Result<(usize, usize)> {
-        self.tensors
-            .get(name)
-            .copied()
+    fn find(&self, name: &str) -> Result<(usize, View)> {
+        let place = self.parameters.get(name);
+        place
+            .map(|place| (place.tensor, place.view))
             .ok_or_else(|| Error::checkpoint(&self.path, format!("the tensor {name} is missing")))
     }
 
@@ -194,104 +198,76 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] that names missing, unexpected and mis-shaped tensors.
     pub fn check(&self, specs: &[ParameterSpec]) -> Result<()> {
         let wanted: HashSet<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
-        let with_decoder = wanted.iter().any(|name| names::is_decoder(name));
+        let with_decoder = wanted.iter().any(|name| is_decoder(name));
         let missing: Vec<&str> =
-            specs.iter().map(|spec| spec.name.as_str()).filter(|&name| !self.tensors.contains_key(name)).collect();
-        if with_decoder && !self.has_decoder() && missing.iter().all(|name| names::is_decoder(name)) {
+            specs.iter().map(|spec| spec.name.as_str()).filter(|&name| !self.parameters.contains_key(name)).collect();
+        if with_decoder && !self.has_decoder() && missing.iter().all(|name| is_decoder(name)) {
             return Err(Error::checkpoint(
                 &self.path,
                 "this is an encoder without the decoder: it can embed pictures and be probed or fine-tuned, but reconstruction \
                  and pre-training need a checkpoint of the whole autoencoder (ViTMAEForPreTraining)",
             ));
         }
-        let unexpected: Vec<&str> = self
-            .names()
-            .filter(|name| !wanted.contains(name))
-            .filter(|name| with_decoder || !(names::is_decoder(name) || names::is_head(name)))
+        // Published names, with the file's own in parentheses where it has others.
+        let both = |name: &str, stored: &str| {
+            if name == stored { name.to_owned() } else { format!("{name} ({stored})") }
+        };
+        let missing: Vec<String> = missing.into_iter().map(|name| both(name, &self.dialect.stored(name))).collect();
+        let unexpected = self.parameters.iter().filter(|(name, _)| !wanted.contains(name.as_str()));
+        let unexpected: Vec<String> = unexpected
+            .filter(|(name, _)| with_decoder || !(is_decoder(name) || is_head(name)))
+            .map(|(name, place)| both(name, self.store.tensor(place.tensor).name))
             .collect();
         let shapes = specs.iter().filter_map(|spec| {
-            let found = self.shape(&spec.name).filter(|&found| found != spec.shape)?;
-            Some((spec, format!("{} (expected {:?}, found {found:?})", spec.name, spec.shape)))
+            let place = self.parameters.get(&spec.name).filter(|place| place.shape != spec.shape)?;
+            let Stored { name, shape, .. } = self.store.tensor(place.tensor);
+            let stored = if place.view == View::Whole { String::new() } else { format!(", stored as {shape:?}") };
+            let name = both(&spec.name, name);
+            Some((spec, format!("{name} (expected {:?}, found {:?}{stored})", spec.shape, place.shape)))
         });
         let (shaped, shapes): (Vec<&ParameterSpec>, Vec<String>) = shapes.unzip();
         if missing.is_empty() && unexpected.is_empty() && shapes.is_empty() {
             return Ok(());
         }
         let mut problem = String::from("its tensors are not those of the model");
-        let shapes: Vec<&str> = shapes.iter().map(String::as_str).collect();
         for (what, mut list) in [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)] {
             if !list.is_empty() {
                 // As data flows: embeddings, encoder, decoder.
-                list.sort_unstable_by_key(|name| (names::is_decoder(name), *name));
+                list.sort_unstable_by(|a, b| (is_decoder(a), a).cmp(&(is_decoder(b), b)));
                 problem += &format!("; {what}: {}", listed(&list));
             }
         }
         if shaped.iter().any(|spec| spec.kind == ParameterKind::Position) {
             problem += "; the position tables differ because image_size or patch_size are not those of the model";
         }
-        if self.names().any(names::is_original) {
-            problem += "; these are the names of the original implementation or of timm, which are not read yet: convert \
-                        the file with transformers";
+        if !self.dialect.is_published() {
+            problem += &format!("; in parentheses are the file's own names, which are those of {}", self.dialect.name);
         }
         Err(Error::checkpoint(&self.path, problem))
     }
 }
 
-/// Every tensor of every file under its published name.
-fn by_published_name(path: &Path, files: &[TensorFile]) -> Result<BTreeMap<String, (usize, usize)>> {
-    let mut tensors: BTreeMap<String, (usize, usize)> = BTreeMap::new();
-    for (place, file) in files.iter().enumerate() {
-        for (index, entry) in file.entries().iter().enumerate() {
-            let name = names::published(&entry.name);
-            if let Some(&(other, before)) = tensors.get(&name) {
-                return Err(Error::checkpoint(
-                    path,
-                    format!(
-                        "{} in {} and {} in {} are the same parameter",
-                        files[other].entries()[before].name,
-                        files[other].path().display(),
-                        entry.name,
-                        file.path().display()
-                    ),
-                ));
+/// Every parameter of a store under its published name.
+fn by_published_name(path: &Path, store: &dyn Store, dialect: &Dialect) -> Result<BTreeMap<String, Place>> {
+    let mut parameters = BTreeMap::new();
+    for tensor in 0..store.count() {
+        let stored = store.tensor(tensor);
+        for (name, view) in dialect.published(stored.name) {
+            let shape = view.shape(stored.shape).unwrap_or_else(|| stored.shape.to_vec());
+            match parameters.entry(name) {
+                Entry::Vacant(entry) => {
+                    entry.insert(Place { tensor, view, shape });
+                }
+                Entry::Occupied(entry) => {
+                    let before = store.tensor(entry.get().tensor);
+                    let which = |stored: Stored<'_>| format!("{} in {}", stored.name, stored.file.display());
+                    let problem = format!("{} and {} are the same parameter", which(before), which(stored));
+                    return Err(Error::checkpoint(path, problem));
+                }
             }
-            tensors.insert(name, (place, index));
         }
     }
-    Ok(tensors)
-}
-
-/// Opens the shards that an index names, which must lie beside it and have the tensors that it says.
-fn open_shards(index: &Path) -> Result<Vec<TensorFile>> {
-    let invalid = |problem: String| Error::checkpoint(index, problem);
-    let text = crate::files::read_text(index, MAX_INDEX)?;
-    let Index { weight_map } =
-        serde_json::from_str(&text).map_err(|error| invalid(format!("the index cannot be read: {error}")))?;
-    let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for (tensor, shard) in &weight_map {
-        shards.entry(shard).or_default().push(tensor);
-    }
-    if shards.is_empty() {
-        return Err(invalid("the index names no tensors".into()));
-    }
-    let mut files = Vec::with_capacity(shards.len());
-    for (shard, tensors) in shards {
-        if !is_file_name(shard) {
-            return Err(invalid(format!("the shard {shard:?} is not the name of a file beside the index")));
-        }
-        let path = index.with_file_name(shard);
-        if !path.exists() {
-            return Err(invalid(format!("the shard {shard} is missing; fetch it into the same folder")));
-        }
-        let file = TensorFile::open(path)?;
-        let absent: Vec<&str> = tensors.into_iter().filter(|name| file.shape(name).is_none()).collect();
-        if !absent.is_empty() {
-            let absent = listed(&absent);
-            return Err(invalid(format!("the shard {shard} lacks tensors that the index says it has: {absent}")));
-        }
-        files.push(file);
-    }
-    Ok(files)
+    Ok(parameters)
 }
 
 /// Whether a path that is not there could be the name of a model on the Hugging Face hub, `owner/name`.
@@ -300,11 +276,4 @@ fn is_hub_id(path: &Path) -> bool {
     let (owner, name, more) = (components.next(), components.next(), components.next());
     matches!((owner, name, more), (Some(Component::Normal(_)), Some(Component::Normal(_)), None))
         && path.extension().is_none()
-}
-
-/// Whether `name` is a file's name and nothing else, on any system.
-fn is_file_name(name: &str) -> bool {
-    let mut components = Path::new(name).components();
-    matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
-        && !name.contains(['/', '\\', ':', '\0'])
 }

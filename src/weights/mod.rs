@@ -1,14 +1,16 @@
 //! Checkpoints: the names, formats and files of weights.
 //!
 //! A checkpoint is a folder with `config.json` and `model.safetensors` (or shards and their index), as transformers writes
-//! it. Read are the names of transformers 4 and 5, of whole autoencoders and of encoders; written are those of transformers 4,
-//! which both versions read.
+//! it. A [`Store`](store::Store) reads the tensors of a file format, and a [`Dialect`](dialects::Dialect) says which parameters
+//! they are; whole autoencoders and encoders alone are read. Written are the names of transformers 4, which version 5 reads, too.
 
 mod checkpoint;
+mod dialects;
 mod header;
-mod names;
 mod parameters;
 mod save;
+mod shards;
+mod store;
 mod tensors;
 
 pub use checkpoint::Checkpoint;

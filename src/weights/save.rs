@@ -7,7 +7,8 @@ use serde_json::Value;
 
 use crate::config::MaeConfig;
 use crate::files::write_atomically;
-use crate::weights::{ParameterSpec, names, write_f32, write_stream};
+use crate::weights::dialects::{is_decoder, is_head};
+use crate::weights::{ParameterSpec, write_f32, write_stream};
 use crate::{Error, Result};
 
 /// Writes `model.safetensors` and then `config.json` into a folder, which is created where it is not there. `values` returns
@@ -37,9 +38,9 @@ pub fn save_pretrained<V: AsRef<[f32]>>(
     })?;
 
     let mut config = config.clone();
-    let architecture = if specs.iter().any(|spec| names::is_decoder(&spec.name)) {
+    let architecture = if specs.iter().any(|spec| is_decoder(&spec.name)) {
         Some("ViTMAEForPreTraining")
-    } else if specs.iter().any(|spec| names::is_head(&spec.name)) {
+    } else if specs.iter().any(|spec| is_head(&spec.name)) {
         // A classifier: its caller knows what it is called.
         None
     } else {

@@ -11,6 +11,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 
 use crate::files::{AtomicWriter, open, write_atomically};
 use crate::weights::header::{self, Entry};
+use crate::weights::store::Stored;
 use crate::{Error, Result};
 
 /// How many bytes of a tensor are read before they are converted.
@@ -146,7 +147,7 @@ impl TensorFile {
                 self.read_f32(index, &mut values)?;
                 Values::F32(values)
             }
-            other => return Err(self.wrong_type(name, other, "F32, F16, BF16, F64, I64 and U8")),
+            _ => return Err(self.stored(index).wrong_type("F32, F16, BF16, F64, I64 and U8")),
         };
         Ok(Tensor { shape, values })
     }
@@ -169,21 +170,14 @@ impl TensorFile {
         })
     }
 
-    fn wrong_type(&self, name: &str, found: Dtype, expected: &str) -> Error {
-        Error::checkpoint(&self.path, format!("tensor {name} has the type {found}; {expected} can be read here"))
+    pub(crate) fn count(&self) -> usize {
+        self.entries.len()
     }
 
-    pub(crate) fn entries(&self) -> &[Entry] {
-        &self.entries
-    }
-
-    /// Checks that entry `index` has a type that [`TensorFile::read_f32`] converts.
-    pub(crate) fn check_float(&self, index: usize) -> Result<()> {
-        let Entry { name, dtype, .. } = &self.entries[index];
-        if matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64) {
-            return Ok(());
-        }
-        Err(self.wrong_type(name, *dtype, "F32, F16, BF16 and F64"))
+    /// Entry `index`, without its numbers.
+    pub(crate) fn stored(&self, index: usize) -> Stored<'_> {
+        let Entry { name, dtype, shape, .. } = &self.entries[index];
+        Stored { name, shape, dtype: *dtype, file: &self.path }
     }
 
     /// Reads entry `index` into `values`, which is overwritten.
@@ -195,7 +189,7 @@ impl TensorFile {
             Dtype::F16 => self.numbers_into(index, length, values, |bytes| f16::from_le_bytes(bytes).to_f32()),
             Dtype::BF16 => self.numbers_into(index, length, values, |bytes| bf16::from_le_bytes(bytes).to_f32()),
             Dtype::F64 => self.numbers_into(index, length, values, |bytes| f64::from_le_bytes(bytes) as f32),
-            _ => self.check_float(index),
+            _ => self.stored(index).check_float(),
         }
     }
 

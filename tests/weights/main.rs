@@ -2,6 +2,7 @@
 
 mod config;
 mod damaged;
+mod dialects;
 mod golden;
 mod parameters;
 mod reading;
