@@ -25,6 +25,16 @@ pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     philox4x32_10(counter, key)
 }
 
+/// A word as a number in `[0, 1)`, exact in f64.
+pub(crate) fn unit(word: u32) -> f64 {
+    f64::from(word) / 4_294_967_296.0
+}
+
+/// A word as an integer in `0..bound`; `bound` is at least 1. The bias is below `bound / 2^32`.
+pub(crate) fn below(word: u32, bound: u32) -> u32 {
+    ((u64::from(word) * u64::from(bound)) >> 32) as u32
+}
+
 /// The words of one sample in one epoch and stream, one after the other; they never end.
 ///
 /// It is a [`rand::Rng`], so shuffles and distributions of rand and its relatives draw from it.
@@ -49,11 +59,17 @@ impl RandomStream {
         }
     }
 
+    /// The four words of block `number`, wherever the stream has got to.
+    pub(crate) fn block(&self, number: u32) -> [u32; 4] {
+        let [_, epoch, low, high] = self.counter;
+        philox4x32([number, epoch, low, high], self.key)
+    }
+
     /// The next word.
     #[inline]
     pub fn next_u32(&mut self) -> u32 {
         if self.used == 4 {
-            self.words = philox4x32(self.counter, self.key);
+            self.words = self.block(self.counter[0]);
             self.counter[0] = self.counter[0].wrapping_add(1);
             self.used = 0;
         }
@@ -115,5 +131,7 @@ mod tests {
         Rng::fill_bytes(&mut stream(), &mut bytes);
         let expected: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).take(18).collect();
         assert_eq!(bytes[..], expected);
+        assert_eq!(stream().block(0), words[..4]);
+        assert_eq!(stream().block(1)[0], words[4]);
     }
 }

@@ -1,7 +1,8 @@
 //! Types and checks of flags that several commands share.
 
 use std::path::PathBuf;
-use std::str::FromStr;
+
+use vitmae::config::Size;
 
 /// A whole number from 1.
 pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
@@ -78,34 +79,6 @@ pub(crate) fn positive(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(number) if number.is_finite() && number > 0.0 => Ok(number),
         _ => Err("expected a number above 0".into()),
-    }
-}
-
-/// `N` or `HxW`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Size {
-    pub height: usize,
-    pub width: usize,
-}
-
-/// Pixels of a side, at most: attention over more patches would not end.
-const MOST_PIXELS: usize = 1 << 15;
-
-impl FromStr for Size {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let expected = || "expected a number of pixels, or HEIGHTxWIDTH".to_owned();
-        let (height, width) = text.split_once(['x', 'X']).unwrap_or((text, text));
-        let parse = |text: &str| {
-            let size = at_least_one(text).map_err(|_| expected())?;
-            if size > MOST_PIXELS {
-                Err(format!("expected at most {MOST_PIXELS} pixels, found {size}"))
-            } else {
-                Ok(size)
-            }
-        };
-        Ok(Self { height: parse(height)?, width: parse(width)? })
     }
 }
 

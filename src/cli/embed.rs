@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use clap::builder::{PathBufValueParser, TypedValueParser};
+use vitmae::config::Size;
 use vitmae::data::{Loader, LoaderOptions, Source, SourceOptions, Transform};
 use vitmae::files::{check_output_beside, write_atomically};
 use vitmae::model::{Extras, ImageValues, Images, MaeEncoder, Masking, PositionInterpolation};
 use vitmae::ops::Backend;
 use vitmae::weights::{Checkpoint, Tensor, Values, write_tensors};
 
-use crate::cli::arguments::{Size, at_least_one, feature_file, processor_for};
+use crate::cli::arguments::{at_least_one, feature_file, processor_for};
 use crate::cli::progress;
 
 #[derive(Debug, clap::Args)]

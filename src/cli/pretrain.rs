@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use vitmae::config::MaeConfig;
+use vitmae::config::{MaeConfig, Size};
 use vitmae::distributed::Processes;
 use vitmae::ops::Backend;
 use vitmae::train::{
@@ -16,7 +16,7 @@ use vitmae::train::{
 };
 use vitmae::weights::Checkpoint;
 
-use crate::cli::arguments::{Size, at_least_one, at_least_one_u64, decay, helpers, mask_ratio, not_negative, positive};
+use crate::cli::arguments::{at_least_one, at_least_one_u64, decay, helpers, mask_ratio, not_negative, positive};
 use crate::cli::original::{Original, resumes, training_pictures};
 use crate::cli::progress;
 
@@ -217,10 +217,10 @@ impl Settings {
         }
         config.norm_pix_loss |= self.norm_pix_loss;
         if let Some(size) = self.image_size {
-            config.image_size = (size.height, size.width).into();
+            config.image_size = size;
         }
         if let Some(size) = self.patch_size {
-            config.patch_size = (size.height, size.width).into();
+            config.patch_size = size;
         }
         if let Some(channels) = self.channels {
             config.num_channels = channels;

@@ -4,13 +4,14 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::builder::{PathBufValueParser, TypedValueParser};
+use vitmae::config::Size;
 use vitmae::data::{Source, SourceOptions};
 use vitmae::figures::reconstruction_grid;
 use vitmae::files::check_output_beside;
 use vitmae::model::{ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation};
 use vitmae::ops::{Backend, ImageShape};
 
-use crate::cli::arguments::{Size, mask_ratio, png, processor_for};
+use crate::cli::arguments::{mask_ratio, png, processor_for};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {

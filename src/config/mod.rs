@@ -9,6 +9,7 @@ mod validate;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use cost::Flops;
@@ -34,8 +35,10 @@ const ACTIVATIONS: &[(&str, Activation)] = &[
 
 /// The configuration of a masked autoencoder, under the names of transformers' `ViTMAEConfig`.
 ///
-/// The defaults are those of transformers and are what a field gets that `config.json` leaves out.
-#[derive(Clone, Debug, PartialEq)]
+/// The defaults are those of transformers and are what a field gets that `config.json` leaves out. Serde knows the fields;
+/// [`MaeConfig::from_json`] also checks them.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default)]
 pub struct MaeConfig {
     /// Features of the encoder's tokens `D`.
     pub hidden_size: usize,
@@ -47,7 +50,7 @@ pub struct MaeConfig {
     pub intermediate_size: usize,
     /// The function between these layers, in encoder and decoder: see [`MaeConfig::activation`].
     pub hidden_act: String,
-    /// Dropout behind embeddings, projections and MLPs; training needs 0 (see [`MaeConfig::check_trainable`]).
+    /// Dropout after embeddings, projections and MLPs; training needs 0 (see [`MaeConfig::check_trainable`]).
     pub hidden_dropout_prob: f64,
     /// Dropout of attention probabilities; likewise.
     pub attention_probs_dropout_prob: f64,
@@ -77,6 +80,7 @@ pub struct MaeConfig {
     pub norm_pix_loss: bool,
     /// Every other key of `config.json` (`architectures`, `transformers_version`, `torch_dtype`, `id2label`, …), written back
     /// as it was.
+    #[serde(flatten)]
     pub other: BTreeMap<String, Value>,
 }
 

@@ -13,51 +13,13 @@ use std::path::{Path, PathBuf};
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
-use crate::data::jpeg::{self, Part};
-use crate::data::transform::CropBox;
+use crate::data::image::{Image, Part, Region};
+use crate::data::jpeg;
 use crate::files::open;
 use crate::{Error, Result};
 
 /// The number of pixels above which Pillow, too, takes a picture for a decompression bomb.
 pub const MAX_PIXELS: u64 = 178_956_970;
-
-/// A picture: bytes, rows from the top, `[height, width, channels]`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Image {
-    /// Columns of pixels.
-    pub width: usize,
-    /// Rows of pixels.
-    pub height: usize,
-    /// 1 (luma), 3 (RGB) or 4 (RGBA) for pictures that were decoded here.
-    pub channels: usize,
-    /// `height * width * channels` bytes, interleaved.
-    pub pixels: Vec<u8>,
-}
-
-impl Image {
-    /// Wraps bytes `[height, width, channels]`.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when the lengths disagree, [`Error::Value`] for a picture without pixels.
-    pub fn new(width: usize, height: usize, channels: usize, pixels: Vec<u8>) -> Result<Self> {
-        if width == 0 || height == 0 || channels == 0 {
-            return Err(Error::value(
-                "picture",
-                format!("{width}x{height} with {channels} channels has no pixels; every size must be at least 1"),
-            ));
-        }
-        let expected = width.checked_mul(height).and_then(|n| n.checked_mul(channels));
-        if expected != Some(pixels.len()) {
-            return Err(Error::shape(
-                "Image::new",
-                "pixels",
-                format!("{height}x{width}x{channels} bytes"),
-                format!("{} bytes", pixels.len()),
-            ));
-        }
-        Ok(Self { width, height, channels, pixels })
-    }
-}
 
 /// Decodes JPEG, PNG, WebP, BMP and TIFF to one number of channels.
 ///
@@ -149,14 +111,13 @@ impl Decoder {
     /// # Errors
     /// [`Error::Picture`] for empty, truncated, damaged, unsupported or too large pictures.
     pub fn decode(&self, bytes: &[u8], name: impl AsRef<Path>) -> Result<Image> {
-        let whole = |height, width| CropBox { top: 0, left: 0, height, width };
         let mut part = Part::default();
-        self.decode_part(bytes, || name.as_ref().to_path_buf(), whole, &mut part)?;
+        self.decode_part(bytes, || name.as_ref().to_path_buf(), Region::whole, &mut part)?;
         Ok(part.image)
     }
 
-    /// Decodes a box of a picture, and perhaps more of it, into `part`, whose memory is used again. `choose` gets the numbers
-    /// of rows and columns and says which box.
+    /// Decodes a region of a picture, and perhaps more of it, into `part`. `choose` gets the numbers of rows and columns and says
+    /// which region; `part` keeps it.
     ///
     /// # Errors
     /// As [`Decoder::decode`]; damage outside the box may go unnoticed.
@@ -164,39 +125,33 @@ impl Decoder {
         &self,
         bytes: &[u8],
         name: impl FnOnce() -> PathBuf,
-        choose: impl Fn(usize, usize) -> CropBox,
+        choose: impl Fn(usize, usize) -> Region,
         part: &mut Part,
     ) -> Result<()> {
-        guarded(|| self.decode_inner(bytes, choose, part)).map_err(|problem| picture(&name(), problem))
-    }
-
-    fn decode_inner(
-        &self,
-        bytes: &[u8],
-        choose: impl Fn(usize, usize) -> CropBox,
-        part: &mut Part,
-    ) -> std::result::Result<(), String> {
-        if !self.decode_jpeg(bytes, choose, part) {
-            *part = self.decode_any(bytes)?.into();
-        }
-        Ok(())
+        let decode = || {
+            if !self.decode_jpeg(bytes, &choose, part) {
+                part.hold(self.decode_any(bytes)?, &choose);
+            }
+            Ok(())
+        };
+        guarded(decode).map_err(|problem| picture(&name(), problem))
     }
 
     /// The usual kinds of JPEG, of which only what is needed is decoded; whether this was one.
-    fn decode_jpeg(&self, bytes: &[u8], choose: impl Fn(usize, usize) -> CropBox, part: &mut Part) -> bool {
+    fn decode_jpeg(&self, bytes: &[u8], choose: impl Fn(usize, usize) -> Region, part: &mut Part) -> bool {
         let Some(header) = jpeg::header(bytes) else { return false };
         let (height, width) = (header.height, header.width);
         if height as u64 * width as u64 > self.max_pixels || !jpeg_is_complete(bytes) {
             return false;
         }
         let upright = header.orientation == Orientation::NoTransforms;
-        let whole = CropBox { top: 0, left: 0, height, width };
-        let crop = if upright { choose(height, width) } else { whole };
-        if !jpeg::decode(bytes, &header, crop, part) {
+        let region = if upright { choose(height, width) } else { Region::whole(height, width) };
+        if !jpeg::decode(bytes, &header, region.crop, part) {
             return false;
         }
-        let Image { channels, pixels, .. } = &mut part.image;
+        part.region = Region { crop: part.inside(region.crop), ..region };
         if !upright {
+            let Image { channels, pixels, .. } = &mut part.image;
             let (pixels, width, height) = (std::mem::take(pixels), width as u32, height as u32);
             let turned = if *channels == 1 {
                 image::GrayImage::from_raw(width, height, pixels).map(DynamicImage::ImageLuma8)
@@ -206,8 +161,8 @@ impl Decoder {
             let Some(mut turned) = turned else { return false };
             turned.apply_orientation(header.orientation);
             let (width, height) = (turned.width() as usize, turned.height() as usize);
-            part.image = Image { width, height, channels: *channels, pixels: turned.into_bytes() };
-            (part.height, part.width) = (height, width);
+            let turned = Image { width, height, channels: *channels, pixels: turned.into_bytes() };
+            part.hold(turned, choose);
         }
         let Image { channels, pixels, .. } = &mut part.image;
         if *channels != self.channels {

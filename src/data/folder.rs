@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use tracing::info;
 
 use crate::data::decode::Decoder;
-use crate::data::source::{PICTURE_EXTENSIONS, Pictures, SourceOptions};
+use crate::data::pictures::{PICTURE_EXTENSIONS, Pictures, SourceOptions};
 use crate::{Error, Result};
 
 /// Files by folder: a million names take a few tens of megabytes.

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use crate::Error;
 
 /// The share of bad pictures above which a set is refused.
-const BAD_SHARE: f64 = 0.1;
+pub(crate) const BAD_SHARE: f64 = 0.1;
 
 /// Whether so many are bad of those that one of `world` processes has seen, perhaps by chance unless that is `certain`.
 pub(crate) fn too_many(seen: usize, bad: usize, certain: bool, world: usize) -> bool {

@@ -15,35 +15,26 @@ mod decode;
 mod fingerprint;
 mod folder;
 mod health;
+mod image;
 mod jpeg;
 mod loader;
 mod order;
 mod parquet;
+mod pictures;
 mod processor;
-mod random;
 mod resample;
 mod shards;
 mod source;
 mod synthetic;
 mod transform;
 
-use crate::{Error, Result};
+pub(crate) use health::{BAD_SHARE, too_many};
 
-/// Makes `pixels` as long as `length`, or says that there is not so much memory.
-pub(crate) fn zeros(pixels: &mut Vec<u8>, length: usize) -> Result<()> {
-    pixels.clear();
-    pixels.try_reserve_exact(length).map_err(|_| {
-        Error::Device(format!("there is no memory for {length} bytes of pixels; ask for fewer or smaller pictures"))
-    })?;
-    pixels.resize(length, 0);
-    Ok(())
-}
-
-pub(crate) use health::too_many;
-
-pub use decode::{Decoder, Image, MAX_PIXELS, jpeg_decoder};
+pub use decode::{Decoder, MAX_PIXELS, jpeg_decoder};
+pub use image::{CropBox, Image, Resample};
 pub use loader::{Batch, Loader, LoaderOptions, Position, Shard};
+pub use pictures::{PICTURE_EXTENSIONS, Pictures, SourceOptions};
 pub use processor::ImageProcessor;
-pub use source::{PICTURE_EXTENSIONS, Pictures, Source, SourceOptions};
+pub use source::Source;
 pub use synthetic::{SYNTHETIC_CLASSES, SYNTHETIC_COUNT, Synthetic};
-pub use transform::{CropBox, Resample, Resizer, Training, Transform};
+pub use transform::{Resizer, Training, Transform};

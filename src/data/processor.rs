@@ -4,8 +4,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::data::decode::Image;
-use crate::data::transform::{CropBox, Resample, Resizer};
+use crate::data::image::{CropBox, Image, Resample, zeros};
+use crate::data::transform::Resizer;
 use crate::files::{read_text, write_atomically};
 use crate::{Error, Result};
 
@@ -258,7 +258,7 @@ impl ImageProcessor {
         let length = height.checked_mul(width).and_then(|n| n.checked_mul(image.channels)).filter(|n| *n < 1 << 40);
         let length = length.ok_or_else(|| Error::Config(format!("a picture of {height}x{width} is too large")))?;
         let mut pixels = Vec::new();
-        crate::data::zeros(&mut pixels, length)?;
+        zeros(&mut pixels, length)?;
         self.apply(&mut pixels, image, &mut Resizer::new())?;
         Image::new(width, height, image.channels, pixels)
     }

@@ -6,7 +6,7 @@
 
 use std::f64::consts::PI;
 
-use crate::data::transform::{CropBox, Resample};
+use crate::data::image::{CropBox, Resample};
 use crate::isa::{Isa, dispatch};
 
 /// Bits of a weight behind the point: a byte, a sign and a bit of overshoot make 32.

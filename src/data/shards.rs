@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use tracing::warn;
 
 use crate::data::decode::Decoder;
-use crate::data::source::{PICTURE_EXTENSIONS, Pictures, SourceOptions};
+use crate::data::pictures::{PICTURE_EXTENSIONS, Pictures, SourceOptions};
 use crate::{Error, Result};
 
 /// Shards that a pattern may name, at most.

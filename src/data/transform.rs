@@ -1,74 +1,10 @@
 //! Crops, flips and resizing: pictures of any size to bytes of one size.
 
 use crate::data::ImageProcessor;
-use crate::data::decode::Image;
-use crate::data::jpeg::Part;
-use crate::data::random::{below, unit, words};
+use crate::data::image::{CropBox, Image, Part, Region, Resample};
 use crate::data::resample::{Pixels, Resampler, divide_alpha, multiply_alpha};
-use crate::random::AUGMENTATION_STREAM;
+use crate::random::{AUGMENTATION_STREAM, RandomStream, below, unit};
 use crate::{Error, Result};
-
-/// How pixels are interpolated; the names and numbers are Pillow's. All but `Nearest` average over the covered area when
-/// they shrink a picture (antialiasing), as Pillow does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Resample {
-    /// The nearest pixel, 0.
-    Nearest,
-    /// Lanczos with three lobes, 1.
-    Lanczos,
-    /// Bilinear, 2.
-    #[default]
-    Bilinear,
-    /// Bicubic with a = -0.5, 3.
-    Bicubic,
-    /// The mean of the covered pixels, 4.
-    Box,
-    /// Hamming, 5.
-    Hamming,
-}
-
-impl Resample {
-    /// From Pillow's number, as in `preprocessor_config.json`.
-    #[must_use]
-    pub fn from_pillow(number: u64) -> Option<Self> {
-        Some(match number {
-            0 => Self::Nearest,
-            1 => Self::Lanczos,
-            2 => Self::Bilinear,
-            3 => Self::Bicubic,
-            4 => Self::Box,
-            5 => Self::Hamming,
-            _ => return None,
-        })
-    }
-
-    /// Pillow's number.
-    #[must_use]
-    pub fn pillow(self) -> u64 {
-        self as u64
-    }
-}
-
-/// A box of whole pixels in a picture.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CropBox {
-    /// The first row.
-    pub top: usize,
-    /// The first column.
-    pub left: usize,
-    /// Rows.
-    pub height: usize,
-    /// Columns.
-    pub width: usize,
-}
-
-impl CropBox {
-    /// All of a picture.
-    #[must_use]
-    pub fn whole(image: &Image) -> Self {
-        Self { top: 0, left: 0, height: image.height, width: image.width }
-    }
-}
 
 /// Crops to whole pixels and resizes, keeping its buffers from one picture to the next.
 ///
@@ -206,12 +142,12 @@ impl Training {
     /// flip.
     #[must_use]
     pub fn draw(&self, height: usize, width: usize, seed: u64, epoch: u32, sample: u64) -> (CropBox, bool) {
-        let block = |number| words(AUGMENTATION_STREAM, seed, epoch, sample, number);
-        let flip = unit(block(TRIES)[0]) < self.flip;
+        let words = RandomStream::new(seed, epoch, sample, AUGMENTATION_STREAM);
+        let flip = unit(words.block(TRIES)[0]) < self.flip;
         let area = height as f64 * width as f64;
         let (low, high) = (self.ratio.0.ln(), self.ratio.1.ln());
         for attempt in 0..TRIES {
-            let [a, r, y, x] = block(attempt);
+            let [a, r, y, x] = words.block(attempt);
             let target = area * (self.scale.0 + (self.scale.1 - self.scale.0) * unit(a));
             let ratio = (low + (high - low) * unit(r)).exp();
             let w = (target * ratio).sqrt().round_ties_even() as usize;
@@ -264,46 +200,35 @@ impl Transform {
         }
     }
 
-    /// What is seen of a picture of `height x width` pixels, and whether it is mirrored.
-    pub(crate) fn region(&self, height: usize, width: usize, keys: (u64, u32, u64)) -> (CropBox, bool) {
+    /// What is seen of a picture of `height x width` pixels.
+    pub(crate) fn region(&self, height: usize, width: usize, keys: (u64, u32, u64)) -> Region {
         match self {
-            Self::Training(training) => training.draw(height, width, keys.0, keys.1, keys.2),
-            Self::Inference(_) => (CropBox { top: 0, left: 0, height, width }, false),
+            Self::Training(training) => {
+                let (crop, mirrored) = training.draw(height, width, keys.0, keys.1, keys.2);
+                Region { crop, mirrored }
+            }
+            Self::Inference(_) => Region::whole(height, width),
         }
     }
 
-    /// Writes the picture to `out` `[height, width, channels]`.
+    /// Writes the picture to `out` `[height, width, channels]`; `keys` are seed, epoch and sample.
     ///
     /// # Errors
     /// [`Error::Shape`] when `out` has another length.
     pub fn apply(&self, out: &mut [u8], image: &Image, keys: (u64, u32, u64), resizer: &mut Resizer) -> Result<()> {
-        let region = self.region(image.height, image.width, keys);
-        self.apply_region(out, image, region, resizer)
+        self.show(out, image, self.region(image.height, image.width, keys), resizer)
     }
 
     /// The same for a picture of which no more was read than its region.
-    pub(crate) fn apply_part(
-        &self,
-        out: &mut [u8],
-        part: &Part,
-        keys: (u64, u32, u64),
-        resizer: &mut Resizer,
-    ) -> Result<()> {
-        let (crop, mirrored) = self.region(part.height, part.width, keys);
-        self.apply_region(out, &part.image, (part.inside(crop), mirrored), resizer)
+    pub(crate) fn apply_part(&self, out: &mut [u8], part: &Part, resizer: &mut Resizer) -> Result<()> {
+        self.show(out, &part.image, part.region, resizer)
     }
 
-    fn apply_region(
-        &self,
-        out: &mut [u8],
-        image: &Image,
-        (crop, mirrored): (CropBox, bool),
-        resizer: &mut Resizer,
-    ) -> Result<()> {
+    fn show(&self, out: &mut [u8], image: &Image, region: Region, resizer: &mut Resizer) -> Result<()> {
         match self {
             Self::Training(training) => {
                 let size = (training.height, training.width);
-                resizer.resize_mirrored(out, size, image, crop, training.resample, mirrored)
+                resizer.resize_mirrored(out, size, image, region.crop, training.resample, region.mirrored)
             }
             Self::Inference(processor) => processor.apply(out, image, resizer),
         }

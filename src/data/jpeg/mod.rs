@@ -4,11 +4,9 @@
 //! it too; libjpeg-turbo (feature `turbojpeg`) only unpacks that, without transforming and colouring it. What is decoded is what
 //! the whole picture would show there; but damage behind the last row that is needed goes unnoticed.
 
-use image::metadata::Orientation;
+use crate::data::image::{CropBox, Part};
 
-use crate::data::decode::Image;
-use crate::data::transform::CropBox;
-
+mod header;
 #[cfg(feature = "turbojpeg")]
 mod turbo;
 #[cfg(not(feature = "turbojpeg"))]
@@ -19,57 +17,11 @@ use turbo as decoder;
 #[cfg(not(feature = "turbojpeg"))]
 use zune as decoder;
 
-/// What the segments before the pixels say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Header {
-    pub(super) height: usize,
-    pub(super) width: usize,
-    /// How it is to be turned when it is shown.
-    pub(super) orientation: Orientation,
-    /// 1 or 3.
-    components: usize,
-    /// Rows and columns of the blocks that are coded together.
-    unit: (usize, usize),
-    /// Where the file says how many rows there are.
-    height_at: usize,
-    /// Whether all of a row's data come before the next row's.
-    by_rows: bool,
-}
-
-/// The part of a picture that was decoded.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Part {
-    /// Its pixels.
-    pub(crate) image: Image,
-    /// The row of the whole picture that it begins with.
-    pub(crate) top: usize,
-    /// And the column.
-    pub(crate) left: usize,
-    /// Rows of the whole picture.
-    pub(crate) height: usize,
-    /// Columns of the whole picture.
-    pub(crate) width: usize,
-    /// A file that ends where the part does.
-    shorter: Vec<u8>,
-}
-
-impl Part {
-    /// A box of the whole picture, which must be in this part, as one of the part.
-    pub(crate) fn inside(&self, crop: CropBox) -> CropBox {
-        CropBox { top: crop.top.saturating_sub(self.top), left: crop.left.saturating_sub(self.left), ..crop }
-    }
-}
-
-impl From<Image> for Part {
-    fn from(image: Image) -> Self {
-        Self { height: image.height, width: image.width, image, ..Self::default() }
-    }
-}
+pub(super) use header::{Header, header};
 
 /// Decodes `crop` of a picture with this header, and perhaps more of it, into `part`, with 1 or 3 channels, not turned. Whether
 /// it could: damaged files and rare kinds are left to the decoder of whole pictures, which knows what to say of them.
 pub(super) fn decode(bytes: &[u8], header: &Header, crop: CropBox, part: &mut Part) -> bool {
-    (part.height, part.width) = (header.height, header.width);
     part.image.channels = header.components;
     let window = window(header, crop);
     let end = window.top + window.height;
@@ -102,67 +54,12 @@ fn window(header: &Header, crop: CropBox) -> CropBox {
     CropBox { top, left, height, width }
 }
 
-/// Reads the segments up to the first pixels; `None` for anything but 8-bit pictures of one or three channels.
-pub(super) fn header(bytes: &[u8]) -> Option<Header> {
-    let (mut header, mut orientation) = (None::<Header>, None);
-    let mut rest = bytes.strip_prefix(&[0xff, 0xd8])?;
-    loop {
-        // Any number of fill bytes before a marker.
-        let marker;
-        (marker, rest) = match rest {
-            [0xff, 0xff, ..] => {
-                rest = &rest[1..];
-                continue;
-            }
-            [0xff, marker, rest @ ..] => (*marker, rest),
-            _ => return None,
-        };
-        let length = usize::from(u16::from_be_bytes(*rest.first_chunk()?));
-        let at = bytes.len() - rest.len();
-        let segment = rest.get(2..length)?;
-        rest = rest.get(length..)?;
-        match marker {
-            // Baseline, extended and progressive, coded with Huffman's codes.
-            0xc0..=0xc2 => {
-                let [8, h0, h1, w0, w1, components @ (1 | 3), factors @ ..] = segment else { return None };
-                let count = usize::from(*components);
-                let factors = factors.get(..3 * count)?.as_chunks::<3>().0;
-                let most = |shift: u8| factors.iter().map(|factor| usize::from(factor[1] >> shift & 15)).max();
-                let unit = if count == 1 { (8, 8) } else { (most(0)? * 8, most(4)? * 8) };
-                let (height, width) = (u16::from_be_bytes([*h0, *h1]), u16::from_be_bytes([*w0, *w1]));
-                if height == 0 || width == 0 || unit.0 == 0 || unit.1 == 0 {
-                    return None;
-                }
-                header = Some(Header {
-                    height: height.into(),
-                    width: width.into(),
-                    components: count,
-                    unit,
-                    orientation: Orientation::NoTransforms,
-                    height_at: at + 3,
-                    by_rows: marker != 0xc2,
-                });
-            }
-            0xc3 | 0xc5..=0xc7 | 0xc9..=0xcb | 0xcd..=0xcf => return None,
-            0xe1 => {
-                let exif = || segment.strip_prefix(b"Exif\0\0").and_then(Orientation::from_exif_chunk);
-                orientation = orientation.or_else(exif);
-            }
-            // The first scan.
-            0xda => {
-                let mut header = header?;
-                header.by_rows &= segment.first().is_some_and(|count| usize::from(*count) == header.components);
-                header.orientation = orientation.unwrap_or(Orientation::NoTransforms);
-                return Some(header);
-            }
-            _ => (),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use image::metadata::Orientation;
+
     use super::*;
+    use crate::data::image::Image;
 
     fn jpeg(width: u32, height: u32) -> Vec<u8> {
         let mut bytes = std::io::Cursor::new(Vec::new());

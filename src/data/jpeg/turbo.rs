@@ -5,8 +5,8 @@ use std::ffi::c_int;
 
 use turbojpeg_sys as tj;
 
-use super::{Header, Part};
-use crate::data::transform::CropBox;
+use super::header::Header;
+use crate::data::image::{CropBox, Part};
 
 /// Passes over a progressive picture, at most: files with thousands of them take minutes.
 const MOST_SCANS: c_int = 500;

@@ -5,8 +5,8 @@ use zune_jpeg::zune_core::bytestream::ZCursor;
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
-use super::{Header, Part};
-use crate::data::transform::CropBox;
+use super::header::Header;
+use crate::data::image::{CropBox, Part, zeros};
 
 /// Decodes the whole picture, of which `window` is a part; whether it could.
 pub(super) fn decode(bytes: &[u8], header: &Header, _window: CropBox, part: &mut Part) -> bool {
@@ -19,7 +19,7 @@ pub(super) fn decode(bytes: &[u8], header: &Header, _window: CropBox, part: &mut
     (part.top, part.left) = (0, 0);
     (part.image.height, part.image.width) = (header.height, header.width);
     let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
-    crate::data::zeros(&mut part.image.pixels, header.height * header.width * channels).is_ok()
+    zeros(&mut part.image.pixels, header.height * header.width * channels).is_ok()
         && decoder.decode_headers().is_ok()
         && decoder.output_buffer_size() == Some(part.image.pixels.len())
         && decoder.decode_into(&mut part.image.pixels).is_ok()

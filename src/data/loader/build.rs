@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::batch::{Batch, Buffers, Slot};
 use super::{LoaderOptions, Shard};
 use crate::Error;
-use crate::data::jpeg::Part;
+use crate::data::image::Part;
 use crate::data::order::Order;
 use crate::data::source::Source;
 use crate::data::transform::{Resizer, Transform};
@@ -115,9 +115,9 @@ impl Shared {
             let place = (place + step) % count;
             let sample = order.map_or(place, |order| order[place] as usize);
             let keys = (self.options.seed, epoch, sample as u64);
-            let choose = |height, width| self.transform.region(height, width, keys).0;
+            let choose = |height, width| self.transform.region(height, width, keys);
             let result = self.source.read_part(sample, file, choose, part);
-            let result = result.and_then(|()| self.transform.apply_part(out, part, keys, resizer));
+            let result = result.and_then(|()| self.transform.apply_part(out, part, resizer));
             match result {
                 Ok(()) => {
                     slot.sample = Some(sample);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Request;
 use crate::Result;
-use crate::data::source::{Pictures, SourceOptions};
+use crate::data::pictures::{Pictures, SourceOptions};
 
 /// Refuses.
 pub(crate) fn open(request: &Request, _: &SourceOptions) -> Result<Arc<dyn Pictures>> {

@@ -19,7 +19,7 @@ use super::columns::{MOST_CLASSES, assign, check_compression, class_names, label
 use super::file::Positioned;
 use super::pages::{self, Place};
 use crate::data::decode::{Decoder, guarded};
-use crate::data::source::{Pictures, SourceOptions};
+use crate::data::pictures::{Pictures, SourceOptions};
 use crate::{Error, Result};
 
 /// Bytes of pages that are kept.

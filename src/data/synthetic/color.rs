@@ -1,6 +1,6 @@
 //! Colours in linear light.
 
-use crate::data::random::Draws;
+use super::draws::Draws;
 
 pub(super) type Rgb = [f32; 3];
 

@@ -5,6 +5,7 @@
 //! sensor noise. The shape of the main object is the class.
 
 mod color;
+mod draws;
 mod noise;
 mod object;
 mod scene;
@@ -12,10 +13,11 @@ mod shapes;
 
 use std::path::PathBuf;
 
+use self::draws::Draws;
 use self::scene::Scene;
-use crate::data::decode::{Image, luma};
-use crate::data::random::Draws;
-use crate::data::source::Pictures;
+use crate::data::decode::luma;
+use crate::data::image::Image;
+use crate::data::pictures::Pictures;
 use crate::{Error, Result};
 
 /// The classes of generated scenes: the shape of the main object.

@@ -1,9 +1,9 @@
 //! Things that stand or lie in a scene: their shapes, what they are made of, and how they look in the light.
 
 use super::color::{LEAVES, ROCK, Rgb, WOOD, hsv, mix, pick, scale};
+use super::draws::Draws;
 use super::noise::{Lattice, fbm, smooth, step};
 use super::shapes::{Shape, tilt};
-use crate::data::random::Draws;
 
 #[derive(Clone, Copy, Debug)]
 enum Pattern {

@@ -5,7 +5,9 @@ use std::ffi::OsStr;
 
 use rayon::prelude::*;
 
-use crate::data::{ImageProcessor, Loader, LoaderOptions, Shard, Source, SourceOptions, Transform, too_many};
+use crate::data::{
+    BAD_SHARE, ImageProcessor, Loader, LoaderOptions, Shard, Source, SourceOptions, Transform, too_many,
+};
 use crate::distributed::Processes;
 use crate::model::{ImageValues, Images, Masking};
 use crate::ops::{Backend, Communicator, RandomMask};
@@ -14,9 +16,6 @@ use crate::{Error, Result};
 
 /// The epoch whose masks hide the pictures: none that a run comes to.
 const MASKS: u32 = u32::MAX;
-
-/// The share of bad pictures above which a set is refused, as in training.
-const BAD_SHARE: f64 = 0.1;
 
 /// Files that a message names, at most.
 const EXAMPLES: usize = 3;

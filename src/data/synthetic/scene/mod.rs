@@ -6,10 +6,10 @@
 mod paint;
 
 use super::color::{Rgb, WOOD, mix, pick, scale, srgb};
+use super::draws::Draws;
 use super::noise::Lattice;
 use super::object::{Light, Material, Object};
 use super::shapes::Shape;
-use crate::data::random::Draws;
 
 #[derive(Clone, Copy, Debug)]
 enum Backdrop {
