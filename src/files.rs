@@ -93,7 +93,7 @@ fn replace<W: Write>(
 
 /// Where a file is to be written.
 struct Target {
-    /// Behind links.
+    /// With links followed.
     path: PathBuf,
     folder: PathBuf,
     /// A name for a file beside it that nobody else uses.
@@ -148,7 +148,7 @@ impl Drop for Temporary {
 ///
 /// # Errors
 /// [`Error::Value`] that names both; [`Error::Io`] where there is no such folder, where nothing can be written there, and where
-/// there is something of that name that is no file.
+/// there is something of that name that is not a file.
 pub fn check_output<'a>(output: &Path, inputs: impl IntoIterator<Item = &'a Path>) -> Result<()> {
     if let Ok(target) = fs::canonicalize(output)
         && let Some(input) = inputs.into_iter().find(|input| fs::canonicalize(input).is_ok_and(|input| input == target))
@@ -158,7 +158,7 @@ pub fn check_output<'a>(output: &Path, inputs: impl IntoIterator<Item = &'a Path
             format!("it is the input {} too, which would be lost; choose another name", input.display()),
         ));
     }
-    // Only making a file tells whether one can be made: permissions do not say it for every file system.
+    // Only creating a file shows that one can be created: on some file systems permissions do not.
     Target::of(output)
         .and_then(|Target { temporary, .. }| {
             File::create_new(&temporary)?;

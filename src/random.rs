@@ -59,7 +59,7 @@ impl RandomStream {
         }
     }
 
-    /// The four words of block `number`, wherever the stream has got to.
+    /// The four words of block `number`, whatever has been drawn.
     pub(crate) fn block(&self, number: u32) -> [u32; 4] {
         let [_, epoch, low, high] = self.counter;
         philox4x32([number, epoch, low, high], self.key)

@@ -89,13 +89,9 @@ pub(crate) fn processor_for(
     config: &vitmae::config::MaeConfig,
     size: Option<Size>,
 ) -> anyhow::Result<vitmae::data::ImageProcessor> {
-    let folder = if checkpoint.is_dir() { Some(checkpoint) } else { checkpoint.parent() };
-    let file = folder.map(|folder| folder.join("preprocessor_config.json")).filter(|file| file.exists());
     let image = config.image();
-    let processor = match file {
-        Some(file) => vitmae::data::ImageProcessor::open(file)?,
-        None => vitmae::data::ImageProcessor::new(image.height, image.width, image.channels),
-    };
+    let processor = vitmae::data::ImageProcessor::of_checkpoint(checkpoint)?
+        .unwrap_or_else(|| vitmae::data::ImageProcessor::new(image.height, image.width, image.channels));
     let processor = match size {
         Some(size) => processor.with_size(size.height, size.width),
         None => processor,

@@ -29,11 +29,11 @@ pub(super) fn read(text: &str) -> Result<MaeConfig> {
     }
     let object = Value::Object(object);
     let config = MaeConfig::deserialize(&object).map_err(|error| Error::Config(wrong_type(&object, &error)))?;
-    // An empty object is a model of defaults; one with other things alone is another file.
+    // An empty object is a model of defaults; an object with unknown keys only is some other file.
     if given > 0 && config.other.len() == given {
         let found: Vec<&str> = config.other.keys().take(3).map(String::as_str).collect();
         return Err(Error::Config(format!(
-            "this is no configuration of a model: it has none of the fields of ViTMAEConfig, but {}",
+            "this is not the configuration of a model: it has no field of ViTMAEConfig, only {}",
             found.join(", ")
         )));
     }

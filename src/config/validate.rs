@@ -29,12 +29,8 @@ impl MaeConfig {
             ("decoder_intermediate_size", self.decoder_intermediate_size),
         ] {
             ensure(size > 0, || format!("{name} must be at least 1, found 0"))?;
-        }
-        for (name, layers) in [
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("decoder_num_hidden_layers", self.decoder_num_hidden_layers),
-        ] {
-            ensure(layers <= MAX_LAYERS, || format!("{name} must be at most {MAX_LAYERS}, found {layers}"))?;
+            let layers = name.ends_with("num_hidden_layers");
+            ensure(!layers || size <= MAX_LAYERS, || format!("{name} must be at most {MAX_LAYERS}, found {size}"))?;
         }
         for (name, width, heads_name, heads) in [
             ("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads),
@@ -51,10 +47,7 @@ impl MaeConfig {
             })?;
         }
         self.activation()?;
-        for (name, probability) in [
-            ("hidden_dropout_prob", self.hidden_dropout_prob),
-            ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
-        ] {
+        for (name, probability) in self.dropout() {
             ensure((0.0..=1.0).contains(&probability), || format!("{name} {probability} is not in [0, 1]"))?;
         }
         ensure((0.0..1.0).contains(&self.mask_ratio), || format!("mask_ratio {} is not in [0, 1)", self.mask_ratio))?;
@@ -65,6 +58,13 @@ impl MaeConfig {
             format!("initializer_range must not be negative, found {}", self.initializer_range)
         })?;
         self.check_sizes()
+    }
+
+    fn dropout(&self) -> [(&'static str, f64); 2] {
+        [
+            ("hidden_dropout_prob", self.hidden_dropout_prob),
+            ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
+        ]
     }
 
     /// Patches divide the image, and no size overflows: a configuration may come from anywhere.
@@ -101,10 +101,7 @@ impl MaeConfig {
     /// # Errors
     /// [`Error::Config`] for dropout other than 0, which training does not have.
     pub fn check_trainable(&self) -> Result<()> {
-        for (name, probability) in [
-            ("hidden_dropout_prob", self.hidden_dropout_prob),
-            ("attention_probs_dropout_prob", self.attention_probs_dropout_prob),
-        ] {
+        for (name, probability) in self.dropout() {
             ensure(probability == 0.0, || {
                 format!(
                     "{name} is {probability}, but training has no dropout (masked autoencoders are trained without it); \

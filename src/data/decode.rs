@@ -1,6 +1,6 @@
 //! Picture files to bytes `[H, W, C]`.
 //!
-//! The format is told from the content, never from the name. Differences to Pillow's `Image.open(..).convert(..)`:
+//! The content decides the format, never the name. Differences from Pillow's `Image.open(..).convert(..)`:
 //! 16-bit samples are rounded to 8 bits (Pillow cuts colour, which may be one level less, and clips 16-bit grey at 255,
 //! which turns it white); the EXIF orientation is applied (`ImageOps.exif_transpose`); and JPEG files
 //! differ by a few levels in builds without the feature `turbojpeg`, with which they give the same bytes.
@@ -70,7 +70,7 @@ impl Decoder {
         self.decode(&bytes, path)
     }
 
-    /// Reads a file into `bytes`, if it is not larger than any picture.
+    /// Reads a file into `bytes`; files larger than any picture are refused.
     pub(crate) fn read_file(&self, path: &Path, bytes: &mut Vec<u8>) -> Result<()> {
         bytes.clear();
         let (file, length) = self.open_file(path)?;
@@ -238,7 +238,7 @@ fn describe(error: &image::ImageError, format: ImageFormat) -> String {
 /// Whether the marker segments of a JPEG reach its end-of-image marker. The decoder fills what is missing with grey and
 /// reports success; Pillow, whose judgement users know, calls such a file truncated.
 fn jpeg_is_complete(bytes: &[u8]) -> bool {
-    // As almost all of them end. Cut just behind the marker of a thumbnail, there would be no pixels.
+    // Almost all files end so. One that is cut right after a thumbnail's marker has no pixels, which the decoder reports.
     if bytes.starts_with(&[0xff, 0xd8]) && bytes.ends_with(&[0xff, 0xd9]) {
         return true;
     }
@@ -283,28 +283,25 @@ fn convert(decoded: DynamicImage, channels: usize) -> Vec<u8> {
     with_channels(samples, found, channels)
 }
 
-/// From one number of channels to another.
+/// From one number of channels to another. The luma of a grey pixel is its level.
 fn with_channels(samples: Vec<u8>, found: usize, channels: usize) -> Vec<u8> {
-    match (found, channels) {
-        (1, 1) | (3, 3) | (4, 4) => samples,
-        (1, 3) => map::<1, 3>(&samples, |[l]| [l, l, l]),
-        (1, 4) => map::<1, 4>(&samples, |[l]| [l, l, l, 255]),
-        (2, 1) => map::<2, 1>(&samples, |[l, _]| [l]),
-        (2, 3) => map::<2, 3>(&samples, |[l, _]| [l, l, l]),
-        (2, 4) => map::<2, 4>(&samples, |[l, a]| [l, l, l, a]),
-        (3, 1) => map::<3, 1>(&samples, |[r, g, b]| [luma(r, g, b)]),
-        (3, 4) => map::<3, 4>(&samples, |[r, g, b]| [r, g, b, 255]),
-        (4, 1) => map::<4, 1>(&samples, |[r, g, b, _]| [luma(r, g, b)]),
-        (4, 3) => map::<4, 3>(&samples, |[r, g, b, _]| [r, g, b]),
-        // No other layouts exist; the caller notices the wrong length.
-        _ => Vec::new(),
+    if found == channels {
+        return samples;
     }
-}
-
-fn map<const FROM: usize, const TO: usize>(samples: &[u8], pixel: impl Fn([u8; FROM]) -> [u8; TO]) -> Vec<u8> {
-    let mut out = vec![0; samples.len() / FROM * TO];
-    for (to, from) in out.as_chunks_mut::<TO>().0.iter_mut().zip(samples.as_chunks::<FROM>().0) {
-        *to = pixel(*from);
+    let mut out = Vec::with_capacity(samples.len() / found * channels);
+    for pixel in samples.chunks_exact(found) {
+        let rgba = match *pixel {
+            [l] => [l, l, l, 255],
+            [l, a] => [l, l, l, a],
+            [r, g, b] => [r, g, b, 255],
+            [r, g, b, a] => [r, g, b, a],
+            // No other layouts exist; the caller notices the wrong length.
+            _ => return Vec::new(),
+        };
+        match channels {
+            1 => out.push(luma(rgba[0], rgba[1], rgba[2])),
+            channels => out.extend_from_slice(&rgba[..channels]),
+        }
     }
     out
 }

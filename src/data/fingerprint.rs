@@ -2,15 +2,15 @@
 
 use crate::data::source::Source;
 
-/// Sizes that are looked at: of a larger set as many pictures as this, evenly spaced, have theirs looked up.
+/// Pictures whose file sizes count, at most: those of a larger set are evenly spaced.
 const MOST_SIZES: usize = 4096;
 
 impl Source {
-    /// A hash of how many pictures there are, their names, their classes and the sizes of their files: 16 hexadecimal digits. It
-    /// tells whether two runs saw the same set.
+    /// A hash of how many pictures there are, their names, their classes and the sizes of their files: 16 hexadecimal
+    /// digits. Equal hashes mean that two runs saw the same set.
     ///
-    /// Of more than 4096 pictures, the sizes of 4096 evenly spaced ones count, so that a large set is not looked through file by
-    /// file. What is in the files is not read: a picture that was replaced by another of the same size goes unnoticed.
+    /// Of more than 4096 pictures, the sizes of 4096 evenly spaced ones count, so that opening a large set stays fast. Files are
+    /// not read: a picture that was replaced by another of the same size goes unnoticed.
     #[must_use]
     pub fn fingerprint(&self) -> String {
         let mut hash = Fnv(0xcbf2_9ce4_8422_2325);
@@ -27,7 +27,7 @@ impl Source {
             match self.file_size(index) {
                 Ok(Some(size)) => hash.add(&size.to_le_bytes()),
                 Ok(None) => (),
-                // A file that cannot be opened is another than one that can.
+                // A file that cannot be opened differs from one that can.
                 Err(_) => hash.add(&u64::MAX.to_le_bytes()),
             }
         }

@@ -7,7 +7,8 @@ use crate::Error;
 /// The share of bad pictures above which a set is refused.
 pub(crate) const BAD_SHARE: f64 = 0.1;
 
-/// Whether so many are bad of those that one of `world` processes has seen, perhaps by chance unless that is `certain`.
+/// Whether `bad` of the `seen` pictures of one of `world` processes are too many. Unless the count is `certain`, it must also be
+/// beyond chance.
 pub(crate) fn too_many(seen: usize, bad: usize, certain: bool, world: usize) -> bool {
     let expected = BAD_SHARE * seen as f64;
     let deviations = 2.0 + (2.0 * (world as f64).ln()).sqrt();
@@ -19,7 +20,7 @@ pub(crate) fn too_many(seen: usize, bad: usize, certain: bool, world: usize) -> 
 #[derive(Debug)]
 pub(crate) struct Health {
     count: usize,
-    /// Processes that look at the set: the more there are, the more often one of them meets many bad pictures by chance.
+    /// Processes that read the set: the more there are, the likelier one of them meets many bad pictures by chance.
     world: usize,
     /// One bit per picture.
     seen_bits: Vec<u64>,
@@ -27,7 +28,7 @@ pub(crate) struct Health {
     pub(crate) bad: usize,
     pub(crate) bad_pictures: HashSet<usize>,
     examples: Vec<String>,
-    /// Those that an earlier pass has told of.
+    /// Bad pictures that an earlier pass has logged.
     pub(crate) known: HashSet<usize>,
 }
 
@@ -54,7 +55,7 @@ impl Health {
         }
     }
 
-    /// Whether this is news.
+    /// Counts a bad picture; returns whether it is to be logged.
     pub(crate) fn saw_bad(&mut self, index: usize, error: &Error) -> bool {
         self.saw(index);
         let new = self.bad_pictures.insert(index);
@@ -69,7 +70,7 @@ impl Health {
 
     /// Whether too many are bad. Before everything was seen, the count must also be beyond chance (two standard deviations above
     /// 10 %, and more where several processes look, each at its part of an epoch): the first ten pictures of a set with 5 % bad ones
-    /// hold two of them often enough.
+    /// often hold two of them.
     pub(crate) fn is_refused(&self, whole_epoch: bool) -> bool {
         let certain = (whole_epoch && self.world == 1) || self.seen == self.count;
         too_many(self.seen, self.bad, certain, self.world)

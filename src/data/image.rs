@@ -63,15 +63,9 @@ impl Resample {
     /// From Pillow's number, as in `preprocessor_config.json`.
     #[must_use]
     pub fn from_pillow(number: u64) -> Option<Self> {
-        Some(match number {
-            0 => Self::Nearest,
-            1 => Self::Lanczos,
-            2 => Self::Bilinear,
-            3 => Self::Bicubic,
-            4 => Self::Box,
-            5 => Self::Hamming,
-            _ => return None,
-        })
+        [Self::Nearest, Self::Lanczos, Self::Bilinear, Self::Bicubic, Self::Box, Self::Hamming]
+            .into_iter()
+            .find(|resample| resample.pillow() == number)
     }
 
     /// Pillow's number.

@@ -7,7 +7,7 @@ use crate::data::decode::Decoder;
 use crate::data::image::Image;
 use crate::{Error, Result};
 
-/// Names that are taken for pictures in a folder, in upper or lower case.
+/// Extensions of picture files, in upper or lower case.
 pub const PICTURE_EXTENSIONS: [&str; 11] =
     ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "tif", "tiff", "mpo"];
 
@@ -35,8 +35,8 @@ pub trait Pictures: fmt::Debug + Send + Sync {
     /// The names of the classes.
     fn classes(&self) -> Option<&[String]>;
 
-    /// Bytes of a picture's file, or of the part of a larger file that it lies in; `None` where pictures are no files. It is what
-    /// [`Source::fingerprint`] sees of a picture besides its name, and is not asked for reading.
+    /// Bytes of a picture's file, or of the part of a larger file that it lies in; `None` where pictures are not files.
+    /// [`Source::fingerprint`](crate::data::Source::fingerprint) sees a picture's name and this; reading does not need it.
     ///
     /// # Errors
     /// [`Error::Picture`] for a file that cannot be opened.

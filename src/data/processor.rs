@@ -124,6 +124,19 @@ impl ImageProcessor {
         })
     }
 
+    /// Reads the `preprocessor_config.json` of a checkpoint: in its folder, or beside it if it is a file. `None` if there is
+    /// none.
+    ///
+    /// # Errors
+    /// As [`ImageProcessor::open`].
+    pub fn of_checkpoint(checkpoint: &Path) -> Result<Option<Self>> {
+        let file = match checkpoint.is_dir() {
+            true => checkpoint.join(FILE_NAME),
+            false => checkpoint.with_file_name(FILE_NAME),
+        };
+        file.exists().then(|| Self::open(file)).transpose()
+    }
+
     /// Reads the content of a `preprocessor_config.json`.
     ///
     /// # Errors

@@ -2,14 +2,14 @@
 //!
 //! Rows are filtered first and rounded to bytes, then columns. A result is the sum of `byte * weight` over the pixels that
 //! the filter covers, which grows with the scale when a picture shrinks (antialiasing); weights are computed in f64,
-//! normalised to a sum of 1, and rounded to 22 bits behind the point.
+//! normalised to a sum of 1, and rounded to 22 fractional bits.
 
 use std::f64::consts::PI;
 
 use crate::data::image::{CropBox, Resample};
 use crate::isa::{Isa, dispatch};
 
-/// Bits of a weight behind the point: a byte, a sign and a bit of overshoot make 32.
+/// Fractional bits of a weight: with a byte, a sign and a bit of overshoot they make 32.
 const BITS: u32 = 22;
 const HALF: i32 = 1 << (BITS - 1);
 /// Rows that are filtered together.
@@ -217,7 +217,7 @@ impl<const C: usize> pulp::WithSimd for RowPass<'_, C> {
     fn with_simd<S: pulp::Simd>(self, _: S) {
         let Self { out, stride, source, table, interleaved, results } = self;
         for (group, out) in out.chunks_exact_mut(stride * ROWS).enumerate() {
-            // The last row once more where there are no more.
+            // Where there are fewer than eight rows left, the last one is repeated.
             let mut rows = [&source.bytes[..0]; ROWS];
             for (row, bytes) in rows.iter_mut().enumerate() {
                 let y = (group * ROWS + row).min(source.height - 1);
@@ -246,7 +246,7 @@ impl<const C: usize> pulp::WithSimd for RowPass<'_, C> {
 
 #[inline(always)]
 fn interleave<const C: usize>(interleaved: &mut [[u8; 4 * ROWS]], rows: [&[u8]; ROWS]) {
-    // Four bytes are read of each pixel but the last ones, behind which nothing may be.
+    // Of each pixel four bytes are read, but not of the last ones: the memory may end after them.
     let whole = interleaved.len().saturating_sub(4);
     for (x, to) in interleaved[..whole].iter_mut().enumerate() {
         // Put together in registers: small stores that a large load follows at once would make it wait.

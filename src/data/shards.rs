@@ -1,7 +1,7 @@
 //! Tar shards in WebDataset's layout: the files of a sample follow each other and share a name up to its first dot.
 //!
-//! The headers are read once, when the set is opened; afterwards every picture is a read of its own at a known place. So an
-//! epoch is shuffled as a whole, not through a window, and a picture's number does not depend on who reads which shard.
+//! The headers are read once, when the set is opened; after that, every picture is one read at a known offset. So an epoch is
+//! shuffled as a whole, not through a window, and a picture's number does not depend on which process reads which shard.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -23,7 +23,7 @@ const MOST_CLASSES: u32 = 1_000_000;
 /// Bytes of one picture file, at most.
 const MOST_BYTES: u64 = 1 << 30;
 
-/// How compressed files end, and begin, with what compressed them and what undoes it.
+/// Compressed files: how their names end, their first bytes, the format, and the tool that decompresses them.
 const COMPRESSED: [(&[&str], &[u8], &str, &str); 6] = [
     (&[".tar.gz", ".tgz"], &[0x1f, 0x8b], "gzip", "gunzip"),
     (&[".tar.zst", ".tzst"], &[0x28, 0xb5, 0x2f, 0xfd], "zstd", "unzstd"),
@@ -47,8 +47,8 @@ fn compressed_by_content(start: &[u8]) -> Option<String> {
 
 fn advice(by: &str, tool: &str) -> String {
     format!(
-        "it is compressed with {by}, and compressed shards are not read, as they have no places to go to: decompress it first \
-         ({tool}); pictures hardly shrink"
+        "it is compressed with {by}; shards are read at random offsets, which compression prevents: decompress it first ({tool}); \
+         pictures hardly shrink when they are compressed again"
     )
 }
 
@@ -202,7 +202,7 @@ impl Index {
             let Some((start, extension)) = split(&name) else { continue };
             let (offset, bytes) = (entry.raw_file_position(), entry.size());
             if offset.checked_add(bytes).is_none_or(|end| end > length) {
-                damaged = Some(format!("{name} goes on after the end of the file"));
+                damaged = Some(format!("{name} extends past the end of the file"));
                 break;
             }
             if start != key {
@@ -236,11 +236,11 @@ impl Index {
     }
 }
 
-/// A name in a tar file as WebDataset splits it: at the first dot behind the last slash.
+/// A name in a tar file as WebDataset splits it: at the first dot after the last slash.
 fn split(name: &str) -> Option<(&str, &str)> {
     let file = name.rfind('/').map_or(0, |slash| slash + 1);
     let dot = file + name[file..].find('.')?;
-    // Hidden files are no samples.
+    // Hidden files are not samples.
     (dot > file).then(|| (&name[..dot], &name[dot + 1..]))
 }
 
@@ -302,7 +302,7 @@ pub(crate) fn expand(pattern: &str) -> Result<Vec<PathBuf>> {
 
 /// Whether a name is one that `*` (anything) and `?` (one byte) stand for.
 fn matches(pattern: &[u8], name: &[u8]) -> bool {
-    // Where to go on when a star should have stood for one byte more.
+    // Where to continue when the last star has to stand for one byte more.
     let (mut at, mut place, mut star) = (0, 0, None);
     while place < name.len() {
         match pattern.get(at) {
@@ -312,9 +312,9 @@ fn matches(pattern: &[u8], name: &[u8]) -> bool {
             }
             Some(byte) if *byte == b'?' || *byte == name[place] => (at, place) = (at + 1, place + 1),
             _ => match star {
-                Some((behind, from)) => {
-                    star = Some((behind, from + 1));
-                    (at, place) = (behind, from + 1);
+                Some((after, from)) => {
+                    star = Some((after, from + 1));
+                    (at, place) = (after, from + 1);
                 }
                 None => return false,
             },

@@ -1,6 +1,7 @@
 //! Where pictures come from.
 
 use std::ffi::OsStr;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -32,7 +33,7 @@ impl Source {
     /// - a folder: its pictures and those of its sub-folders. If all of them lie in sub-folders, those of the first level
     ///   are the classes. Symbolic links are followed; names that start with a dot are not looked at;
     /// - tar shards in WebDataset's layout: `train-{000..146}.tar`, one such file, or a folder with nothing but tar files. The
-    ///   class is the number in the `.cls` file beside a picture. Compressed shards are not read: they have no places to go to;
+    ///   class is the number in the `.cls` file beside a picture. Compressed shards are refused: pictures are read at random offsets;
     /// - parquet files as Hugging Face's data sets have them (with the feature `parquet`): one file, a pattern, or a folder with
     ///   nothing but such files. Pictures are in the column `image`, or the only one that can hold them, as bytes or in a group
     ///   with `bytes`; the class is a number in `label`, and its name is what the file says. `FILE.parquet#IMAGE,LABEL` names
@@ -181,51 +182,10 @@ impl Source {
         Self { pictures: Arc::new(pictures), description: description.into(), root: PathBuf::new() }
     }
 
-    /// How many pictures there are.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.pictures.len()
-    }
-
-    /// Whether there are none (only for pictures of the caller's own).
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.pictures.is_empty()
-    }
-
-    /// Channels of every picture.
-    #[must_use]
-    pub fn channels(&self) -> usize {
-        self.pictures.channels()
-    }
-
-    /// The names of the classes, if the pictures have any.
-    #[must_use]
-    pub fn classes(&self) -> Option<&[String]> {
-        self.pictures.classes()
-    }
-
-    /// The class of a picture.
-    #[must_use]
-    pub fn label(&self, index: usize) -> Option<u32> {
-        self.pictures.label(index)
-    }
-
-    /// What to call a picture in messages.
-    #[must_use]
-    pub fn name(&self, index: usize) -> PathBuf {
-        self.pictures.name(index)
-    }
-
     /// A picture's name without the folder that the set is in, which may have moved.
     pub(crate) fn name_inside(&self, index: usize) -> PathBuf {
         let name = self.name(index);
         name.strip_prefix(&self.root).map(Path::to_path_buf).unwrap_or(name)
-    }
-
-    /// Bytes of a picture's file, where it is one.
-    pub(crate) fn file_size(&self, index: usize) -> Result<Option<u64>> {
-        self.pictures.file_size(index)
     }
 
     /// Reads one picture.
@@ -266,5 +226,14 @@ impl Source {
     #[must_use]
     pub fn description(&self) -> &str {
         &self.description
+    }
+}
+
+/// What is known of its pictures: their number, names, labels, classes.
+impl Deref for Source {
+    type Target = dyn Pictures;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.pictures
     }
 }

@@ -11,8 +11,8 @@ use crate::weights::store::{Store, Stored};
 use crate::weights::{ParameterKind, ParameterSpec, listed};
 use crate::{Error, Result};
 
-const CONFIG: &str = "config.json";
-const WEIGHTS: &str = "model.safetensors";
+pub(super) const CONFIG: &str = "config.json";
+pub(super) const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// A checkpoint that is open for reading: a configuration, and weights in one file or several.
 #[derive(Debug)]

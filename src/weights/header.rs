@@ -1,6 +1,7 @@
 //! The head of a safetensors file: eight bytes of length, then JSON that says where each tensor lies.
 //!
-//! The whole of it is checked against the file before anything of the size that it claims is allocated.
+//! All of it is checked against the file before anything of a size that it claims is allocated. The safetensors crate's own
+//! reader wants the whole file in memory, lets the second of two equal names win, and does not name the tensor that is wrong.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -11,7 +12,7 @@ use std::path::Path;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde::Deserialize;
-use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{self, Deserializer, MapAccess, Visitor};
 
 use crate::{Error, Result};
 
@@ -67,6 +68,10 @@ pub(crate) fn read(path: &Path, file: &mut File, length: u64) -> Result<Vec<Entr
     tensors.sort_by_key(|(_, info)| info.data_offsets);
 
     for (name, info) in &tensors {
+        if info.shape.len() > MAX_RANK {
+            let problem = format!("tensor {name} has {} sizes; at most {MAX_RANK} sizes are read", info.shape.len());
+            return Err(invalid(problem));
+        }
         let bits = info.shape.iter().try_fold(info.dtype.bitsize(), |bits, &size| bits.checked_mul(size));
         let (from, to) = info.data_offsets;
         let found = to.checked_sub(from);
@@ -125,16 +130,6 @@ fn other_format(start: &[u8]) -> Option<&'static str> {
 /// The tensors of a header in the order of the file. A plain map would let the second of two equal names win.
 struct Header(Vec<(String, TensorInfo)>);
 
-/// `TensorInfo` with a bounded shape.
-#[derive(Deserialize)]
-struct Info {
-    dtype: Dtype,
-    shape: Shape,
-    data_offsets: (usize, usize),
-}
-
-struct Shape(Vec<usize>);
-
 impl<'de> Deserialize<'de> for Header {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         struct Tensors;
@@ -153,10 +148,10 @@ impl<'de> Deserialize<'de> for Header {
                         map.next_value::<HashMap<String, String>>()
                             .map_err(|error| de::Error::custom(format!("__metadata__: {error}")))?;
                     } else {
-                        let Info { dtype, shape: Shape(shape), data_offsets } = map
+                        let info = map
                             .next_value()
                             .map_err(|error: A::Error| de::Error::custom(format!("tensor {name}: {error}")))?;
-                        tensors.push((name.clone(), TensorInfo { dtype, shape, data_offsets }));
+                        tensors.push((name.clone(), info));
                     }
                     if let Some(name) = seen.replace(name) {
                         return Err(de::Error::custom(format!("{name} is there twice")));
@@ -166,30 +161,5 @@ impl<'de> Deserialize<'de> for Header {
             }
         }
         deserializer.deserialize_map(Tensors)
-    }
-}
-
-impl<'de> Deserialize<'de> for Shape {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct Sizes;
-        impl<'de> Visitor<'de> for Sizes {
-            type Value = Shape;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(formatter, "a shape of at most {MAX_RANK} sizes")
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> std::result::Result<Shape, A::Error> {
-                let mut shape = Vec::new();
-                while let Some(size) = sequence.next_element()? {
-                    if shape.len() == MAX_RANK {
-                        return Err(de::Error::invalid_length(MAX_RANK + 1, &self));
-                    }
-                    shape.push(size);
-                }
-                Ok(Shape(shape))
-            }
-        }
-        deserializer.deserialize_seq(Sizes)
     }
 }

@@ -15,7 +15,7 @@ mod tensors;
 
 pub use checkpoint::Checkpoint;
 pub use parameters::{DECODER_POSITIONS, ENCODER_POSITIONS, ParameterKind, ParameterSpec, Parts, parameters};
-pub use save::{save_preprocessor, save_pretrained};
+pub use save::save_pretrained;
 pub use tensors::{Tensor, TensorFile, Values, write_tensors};
 pub(crate) use tensors::{write_f32, write_stream};
 

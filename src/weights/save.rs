@@ -7,11 +7,12 @@ use serde_json::Value;
 
 use crate::config::MaeConfig;
 use crate::files::write_atomically;
+use crate::weights::checkpoint::{CONFIG, WEIGHTS};
 use crate::weights::dialects::{is_decoder, is_head};
 use crate::weights::{ParameterSpec, write_f32, write_stream};
 use crate::{Error, Result};
 
-/// Writes `model.safetensors` and then `config.json` into a folder, which is created where it is not there. `values` returns
+/// Writes `model.safetensors` and then `config.json` into a folder, which is created if needed. `values` returns
 /// the numbers of each parameter of `specs`, one at a time.
 ///
 /// Each file is replaced whole or not at all. `architectures` and the type of the weights in `config.json` are set to what is
@@ -28,7 +29,7 @@ pub fn save_pretrained<V: AsRef<[f32]>>(
     let folder = folder.as_ref();
     std::fs::create_dir_all(folder).map_err(|source| Error::io("creating", folder, source))?;
     let entries = specs.iter().map(|spec| (spec.name.clone(), Dtype::F32, spec.shape.clone())).collect();
-    write_stream(&folder.join("model.safetensors"), entries, |index, writer| {
+    write_stream(&folder.join(WEIGHTS), entries, |index, writer| {
         let values = values(index)?;
         let (spec, found) = (&specs[index], values.as_ref());
         if found.len() != spec.length() {
@@ -54,21 +55,5 @@ pub fn save_pretrained<V: AsRef<[f32]>>(
             *dtype = Value::from("float32");
         }
     }
-    write_text(&folder.join("config.json"), &config.to_json())
-}
-
-/// Writes `preprocessor_config.json`, which says how pictures become pixels, into the folder of a checkpoint.
-///
-/// # Errors
-/// [`Error::Io`]; [`Error::Config`] when `json` is not a JSON object.
-pub fn save_preprocessor(folder: impl AsRef<Path>, json: &str) -> Result<()> {
-    match serde_json::from_str(json) {
-        Ok(Value::Object(_)) => write_text(&folder.as_ref().join("preprocessor_config.json"), json),
-        Ok(_) => Err(Error::Config("the preprocessor's configuration is not a JSON object".into())),
-        Err(error) => Err(Error::Config(format!("the preprocessor's configuration is not valid JSON: {error}"))),
-    }
-}
-
-fn write_text(path: &Path, text: &str) -> Result<()> {
-    write_atomically(path, |writer| writer.bytes(text.as_bytes()))
+    write_atomically(&folder.join(CONFIG), |writer| writer.bytes(config.to_json().as_bytes()))
 }

@@ -376,7 +376,7 @@ fn other_json_files_are_no_configurations() {
     let pictures = place.pictures(4);
     pretrain(&place, &pictures, "").succeeded();
     for file in ["recipe.json", "checkpoint-2/trainer_state.json", "checkpoint-2/preprocessor_config.json"] {
-        run("info {}", &[&place.path("run").join(file)]).failed(1, &["no configuration of a model", file]);
+        run("info {}", &[&place.path("run").join(file)]).failed(1, &["not the configuration of a model", file]);
     }
 }
 

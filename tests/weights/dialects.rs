@@ -177,7 +177,7 @@ fn encoders_alone_and_what_stands_on_them_are_read() {
 }
 
 #[test]
-fn what_does_not_fit_is_told_by_both_names() {
+fn what_does_not_fit_is_named_in_both_dialects() {
     let config = small_config();
     let whole = original(&config, Parts::All);
     let changed = |change: &dyn Fn(&mut Tensors)| {

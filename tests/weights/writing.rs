@@ -5,9 +5,7 @@ use std::path::Path;
 
 use vitmae::Error;
 use vitmae::config::MaeConfig;
-use vitmae::weights::{
-    Checkpoint, Parts, Tensor, TensorFile, Values, parameters, save_preprocessor, save_pretrained, write_tensors,
-};
+use vitmae::weights::{Checkpoint, Parts, Tensor, TensorFile, Values, parameters, save_pretrained, write_tensors};
 
 use crate::{checkpoint, names_in, numbers, refused, save, small_config, split, weights};
 
@@ -44,18 +42,6 @@ fn the_configuration_says_what_was_written() {
         assert_eq!(written.other["torch_dtype"], "float32");
         assert_eq!(written.other["transformers_version"], "4.57.6");
     }
-}
-
-#[test]
-fn a_preprocessor_is_written_beside_the_weights() {
-    let folder = checkpoint(Parts::All);
-    let text = "{\n  \"image_mean\": [0.5, 0.5, 0.5]\n}\n";
-    save_preprocessor(folder.path(), text).unwrap();
-    assert_eq!(fs::read_to_string(folder.path().join("preprocessor_config.json")).unwrap(), text);
-    for bad in ["", "[1]", "{\"a\": }"] {
-        refused(save_preprocessor(folder.path(), bad), &["preprocessor"]);
-    }
-    assert_eq!(fs::read_to_string(folder.path().join("preprocessor_config.json")).unwrap(), text);
 }
 
 /// Every file of a folder with its bytes.

@@ -7,7 +7,7 @@ use image::metadata::Orientation;
 pub(crate) struct Header {
     pub(crate) height: usize,
     pub(crate) width: usize,
-    /// How it is to be turned when it is shown.
+    /// How a viewer turns the picture.
     pub(crate) orientation: Orientation,
     /// 1 or 3.
     pub(crate) components: usize,

@@ -2,7 +2,7 @@
 //!
 //! Decoders go through a picture from its top, and here stop below the crop. The pure-Rust one decodes what lies above and beside
 //! it too; libjpeg-turbo (feature `turbojpeg`) only unpacks that, without transforming and colouring it. What is decoded is what
-//! the whole picture would show there; but damage behind the last row that is needed goes unnoticed.
+//! the whole picture would show there; damage after the last row that is needed goes unnoticed.
 
 use crate::data::image::{CropBox, Part};
 

@@ -72,12 +72,12 @@ fn decode_with(decompressor: &Decompressor, bytes: &[u8], header: &Header, windo
     } else {
         tj::tjregion { x: left as c_int, y: top as c_int, w: width as c_int, h: height as c_int }
     };
-    // SAFETY: tj3SetCroppingRegion(handle, region) of a live handle behind tj3DecompressHeader; the region is checked there.
+    // SAFETY: tj3SetCroppingRegion(handle, region) of a live handle, after tj3DecompressHeader; it checks the region.
     if unsafe { tj::tj3SetCroppingRegion(handle, region) } != 0 {
         return false;
     }
     let row = width * header.components;
-    // All of it is written, or it is not used.
+    // Either all of it is written or it is not used.
     part.image.pixels.resize(row * height, 0);
     (part.top, part.left, part.image.height, part.image.width) = (top, left, height, width);
     // SAFETY: tj3Decompress8(handle, jpegBuf, jpegSize, dstBuf, pitch, pixelFormat): a slice, and `height` rows of `row` bytes,

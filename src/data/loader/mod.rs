@@ -89,8 +89,8 @@ impl Default for LoaderOptions {
 /// **Evaluation** ([`Loader::evaluation`]) passes over the set once, in order, without randomness; the last batch may be
 /// smaller, and a picture that cannot be decoded is logged and left out.
 ///
-/// More than 10 % of bad pictures end either with an error: at once when it cannot be chance, else when the whole set, or an
-/// epoch of it, was seen.
+/// Both end with an error if more than 10 % of the pictures are bad: at once when that is beyond chance, else after the whole
+/// set, or an epoch of it, was seen.
 #[derive(Debug)]
 pub struct Loader {
     shared: Arc<Shared>,
@@ -225,7 +225,7 @@ impl Loader {
         batches_per_epoch(shared.source.len(), batch, shared.training)
     }
 
-    /// The place of the batch that comes next: start a loader there to go on.
+    /// The place of the next batch: a loader that starts there continues this one.
     #[must_use]
     pub fn position(&self) -> Position {
         let batches = self.batches_per_epoch() as u64;
@@ -250,12 +250,12 @@ impl Loader {
         self.health.bad
     }
 
-    /// Which they are.
+    /// The numbers of the bad pictures.
     pub(crate) fn bad_pictures_by_number(&self) -> impl Iterator<Item = usize> {
         self.health.bad_pictures.iter().copied()
     }
 
-    /// Takes these bad pictures for told: they are counted and skipped as others are, and the log is not told of them.
+    /// These bad pictures have already been reported: they are counted and skipped, but not logged again.
     pub(crate) fn do_not_name(&mut self, pictures: HashSet<usize>) {
         self.health.known = pictures;
     }
@@ -304,7 +304,7 @@ impl Loader {
 
     /// Logs and counts what was bad.
     fn account(&mut self, batch: &mut Batch) -> Result<()> {
-        // A set that is refused need not be listed whole.
+        // Of a set that is refused, ten bad pictures are logged.
         let most = if batch.failure.is_some() { self.health.bad + 10 } else { usize::MAX };
         for slot in &mut batch.slots {
             for (index, error) in slot.bad.drain(..) {

@@ -6,7 +6,7 @@ use parquet::schema::types::SchemaDescriptor;
 
 /// Classes, at most.
 pub(super) const MOST_CLASSES: i64 = 1_000_000;
-/// Names of columns that are taken for pictures, and for classes, in this order.
+/// Names of columns that hold pictures, and classes, in order of preference.
 const PICTURES: [&str; 8] = ["image", "img", "picture", "photo", "pixel_values", "jpg", "jpeg", "png"];
 const LABELS: [&str; 5] = ["label", "labels", "cls", "class", "fine_label"];
 
@@ -51,7 +51,7 @@ fn columns(schema: &SchemaDescriptor) -> String {
     if all.is_empty() { "none".to_owned() } else { all.join(", ") }
 }
 
-/// The leaf with the bytes of pictures: `bytes` of a group, or a column of bytes that is no text.
+/// The leaf with the bytes of pictures: `bytes` of a group, or a column of bytes that is not text.
 pub(super) fn picture_column(schema: &SchemaDescriptor, wanted: Option<&str>) -> std::result::Result<usize, String> {
     let mut candidates = Vec::new();
     for (at, column) in schema.columns().iter().enumerate() {

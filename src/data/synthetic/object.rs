@@ -77,7 +77,7 @@ impl Object {
         Self { shape, x, y, radius, cos, sin, base: y + radius * shape.bottom(cos, sin), bevel, material }
     }
 
-    /// A smaller thing that is no class, mostly beside the main object.
+    /// A smaller thing that is not a class, mostly beside the main object.
     pub(super) fn bystander(
         draws: &mut Draws,
         main: &Self,
