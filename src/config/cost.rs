@@ -1,6 +1,10 @@
 //! What a configuration costs: parameters and floating-point operations.
 
+use std::convert::Infallible;
+use std::fmt::Arguments;
+
 use crate::config::MaeConfig;
+use crate::config::declare::{self, Builder, Init};
 use crate::ops::MaskingShape;
 use crate::{Error, Result};
 
@@ -22,6 +26,40 @@ impl Count {
         let product =
             factors.iter().try_fold(1_u64, |product, &factor| product.checked_mul(u64::try_from(factor).ok()?));
         self.0 = self.0.zip(product).and_then(|(sum, product)| sum.checked_add(product));
+    }
+}
+
+/// Counts what is trained.
+impl Builder for Count {
+    type Matrix = ();
+    type Vector = ();
+    type Table = ();
+    type Error = Infallible;
+
+    fn matrix(&mut self, names: &[Arguments<'_>], shape: &[usize]) -> std::result::Result<(), Infallible> {
+        (0..names.len()).for_each(|_| self.add(shape));
+        Ok(())
+    }
+
+    fn vector(&mut self, names: &[Arguments<'_>], shape: &[usize], _: Init) -> std::result::Result<(), Infallible> {
+        self.matrix(names, shape)
+    }
+
+    fn table(&mut self, _: &str, _: &[usize]) -> std::result::Result<(), Infallible> {
+        Ok(())
+    }
+
+    /// Counts one part, as all are equal: there may be very many.
+    fn repeat<T>(
+        &mut self,
+        times: usize,
+        mut part: impl FnMut(&mut Self, usize) -> std::result::Result<T, Infallible>,
+    ) -> std::result::Result<Vec<T>, Infallible> {
+        let mut one = Self(Some(0));
+        let Ok(_) = part(&mut one, 0);
+        let parts = one.0.zip(u64::try_from(times).ok()).and_then(|(one, times)| one.checked_mul(times));
+        self.0 = self.0.zip(parts).and_then(|(sum, parts)| sum.checked_add(parts));
+        Ok(Vec::new())
     }
 }
 
@@ -54,28 +92,7 @@ impl MaeConfig {
 
     pub(super) fn checked_parameter_count(&self) -> Option<u64> {
         let mut count = Count(Some(0));
-        for Stack { width, layers, mlp_width } in self.stacks() {
-            // Query, key, value and projection; the two layers of the MLP.
-            count.add(&[layers, 4, width, width]);
-            count.add(&[layers, 2, width, mlp_width]);
-            // Biases of projection and MLP; the block's two LayerNorms.
-            count.add(&[layers, 2, width]);
-            count.add(&[layers, mlp_width]);
-            count.add(&[layers, 4, width]);
-            if self.qkv_bias {
-                count.add(&[layers, 3, width]);
-            }
-            // Class or mask token, final LayerNorm.
-            count.add(&[3, width]);
-        }
-        let (encoder, decoder) = (self.hidden_size, self.decoder_hidden_size);
-        let patch = [self.num_channels, self.patch_size.height, self.patch_size.width];
-        count.add(&[patch[0], patch[1], patch[2], encoder]);
-        count.add(&[encoder]);
-        count.add(&[encoder, decoder]);
-        count.add(&[decoder]);
-        count.add(&[patch[0], patch[1], patch[2], decoder]);
-        count.add(&patch);
+        let Ok(_) = declare::autoencoder(&mut count, self);
         count.0
     }
 

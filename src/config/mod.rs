@@ -1,6 +1,7 @@
 //! A model's sizes and settings: transformers' `ViTMAEConfig`, read from and written to `config.json`.
 
 mod cost;
+pub(crate) mod declare;
 mod json;
 mod presets;
 mod size;

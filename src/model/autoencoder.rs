@@ -3,18 +3,18 @@
 use std::path::Path;
 
 use crate::config::MaeConfig;
+use crate::config::declare::{self, AutoencoderLayers};
 use crate::model::encoder::{Collector, EncoderView, Extras, download_elements};
 use crate::model::gradients::Gradients;
 use crate::model::images::Images;
-use crate::model::layers::Handles;
-use crate::model::parameters::{Parameters, download_part};
+use crate::model::parameters::{AutoencoderWeights, Parameters, Vector, download_part};
 use crate::model::positions::{PositionInterpolation, interpolate_grid};
 use crate::model::transformer::{self, Observer};
-use crate::model::workspace::{DecoderWeights, EncoderWeights, Purpose, Vector, Workspace, WorkspaceShape};
+use crate::model::workspace::{Purpose, Workspace, WorkspaceShape};
 use crate::model::{Masking, initialize};
 use crate::nvtx::range;
 use crate::ops::{Backend, LayerNormShape, LinearShape, LossShape, TokensShape};
-use crate::weights::{Checkpoint, DECODER_POSITIONS, ENCODER_POSITIONS, ParameterKind, Parts};
+use crate::weights::{Checkpoint, Group, Parts};
 use crate::{Error, Result};
 
 /// A masked autoencoder for pre-training (`ViTMAEForPreTraining` in transformers).
@@ -23,10 +23,7 @@ pub struct MaeForPreTraining<B: Backend> {
     pub(super) config: MaeConfig,
     pub(super) backend: B,
     pub(super) parameters: Parameters<B>,
-    pub(super) encoder: EncoderWeights<B>,
-    pub(super) decoder: DecoderWeights<B>,
-    encoder_positions: Vector<B>,
-    decoder_positions: Vector<B>,
+    pub(super) layers: AutoencoderWeights<B>,
 }
 
 /// What [`MaeForPreTraining::forward`] returns.
@@ -61,7 +58,7 @@ impl<B: Backend> MaeForPreTraining<B> {
     /// [`Error::Config`] for a configuration that cannot work; [`Error::Device`] when there is not enough memory.
     pub fn new(config: MaeConfig, backend: B, seed: u64) -> Result<Self> {
         config.validate()?;
-        let mut parameters = Parameters::zeroed(&backend, crate::weights::parameters(&config, Parts::All))?;
+        let mut parameters = Parameters::zeroed(&backend, &config, Parts::All)?;
         initialize::initialize(&mut parameters, &backend, &config, seed)?;
         Self::with_parameters(config, backend, parameters)
     }
@@ -82,7 +79,7 @@ impl<B: Backend> MaeForPreTraining<B> {
     pub fn from_checkpoint(checkpoint: &mut Checkpoint, backend: B) -> Result<Self> {
         let config = checkpoint.require_config()?.clone();
         config.validate()?;
-        let mut parameters = Parameters::zeroed(&backend, crate::weights::parameters(&config, Parts::All))?;
+        let mut parameters = Parameters::zeroed(&backend, &config, Parts::All)?;
         parameters.load(&backend, checkpoint)?;
         Self::with_parameters(config, backend, parameters)
     }
@@ -100,9 +97,9 @@ impl<B: Backend> MaeForPreTraining<B> {
         wanted.image_size = checkpoint.require_config()?.image_size;
         wanted.patch_size = checkpoint.require_config()?.patch_size;
         let specs = crate::weights::parameters(&wanted, Parts::All);
-        let mut parameters = Parameters::zeroed(&backend, crate::weights::parameters(&config, Parts::All))?;
+        let mut parameters = Parameters::zeroed(&backend, &config, Parts::All)?;
         checkpoint.read_into(&specs, |index, values| {
-            if specs[index].kind == ParameterKind::Position && old != new {
+            if specs[index].group == Group::Table && old != new {
                 let width = specs[index].shape.last().copied().unwrap_or(1);
                 return parameters.set(&backend, index, &interpolate_grid(values, width, old, new));
             }
@@ -120,12 +117,8 @@ impl<B: Backend> MaeForPreTraining<B> {
     }
 
     fn with_parameters(config: MaeConfig, backend: B, parameters: Parameters<B>) -> Result<Self> {
-        let handles = parameters.handles(&backend);
-        let encoder = handles.encoder(&config)?;
-        let decoder = handles.decoder(&config)?;
-        let encoder_positions = parameters.master_handle(&backend, ENCODER_POSITIONS)?;
-        let decoder_positions = parameters.master_handle(&backend, DECODER_POSITIONS)?;
-        Ok(Self { config, backend, parameters, encoder, decoder, encoder_positions, decoder_positions })
+        let layers = declare::autoencoder(&mut parameters.handles(&backend), &config)?;
+        Ok(Self { config, backend, parameters, layers })
     }
 
     /// Writes `config.json` and `model.safetensors` under the published names into a folder, each atomically.
@@ -203,12 +196,7 @@ impl<B: Backend> MaeForPreTraining<B> {
     /// The encoder, for features.
     #[must_use]
     pub fn encoder(&self) -> EncoderView<'_, B> {
-        EncoderView {
-            config: &self.config,
-            backend: &self.backend,
-            layers: &self.encoder,
-            positions: &self.encoder_positions,
-        }
+        EncoderView { config: &self.config, backend: &self.backend, layers: &self.layers.encoder }
     }
 
     /// Zeroed gradients for this model.
@@ -216,7 +204,7 @@ impl<B: Backend> MaeForPreTraining<B> {
     /// # Errors
     /// [`Error::Device`] when there is not enough memory.
     pub fn gradients(&self) -> Result<Gradients<B>> {
-        Gradients::new(&self.backend, &self.config, self.parameters.layout())
+        Gradients::new(&self.backend, self.parameters.layout(), |handles| declare::autoencoder(handles, &self.config))
     }
 
     /// Room for passes of the given shape.
@@ -226,7 +214,8 @@ impl<B: Backend> MaeForPreTraining<B> {
     pub fn workspace(&self, shape: WorkspaceShape) -> Result<Workspace<B>> {
         shape.image.check()?;
         let mut workspace = Workspace::new(&self.backend, &self.config, shape)?;
-        workspace.place(&self.backend, &self.config, &self.encoder_positions, Some(&self.decoder_positions))?;
+        let AutoencoderLayers { encoder, decoder } = &self.layers;
+        workspace.place(&self.backend, &self.config, &encoder.positions, Some(&decoder.positions))?;
         Ok(workspace)
     }
 
@@ -281,7 +270,7 @@ impl<B: Backend> MaeForPreTraining<B> {
         let mut workspace = self.workspace_for(images, masking, Purpose::Inspect, interpolation)?;
         let result = self.reconstruct_in(&mut workspace, images, masking, extras)?;
         let mut gradients = self.gradients()?;
-        self.backward(&mut workspace, images.batch, &mut gradients, 0..self.backward_stages())?;
+        self.backward(&mut workspace, images.batch, &mut gradients, 0..self.parameters.layout().stages())?;
         Ok((result, gradients))
     }
 
@@ -368,7 +357,7 @@ impl<B: Backend> MaeForPreTraining<B> {
         let _range = range(format_args!("forward"));
         self.encoder().forward_prepared(workspace, batch, observer)?;
         let _range = range(format_args!("decoder and loss forward"));
-        let (config, backend, layers) = (&self.config, &self.backend, &self.decoder);
+        let (config, backend, layers) = (&self.config, &self.backend, &self.layers.decoder);
         let Workspace { shape, inputs, scratch, encoder, decoder: Some(decoder), positions, .. } = workspace else {
             return Err(no_decoder());
         };
@@ -387,7 +376,7 @@ impl<B: Backend> MaeForPreTraining<B> {
             decoder.stack.input_mut(),
             &decoder.embedded,
             &layers.mask_token,
-            positions.as_ref().and_then(|positions| positions.decoder.as_ref()).unwrap_or(&self.decoder_positions),
+            positions.as_ref().and_then(|positions| positions.decoder.as_ref()).unwrap_or(&layers.positions),
             &inputs.ids_restore,
         )?;
         let stack = shape.decoder(config, batch)?;

@@ -22,31 +22,6 @@ use crate::ops::{Backend, LayerNormShape, LinearShape, TokensShape, Write};
 use crate::{Error, Result};
 
 impl<B: Backend> MaeForPreTraining<B> {
-    /// The stages of a backward pass.
-    pub(crate) fn backward_stages(&self) -> usize {
-        self.config.decoder_num_hidden_layers + self.config.num_hidden_layers + 3
-    }
-
-    /// Where in the arena the matrices' gradients are finished once the first `stages` stages have run: from there to the end
-    /// of the matrices.
-    pub(crate) fn finished_from(&self, stages: usize) -> Result<usize> {
-        let layout = self.parameters.layout();
-        let (decoder, encoder) = (self.config.decoder_num_hidden_layers, self.config.num_hidden_layers);
-        let first_of = |block: String| format!("{block}.attention.attention.query.weight");
-        let name = match stages {
-            0 => return Ok(layout.matrices()),
-            1 => "decoder.decoder_pred.weight".to_owned(),
-            stages if stages <= decoder + 1 => first_of(format!("decoder.decoder_layers.{}", decoder + 1 - stages)),
-            stages if stages == decoder + 2 => "decoder.decoder_embed.weight".to_owned(),
-            stages if stages <= decoder + encoder + 2 => {
-                first_of(format!("vit.encoder.layer.{}", decoder + encoder + 2 - stages))
-            }
-            _ => return Ok(0),
-        };
-        let index = layout.index(&name).ok_or_else(|| Error::Config(format!("the model has no parameter {name}")))?;
-        Ok(layout.range(index).start)
-    }
-
     /// Adds the gradients of the last forward pass in this workspace, of `batch` images. A pass may be made in several calls
     /// whose stages follow each other.
     pub(crate) fn backward(
@@ -75,14 +50,14 @@ impl<B: Backend> MaeForPreTraining<B> {
 
     /// From the loss to the output of the decoder's last block.
     fn backward_head(&self, workspace: &mut Workspace<B>, batch: usize, gradients: &mut Gradients<B>) -> Result<()> {
-        let (config, backend, layers) = (&self.config, &self.backend, &self.decoder);
+        let (config, backend, layers) = (&self.config, &self.backend, &self.layers.decoder);
         let Workspace { shape, inputs, decoder: Some(decoder), flow: Some(flow), .. } = workspace else {
             return Err(cannot_train());
         };
         let (image, predicted) = (shape.image, shape.predicted());
         let width = config.decoder_hidden_size;
         let head = LinearShape { rows: batch * predicted, inputs: width, outputs: image.patch_length() };
-        let into = &mut gradients.decoder;
+        let into = &mut gradients.layers.decoder;
         backend.linear_backward_weight(
             head,
             &mut into.head.weight,
@@ -128,8 +103,8 @@ impl<B: Backend> MaeForPreTraining<B> {
         transformer::backward_block(
             &self.backend,
             shape.decoder(&self.config, batch)?,
-            &self.decoder.blocks,
-            &mut gradients.decoder.blocks,
+            &self.layers.decoder.blocks,
+            &mut gradients.layers.decoder.blocks,
             &mut decoder.stack,
             scratch,
             &mut flow.decoder,
@@ -145,7 +120,7 @@ impl<B: Backend> MaeForPreTraining<B> {
         };
         let (image, keep) = (shape.image, shape.keep);
         let width = config.decoder_hidden_size;
-        let into = &mut gradients.decoder;
+        let into = &mut gradients.layers.decoder;
         backend.tokens_unshuffle_backward(
             TokensShape { batch, patches: image.patches(), selected: keep, width },
             &mut decoder.embedded,
@@ -167,9 +142,9 @@ impl<B: Backend> MaeForPreTraining<B> {
             Write::Assign,
             &mut flow.encoded,
             &decoder.embedded,
-            &self.decoder.embed.weight,
+            &self.layers.decoder.embed.weight,
         )?;
-        let into = &mut gradients.encoder;
+        let into = &mut gradients.layers.encoder;
         backend.layernorm_backward(
             LayerNormShape { rows, width: config.hidden_size, epsilon: config.layer_norm_eps },
             Write::Assign,
@@ -180,7 +155,7 @@ impl<B: Backend> MaeForPreTraining<B> {
             encoder.stack.output(),
             &encoder.mean,
             &encoder.rstd,
-            &self.encoder.norm.gamma,
+            &self.layers.encoder.norm.gamma,
         )
     }
 
@@ -198,8 +173,8 @@ impl<B: Backend> MaeForPreTraining<B> {
         transformer::backward_block(
             &self.backend,
             shape.encoder(&self.config, batch)?,
-            &self.encoder.blocks,
-            &mut gradients.encoder.blocks,
+            &self.layers.encoder.blocks,
+            &mut gradients.layers.encoder.blocks,
             &mut encoder.stack,
             scratch,
             &mut flow.encoder,
@@ -213,7 +188,7 @@ impl<B: Backend> MaeForPreTraining<B> {
             return Err(cannot_train());
         };
         let (image, keep, width) = (shape.image, shape.keep, self.config.hidden_size);
-        let into = &mut gradients.encoder;
+        let into = &mut gradients.layers.encoder;
         self.backend.tokens_assemble_backward(
             TokensShape { batch, patches: image.patches(), selected: keep, width },
             &mut encoder.patches,
@@ -273,13 +248,13 @@ mod tests {
             }
             gradients.download(&model.backend, layout)
         };
-        let stages = model.backward_stages();
+        let stages = layout.stages();
         let whole = pass(stages)?;
         let zero = |values: &[f32]| values.iter().all(|&value| value == 0.0);
         assert!(!zero(&whole));
         let mut before = layout.matrices();
         for done in 0..=stages {
-            let from = model.finished_from(done)?;
+            let from = layout.finished_from(done);
             assert!(from <= before && (done < stages || from == 0), "{done}: {from}");
             let found = pass(done)?;
             assert_eq!(found[from..layout.matrices()], whole[from..layout.matrices()], "{done} stages");

@@ -2,17 +2,16 @@
 
 use std::path::Path;
 
-use crate::config::MaeConfig;
+use crate::config::{MaeConfig, declare};
 use crate::model::Masking;
 use crate::model::images::Images;
-use crate::model::layers::Handles;
-use crate::model::parameters::Parameters;
+use crate::model::parameters::{EncoderWeights, Matrix, Parameters, Vector};
 use crate::model::positions::PositionInterpolation;
 use crate::model::transformer::{self, Observer};
-use crate::model::workspace::{EncoderWeights, Matrix, Purpose, Vector, Workspace, WorkspaceShape};
+use crate::model::workspace::{Purpose, Workspace, WorkspaceShape};
 use crate::nvtx::range;
 use crate::ops::{AttentionShape, Backend, LayerNormShape, LinearShape, TokensShape};
-use crate::weights::{Checkpoint, ENCODER_POSITIONS, Parts};
+use crate::weights::{Checkpoint, Parts};
 use crate::{Error, Result};
 
 /// What an encoder made of a batch of images.
@@ -28,7 +27,7 @@ pub struct Encoded {
     pub mask: Vec<f32>,
     /// Where each patch is in the shuffled order, whose first `keep` are visible, `[B, L]`.
     pub ids_restore: Vec<u32>,
-    /// The last hidden state, behind the final LayerNorm, `[B, 1 + keep, D]`.
+    /// The last hidden state, after the final LayerNorm, `[B, 1 + keep, D]`.
     pub last_hidden_state: Vec<f32>,
     /// Where asked for: the residual stream before each block and after the last, each `[B, 1 + keep, D]`.
     pub hidden_states: Vec<Vec<f32>>,
@@ -52,7 +51,6 @@ pub struct MaeEncoder<B: Backend> {
     backend: B,
     parameters: Parameters<B>,
     layers: EncoderWeights<B>,
-    positions: Vector<B>,
 }
 
 impl<B: Backend> MaeEncoder<B> {
@@ -71,12 +69,10 @@ impl<B: Backend> MaeEncoder<B> {
     pub fn from_checkpoint(checkpoint: &mut Checkpoint, backend: B) -> Result<Self> {
         let config = checkpoint.require_config()?.clone();
         config.validate()?;
-        let specs = crate::weights::parameters(&config, Parts::EncoderOnly);
-        let mut parameters = Parameters::zeroed(&backend, specs)?;
+        let mut parameters = Parameters::zeroed(&backend, &config, Parts::EncoderOnly)?;
         parameters.load(&backend, checkpoint)?;
-        let layers = parameters.handles(&backend).encoder(&config)?;
-        let positions = parameters.master_handle(&backend, ENCODER_POSITIONS)?;
-        Ok(Self { config, backend, parameters, layers, positions })
+        let layers = declare::encoder(&mut parameters.handles(&backend), &config)?;
+        Ok(Self { config, backend, parameters, layers })
     }
 
     /// The model's configuration.
@@ -94,7 +90,7 @@ impl<B: Backend> MaeEncoder<B> {
     /// The encoder as its users see it.
     #[must_use]
     pub fn view(&self) -> EncoderView<'_, B> {
-        EncoderView { config: &self.config, backend: &self.backend, layers: &self.layers, positions: &self.positions }
+        EncoderView { config: &self.config, backend: &self.backend, layers: &self.layers }
     }
 }
 
@@ -104,7 +100,6 @@ pub struct EncoderView<'m, B: Backend> {
     pub(crate) config: &'m MaeConfig,
     pub(crate) backend: &'m B,
     pub(crate) layers: &'m EncoderWeights<B>,
-    pub(crate) positions: &'m Vector<B>,
 }
 
 impl<B: Backend> EncoderView<'_, B> {
@@ -174,7 +169,7 @@ impl<B: Backend> EncoderView<'_, B> {
             recompute: false,
         };
         let mut workspace = Workspace::new(self.backend, self.config, shape)?;
-        workspace.place(self.backend, self.config, self.positions, None)?;
+        workspace.place(self.backend, self.config, &self.layers.positions, None)?;
         Ok(workspace)
     }
 
@@ -238,8 +233,8 @@ impl<B: Backend> EncoderView<'_, B> {
         observer: Option<&mut dyn Observer<B>>,
     ) -> Result<()> {
         let _range = range(format_args!("encoder forward"));
-        let Self { config, backend, layers, positions } = *self;
-        let Workspace { shape, inputs, scratch, encoder, positions: interpolated, .. } = workspace;
+        let Self { config, backend, layers } = *self;
+        let Workspace { shape, inputs, scratch, encoder, positions, .. } = workspace;
         let (image, keep, width) = (shape.image, shape.keep, config.hidden_size);
         backend.patchify_visible_forward(image, batch, keep, &mut encoder.rows, inputs.pixels()?, &inputs.ids_keep)?;
         backend.linear_forward(
@@ -254,7 +249,7 @@ impl<B: Backend> EncoderView<'_, B> {
             encoder.stack.input_mut(),
             &encoder.patches,
             &layers.class_token,
-            interpolated.as_ref().map_or(positions, |positions| &positions.encoder),
+            positions.as_ref().map_or(&layers.positions, |positions| &positions.encoder),
             &inputs.ids_keep,
         )?;
         let stack = shape.encoder(config, batch)?;

@@ -1,27 +1,26 @@
 //! Gradients of the trained parameters: one arena beside that of the weights.
 
 use crate::Result;
-use crate::config::MaeConfig;
-use crate::model::layers::{DecoderLayers, EncoderLayers, Handles};
-use crate::model::parameters::{GradientHandles, Layout, download_part};
-use crate::model::workspace::Vector;
+use crate::model::parameters::{AutoencoderGradients, GradientHandles, Layout, Vector, download_part};
 use crate::ops::Backend;
 
-/// The gradients of a model's trained parameters, which backward passes add to.
+/// The gradients of a model's trained parameters, which backward passes add to. `L` is the tree of its layers' gradients.
 #[derive(Debug)]
-pub struct Gradients<B: Backend> {
+pub struct Gradients<B: Backend, L = AutoencoderGradients<B>> {
     pub(crate) arena: Vector<B>,
-    pub(crate) encoder: EncoderLayers<Vector<B>, Vector<B>>,
-    pub(crate) decoder: DecoderLayers<Vector<B>, Vector<B>>,
+    pub(crate) layers: L,
 }
 
-impl<B: Backend> Gradients<B> {
-    pub(crate) fn new(backend: &B, config: &MaeConfig, layout: &Layout) -> Result<Self> {
+impl<B: Backend, L> Gradients<B, L> {
+    /// Zeroed gradients. `layers` walks the declaration of the model whose parameters are laid out so.
+    pub(crate) fn new(
+        backend: &B,
+        layout: &Layout,
+        layers: impl FnOnce(&mut GradientHandles<'_, B>) -> Result<L>,
+    ) -> Result<Self> {
         let arena = backend.buffer(layout.trained())?;
-        let handles = GradientHandles { backend, layout, arena: &arena };
-        let encoder = handles.encoder(config)?;
-        let decoder = handles.decoder(config)?;
-        Ok(Self { arena, encoder, decoder })
+        let layers = layers(&mut GradientHandles::new(backend, layout, &arena))?;
+        Ok(Self { arena, layers })
     }
 
     /// Sets all of them to zero.

@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::config::MaeConfig;
 use crate::model::workspace::{Purpose, WorkspaceShape};
-use crate::weights::{ParameterKind, ParameterSpec, Parts};
+use crate::weights::{Group, ParameterSpec, Parts};
 
 /// Bytes that a model needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,8 +41,8 @@ impl MemoryUse {
         let specs = crate::weights::parameters(config, if encodes_only { Parts::EncoderOnly } else { Parts::All });
         let count = |spec: &ParameterSpec| spec.shape.iter().map(|&n| n as u64).product::<u64>();
         let all: u64 = specs.iter().map(count).sum();
-        let trained: u64 = specs.iter().filter(|spec| spec.kind != ParameterKind::Position).map(count).sum();
-        let matrices: u64 = specs.iter().filter(|spec| spec.kind == ParameterKind::Matrix).map(count).sum();
+        let trained: u64 = specs.iter().filter(|spec| spec.group != Group::Table).map(count).sum();
+        let matrices: u64 = specs.iter().filter(|spec| spec.group == Group::Matrix).map(count).sum();
         let copy = if element_bytes == 4 { 0 } else { element_bytes * matrices };
 
         let encoder = shape.encoder(config, shape.batch)?;

@@ -6,7 +6,6 @@ mod encoder;
 mod gradients;
 mod images;
 mod initialize;
-mod layers;
 mod masking;
 mod memory;
 mod parameters;

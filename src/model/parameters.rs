@@ -9,12 +9,29 @@
 //! Matrices come first: they are what weight decay applies to and what a half-precision backend keeps a copy of.
 
 use std::collections::HashMap;
+use std::fmt::Arguments;
 use std::ops::Range;
 
-use crate::model::layers::Handles;
-use crate::ops::Backend;
-use crate::weights::{Checkpoint, ParameterKind, ParameterSpec};
+use crate::config::MaeConfig;
+use crate::config::declare::{AutoencoderLayers, BlockLayers, Builder, EncoderLayers, Init};
+use crate::ops::{Backend, Memory};
+use crate::weights::{Checkpoint, Group, ParameterSpec, Parts, parameters_and_stages};
 use crate::{Error, Result};
+
+/// A buffer of activations or of a weight matrix.
+pub(crate) type Matrix<B> = <B as Memory>::Buffer<<B as Memory>::Element>;
+/// A buffer of masters.
+pub(crate) type Vector<B> = <B as Memory>::Buffer<<B as Memory>::Master>;
+/// The weights of one block.
+pub(crate) type BlockWeights<B> = BlockLayers<Matrix<B>, Vector<B>>;
+/// The gradients of one block.
+pub(crate) type BlockGradients<B> = BlockLayers<Vector<B>, Vector<B>>;
+/// The weights of the encoder.
+pub(crate) type EncoderWeights<B> = EncoderLayers<Matrix<B>, Vector<B>, Vector<B>>;
+/// The weights of encoder and decoder.
+pub(crate) type AutoencoderWeights<B> = AutoencoderLayers<Matrix<B>, Vector<B>, Vector<B>>;
+/// The gradients of encoder and decoder.
+pub(crate) type AutoencoderGradients<B> = AutoencoderLayers<Vector<B>, Vector<B>, ()>;
 
 /// Where each named parameter lies in the arenas.
 #[derive(Debug)]
@@ -22,31 +39,31 @@ pub struct Layout {
     specs: Vec<ParameterSpec>,
     ranges: Vec<Range<usize>>,
     by_name: HashMap<String, usize>,
+    stages: Vec<usize>,
     matrices: usize,
     trained: usize,
     total: usize,
 }
 
 impl Layout {
-    pub(crate) fn new(specs: Vec<ParameterSpec>) -> Self {
+    pub(crate) fn new(config: &MaeConfig, parts: Parts) -> Self {
+        let (specs, stages) = parameters_and_stages(config, parts);
         let mut ranges = Vec::with_capacity(specs.len());
         let (mut matrices, mut trained, mut total) = (0, 0, 0);
         for spec in &specs {
-            let length: usize = spec.shape.iter().product();
-            ranges.push(total..total + length);
-            total += length;
-            if spec.kind == ParameterKind::Matrix {
-                matrices = total;
-            }
-            if spec.kind != ParameterKind::Position {
-                trained = total;
+            ranges.push(total..total + spec.length());
+            total += spec.length();
+            match spec.group {
+                Group::Matrix => (matrices, trained) = (total, total),
+                Group::Vector => trained = total,
+                Group::Table => (),
             }
         }
         let by_name = specs.iter().enumerate().map(|(index, spec)| (spec.name.clone(), index)).collect();
-        Self { specs, ranges, by_name, matrices, trained, total }
+        Self { specs, ranges, by_name, stages, matrices, trained, total }
     }
 
-    /// Names, shapes and kinds, in the arena's order.
+    /// Names, shapes, groups and initial values, in the arena's order.
     #[must_use]
     pub fn specs(&self) -> &[ParameterSpec] {
         &self.specs
@@ -82,19 +99,16 @@ impl Layout {
         self.total
     }
 
-    /// The range of parameters that lie side by side.
-    fn joined(&self, names: &[String]) -> Result<Range<usize>> {
-        let mut joined: Option<Range<usize>> = None;
-        for name in names {
-            let index = self.index(name).ok_or_else(|| Error::Config(format!("the model has no parameter {name}")))?;
-            let range = self.range(index);
-            joined = Some(match joined {
-                None => range,
-                Some(before) if before.end == range.start => before.start..range.end,
-                Some(_) => return Err(Error::Config(format!("parameters {names:?} do not lie side by side"))),
-            });
-        }
-        Ok(joined.unwrap_or_default())
+    /// How many stages backward has.
+    pub(crate) fn stages(&self) -> usize {
+        self.stages.len()
+    }
+
+    /// Where the matrices' gradients are finished once the first `done` stages of backward have run: from there to the end of
+    /// the matrices. Backward runs the stages of the declaration from the last to the first.
+    pub(crate) fn finished_from(&self, done: usize) -> usize {
+        let first = self.stages.len().saturating_sub(done);
+        self.stages.get(first).copied().unwrap_or(self.matrices)
     }
 }
 
@@ -107,8 +121,8 @@ pub struct Parameters<B: Backend> {
 }
 
 impl<B: Backend> Parameters<B> {
-    pub(crate) fn zeroed(backend: &B, specs: Vec<ParameterSpec>) -> Result<Self> {
-        let layout = Layout::new(specs);
+    pub(crate) fn zeroed(backend: &B, config: &MaeConfig, parts: Parts) -> Result<Self> {
+        let layout = Layout::new(config, parts);
         let master = backend.buffer(layout.total)?;
         // SAFETY: masters are written only through `&mut Parameters` (loading, the optimiser), which the owner of both this
         // and the layers' handles lends alone; see `handles`.
@@ -125,12 +139,7 @@ impl<B: Backend> Parameters<B> {
     /// Handles to the weights for the layers. The caller owns them together with `self` and never lends `&mut self` while a
     /// layer is in use.
     pub(crate) fn handles<'a>(&'a self, backend: &'a B) -> WeightHandles<'a, B> {
-        WeightHandles { backend, parameters: self }
-    }
-
-    /// A handle to the parameter called `name`, as masters.
-    pub(crate) fn master_handle(&self, backend: &B, name: &str) -> Result<B::Buffer<B::Master>> {
-        self.handles(backend).vector(&[name.to_owned()])
+        WeightHandles { backend, parameters: self, next: Next::of(&self.layout) }
     }
 
     /// Fills all of them from a checkpoint that has exactly these.
@@ -173,47 +182,86 @@ pub(crate) fn download_part<B: Backend>(
     Ok(values.into_iter().map(|value| B::master_f64(value) as f32).collect())
 }
 
+/// Where the next parameter of each group lies, in the order of the declaration.
+struct Next([usize; 3]);
+
+impl Next {
+    fn of(layout: &Layout) -> Self {
+        Self([0, layout.matrices, layout.trained])
+    }
+
+    /// A handle to the next `count` parameters of this shape.
+    fn take<B: Backend, T: crate::ops::Element>(
+        &mut self,
+        backend: &B,
+        arena: &B::Buffer<T>,
+        group: Group,
+        count: usize,
+        shape: &[usize],
+    ) -> Result<B::Buffer<T>> {
+        let (next, length) = (&mut self.0[group as usize], count * shape.iter().product::<usize>());
+        // SAFETY: the owner of the arena and of the handles lends only one of them at a time: see `Parameters::handles` and
+        // `Gradients`.
+        let part = unsafe { backend.alias(arena, *next, length)? };
+        *next += length;
+        Ok(part)
+    }
+}
+
 /// See [`Parameters::handles`].
 pub(crate) struct WeightHandles<'a, B: Backend> {
     backend: &'a B,
     parameters: &'a Parameters<B>,
+    next: Next,
 }
 
-impl<B: Backend> Handles for WeightHandles<'_, B> {
-    type Matrix = B::Buffer<B::Element>;
-    type Vector = B::Buffer<B::Master>;
+impl<B: Backend> Builder for WeightHandles<'_, B> {
+    type Matrix = Matrix<B>;
+    type Vector = Vector<B>;
+    type Table = Vector<B>;
+    type Error = Error;
 
-    fn matrix(&self, names: &[String]) -> Result<Self::Matrix> {
-        let range = self.parameters.layout.joined(names)?;
-        // SAFETY: as `Parameters::handles` says, the owner keeps layers and arenas apart.
-        unsafe { self.backend.alias(&self.parameters.working, range.start, range.len()) }
+    fn matrix(&mut self, names: &[Arguments<'_>], shape: &[usize]) -> Result<Matrix<B>> {
+        self.next.take(self.backend, &self.parameters.working, Group::Matrix, names.len(), shape)
     }
 
-    fn vector(&self, names: &[String]) -> Result<Self::Vector> {
-        let range = self.parameters.layout.joined(names)?;
-        // SAFETY: as above.
-        unsafe { self.backend.alias(&self.parameters.master, range.start, range.len()) }
+    fn vector(&mut self, names: &[Arguments<'_>], shape: &[usize], _: Init) -> Result<Vector<B>> {
+        self.next.take(self.backend, &self.parameters.master, Group::Vector, names.len(), shape)
+    }
+
+    fn table(&mut self, _: &str, shape: &[usize]) -> Result<Vector<B>> {
+        self.next.take(self.backend, &self.parameters.master, Group::Table, 1, shape)
     }
 }
 
-/// Handles to a gradient arena that has a parameter layout.
+/// Handles to a gradient arena, which has the layout of the parameters.
 pub(crate) struct GradientHandles<'a, B: Backend> {
-    pub backend: &'a B,
-    pub layout: &'a Layout,
-    pub arena: &'a B::Buffer<B::Master>,
+    backend: &'a B,
+    arena: &'a Vector<B>,
+    next: Next,
 }
 
-impl<B: Backend> Handles for GradientHandles<'_, B> {
-    type Matrix = B::Buffer<B::Master>;
-    type Vector = B::Buffer<B::Master>;
+impl<'a, B: Backend> GradientHandles<'a, B> {
+    pub fn new(backend: &'a B, layout: &Layout, arena: &'a Vector<B>) -> Self {
+        Self { backend, arena, next: Next::of(layout) }
+    }
+}
 
-    fn matrix(&self, names: &[String]) -> Result<Self::Matrix> {
-        let range = self.layout.joined(names)?;
-        // SAFETY: `Gradients` owns the arena and these handles, and lends only one of them at a time.
-        unsafe { self.backend.alias(self.arena, range.start, range.len()) }
+impl<B: Backend> Builder for GradientHandles<'_, B> {
+    type Matrix = Vector<B>;
+    type Vector = Vector<B>;
+    type Table = ();
+    type Error = Error;
+
+    fn matrix(&mut self, names: &[Arguments<'_>], shape: &[usize]) -> Result<Vector<B>> {
+        self.next.take(self.backend, self.arena, Group::Matrix, names.len(), shape)
     }
 
-    fn vector(&self, names: &[String]) -> Result<Self::Vector> {
-        self.matrix(names)
+    fn vector(&mut self, names: &[Arguments<'_>], shape: &[usize], _: Init) -> Result<Vector<B>> {
+        self.next.take(self.backend, self.arena, Group::Vector, names.len(), shape)
+    }
+
+    fn table(&mut self, _: &str, _: &[usize]) -> Result<()> {
+        Ok(())
     }
 }

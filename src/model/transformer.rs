@@ -7,11 +7,11 @@
 //!
 //! Forward keeps per block: x and the middle of the residual stream, the norms' statistics, qkv, the log-sum-exp, the
 //! attention's output and the input of the activation: 10 D numbers per token. The norms' and the activation's outputs, another
-//! 6 D, are recomputed in backward, for less than 1 % of its time. Where memory is short, forward keeps only x, and backward
-//! runs each block once more: a third of forward's memory and a third more time.
+//! 6 D, are recomputed in backward; on a GPU that is modelled to take 5 % of its time. Where memory is short, forward keeps only x,
+//! and backward runs each block once more: a third of forward's memory and a third more time.
 
 use crate::Result;
-use crate::model::layers::BlockLayers;
+use crate::model::parameters::{BlockGradients, BlockWeights};
 use crate::nvtx::range;
 use crate::ops::{Activation, AttentionShape, Backend, LayerNormShape, LinearShape, Write};
 
@@ -165,18 +165,11 @@ pub(crate) trait Observer<B: Backend> {
     ) -> Result<()>;
 }
 
-/// The weights of a stack's blocks.
-pub(crate) type Blocks<B> =
-    [BlockLayers<<B as crate::ops::Memory>::Buffer<<B as crate::ops::Memory>::Element>, Vector<B>>];
-/// The gradients of a stack's blocks.
-pub(crate) type BlockGradients<B> = [BlockLayers<Vector<B>, Vector<B>>];
-type Vector<B> = <B as crate::ops::Memory>::Buffer<<B as crate::ops::Memory>::Master>;
-
 /// Runs the blocks on [`StackActivations::input_mut`].
 pub(crate) fn forward<B: Backend>(
     backend: &B,
     shape: StackShape,
-    layers: &Blocks<B>,
+    layers: &[BlockWeights<B>],
     activations: &mut StackActivations<B>,
     scratch: &mut Scratch<B>,
     mut observer: Option<&mut dyn Observer<B>>,
@@ -215,7 +208,7 @@ pub(crate) fn forward<B: Backend>(
 fn forward_kept<B: Backend>(
     backend: &B,
     shape: StackShape,
-    weights: &BlockLayers<B::Buffer<B::Element>, Vector<B>>,
+    weights: &BlockWeights<B>,
     before: &B::Buffer<B::Element>,
     kept: &mut BlockActivations<B>,
     norm: &mut B::Buffer<B::Element>,
@@ -275,8 +268,8 @@ fn forward_kept<B: Backend>(
 pub(crate) fn backward_block<B: Backend>(
     backend: &B,
     shape: StackShape,
-    layers: &Blocks<B>,
-    gradients: &mut BlockGradients<B>,
+    layers: &[BlockWeights<B>],
+    gradients: &mut [BlockGradients<B>],
     activations: &mut StackActivations<B>,
     scratch: &mut Scratch<B>,
     dx: &mut B::Buffer<B::Element>,

@@ -2,10 +2,9 @@
 
 use crate::config::MaeConfig;
 use crate::model::images::{ImageValues, Images};
-use crate::model::layers::{DecoderLayers, EncoderLayers};
 use crate::model::positions::{PositionInterpolation, interpolate_flat, interpolate_grid};
 use crate::model::transformer::{Keep, Scratch, StackActivations, StackShape};
-use crate::ops::{Backend, ImageShape, MaskingShape, Memory, Pixels};
+use crate::ops::{Backend, ImageShape, MaskingShape, Pixels};
 use crate::{Error, Result};
 
 /// What a workspace is for.
@@ -372,12 +371,3 @@ impl<B: Backend> Workspace<B> {
         Ok(())
     }
 }
-
-/// The encoder's weights on a backend.
-pub(crate) type EncoderWeights<B> = EncoderLayers<Matrix<B>, Vector<B>>;
-/// The decoder's weights on a backend.
-pub(crate) type DecoderWeights<B> = DecoderLayers<Matrix<B>, Vector<B>>;
-/// A buffer of activations or of a weight matrix.
-pub(crate) type Matrix<B> = <B as Memory>::Buffer<<B as Memory>::Element>;
-/// A buffer of masters.
-pub(crate) type Vector<B> = <B as Memory>::Buffer<<B as Memory>::Master>;

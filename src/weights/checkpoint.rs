@@ -8,7 +8,7 @@ use crate::config::MaeConfig;
 use crate::weights::dialects::{Dialect, View, is_decoder, is_head};
 use crate::weights::shards::Shards;
 use crate::weights::store::{Store, Stored};
-use crate::weights::{ParameterKind, ParameterSpec, listed};
+use crate::weights::{Group, ParameterSpec, listed};
 use crate::{Error, Result};
 
 pub(super) const CONFIG: &str = "config.json";
@@ -172,7 +172,7 @@ impl Checkpoint {
                 ));
             }
             let values = view.of(shape, &numbers, &mut scratch);
-            if spec.kind == ParameterKind::Position && values.iter().all(|&value| value == 0.0) {
+            if spec.group == Group::Table && values.iter().all(|&value| value == 0.0) {
                 tracing::warn!(
                     "checkpoint {}: the position table {} is zero everywhere, as some versions of transformers leave it in \
                      models built from a configuration; such a model cannot tell patches apart",
@@ -237,7 +237,7 @@ impl Checkpoint {
                 problem += &format!("; {what}: {}", listed(&list));
             }
         }
-        if shaped.iter().any(|spec| spec.kind == ParameterKind::Position) {
+        if shaped.iter().any(|spec| spec.group == Group::Table) {
             problem += "; the position tables differ because image_size or patch_size are not those of the model";
         }
         if !self.dialect.is_published() {

@@ -13,8 +13,10 @@ mod shards;
 mod store;
 mod tensors;
 
+pub use crate::config::declare::{DECODER_POSITIONS, ENCODER_POSITIONS, Group, Init};
 pub use checkpoint::Checkpoint;
-pub use parameters::{DECODER_POSITIONS, ENCODER_POSITIONS, ParameterKind, ParameterSpec, Parts, parameters};
+pub(crate) use parameters::parameters_and_stages;
+pub use parameters::{ParameterSpec, Parts, parameters};
 pub use save::save_pretrained;
 pub use tensors::{Tensor, TensorFile, Values, write_tensors};
 pub(crate) use tensors::{write_f32, write_stream};

@@ -1,6 +1,10 @@
 //! The table of a model's parameters.
 
+use std::convert::Infallible;
+use std::fmt::Arguments;
+
 use crate::config::MaeConfig;
+use crate::config::declare::{self, Builder, Group, Init};
 
 /// Which part of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,51 +15,26 @@ pub enum Parts {
     All,
 }
 
-/// What a parameter is: how it is initialised, and whether it decays.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ParameterKind {
-    /// The weight of a linear layer or of the patch embedding; weight decay applies to it.
-    Matrix,
-    /// A bias.
-    Bias,
-    /// The weight of a LayerNorm.
-    NormScale,
-    /// The bias of a LayerNorm.
-    NormShift,
-    /// The class token or the mask token.
-    Token,
-    /// A position table, which is not trained.
-    Position,
-}
-
 /// One parameter.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ParameterSpec {
     /// The published name, such as `vit.encoder.layer.0.attention.attention.query.weight`.
     pub name: String,
     /// The shape under that name.
     pub shape: Vec<usize>,
-    /// What it is.
-    pub kind: ParameterKind,
+    /// The part of the arena that it lies in.
+    pub group: Group,
+    /// The values that it starts with.
+    pub init: Init,
 }
 
 impl ParameterSpec {
-    /// A parameter.
-    pub fn new(name: impl Into<String>, shape: impl Into<Vec<usize>>, kind: ParameterKind) -> Self {
-        Self { name: name.into(), shape: shape.into(), kind }
-    }
-
     /// Elements: the product of the shape.
     #[must_use]
     pub fn length(&self) -> usize {
         self.shape.iter().product()
     }
 }
-
-/// The published name of the encoder's position table `[1, 1 + L, D]`.
-pub const ENCODER_POSITIONS: &str = "vit.embeddings.position_embeddings";
-/// The published name of the decoder's position table `[1, 1 + L, D]`.
-pub const DECODER_POSITIONS: &str = "decoder.decoder_pos_embed";
 
 /// Every parameter of a model under its published (transformers 4) name, in the arena's order: matrices, then vectors and
 /// tokens, then the position tables.
@@ -64,79 +43,58 @@ pub const DECODER_POSITIONS: &str = "decoder.decoder_pos_embed";
 /// configuration must be one that [`MaeConfig::validate`] accepts.
 #[must_use]
 pub fn parameters(config: &MaeConfig, parts: Parts) -> Vec<ParameterSpec> {
-    let image = config.image();
-    let tokens = 1 + config.patches();
-    let (width, decoder_width) = (config.hidden_size, config.decoder_hidden_size);
-    let mut table = Table::default();
-
-    table.linear(
-        "vit.embeddings.patch_embeddings.projection",
-        vec![width, image.channels, image.patch_height, image.patch_width],
-    );
-    table.token("vit.embeddings.cls_token", width);
-    for layer in 0..config.num_hidden_layers {
-        table.block(&format!("vit.encoder.layer.{layer}"), width, config.intermediate_size, config.qkv_bias);
-    }
-    table.norm("vit.layernorm", width);
-    table.positions(ENCODER_POSITIONS, tokens, width);
-
-    if parts == Parts::All {
-        table.linear("decoder.decoder_embed", vec![decoder_width, width]);
-        table.token("decoder.mask_token", decoder_width);
-        for layer in 0..config.decoder_num_hidden_layers {
-            let name = format!("decoder.decoder_layers.{layer}");
-            table.block(&name, decoder_width, config.decoder_intermediate_size, config.qkv_bias);
-        }
-        table.norm("decoder.decoder_norm", decoder_width);
-        table.linear("decoder.decoder_pred", vec![image.patch_length(), decoder_width]);
-        table.positions(DECODER_POSITIONS, tokens, decoder_width);
-    }
-    let Table { mut matrices, vectors, positions } = table;
-    matrices.extend(vectors);
-    matrices.extend(positions);
-    matrices
+    parameters_and_stages(config, parts).0
 }
 
-/// Parameters by their place in the arena.
+/// The parameters, and where in the arena each stage of the declaration starts.
+pub(crate) fn parameters_and_stages(config: &MaeConfig, parts: Parts) -> (Vec<ParameterSpec>, Vec<usize>) {
+    let mut list = List::default();
+    let Ok(()) = match parts {
+        Parts::EncoderOnly => declare::encoder(&mut list, config).map(drop),
+        Parts::All => declare::autoencoder(&mut list, config).map(drop),
+    };
+    (list.groups.concat(), list.stages)
+}
+
+/// Lists what is declared.
 #[derive(Default)]
-struct Table {
-    matrices: Vec<ParameterSpec>,
-    vectors: Vec<ParameterSpec>,
-    positions: Vec<ParameterSpec>,
+struct List {
+    groups: [Vec<ParameterSpec>; 3],
+    stages: Vec<usize>,
+    /// Elements of the matrices so far.
+    matrices: usize,
 }
 
-impl Table {
-    /// A linear layer with a bias.
-    fn linear(&mut self, name: &str, shape: Vec<usize>) {
-        self.vectors.push(ParameterSpec::new(format!("{name}.bias"), [shape[0]], ParameterKind::Bias));
-        self.matrices.push(ParameterSpec::new(format!("{name}.weight"), shape, ParameterKind::Matrix));
+impl List {
+    fn push(&mut self, group: Group, names: &[Arguments<'_>], shape: &[usize], init: Init) {
+        let spec = |name: &Arguments<'_>| ParameterSpec { name: name.to_string(), shape: shape.into(), group, init };
+        self.groups[group as usize].extend(names.iter().map(spec));
+    }
+}
+
+impl Builder for List {
+    type Matrix = ();
+    type Vector = ();
+    type Table = ();
+    type Error = Infallible;
+
+    fn matrix(&mut self, names: &[Arguments<'_>], shape: &[usize]) -> Result<(), Infallible> {
+        self.matrices += names.len() * shape.iter().product::<usize>();
+        self.push(Group::Matrix, names, shape, Init::Xavier { fan_out: names.len() * shape[0] });
+        Ok(())
     }
 
-    fn norm(&mut self, name: &str, width: usize) {
-        self.vectors.push(ParameterSpec::new(format!("{name}.weight"), [width], ParameterKind::NormScale));
-        self.vectors.push(ParameterSpec::new(format!("{name}.bias"), [width], ParameterKind::NormShift));
+    fn vector(&mut self, names: &[Arguments<'_>], shape: &[usize], init: Init) -> Result<(), Infallible> {
+        self.push(Group::Vector, names, shape, init);
+        Ok(())
     }
 
-    fn token(&mut self, name: &str, width: usize) {
-        self.vectors.push(ParameterSpec::new(name, [1, 1, width], ParameterKind::Token));
+    fn table(&mut self, name: &str, shape: &[usize]) -> Result<(), Infallible> {
+        self.push(Group::Table, &[format_args!("{name}")], shape, Init::SinCos);
+        Ok(())
     }
 
-    fn positions(&mut self, name: &str, tokens: usize, width: usize) {
-        self.positions.push(ParameterSpec::new(name, [1, tokens, width], ParameterKind::Position));
-    }
-
-    fn block(&mut self, name: &str, width: usize, mlp_width: usize, qkv_bias: bool) {
-        self.norm(&format!("{name}.layernorm_before"), width);
-        for part in ["query", "key", "value"] {
-            let name = format!("{name}.attention.attention.{part}");
-            self.matrices.push(ParameterSpec::new(format!("{name}.weight"), [width, width], ParameterKind::Matrix));
-            if qkv_bias {
-                self.vectors.push(ParameterSpec::new(format!("{name}.bias"), [width], ParameterKind::Bias));
-            }
-        }
-        self.linear(&format!("{name}.attention.output.dense"), vec![width, width]);
-        self.norm(&format!("{name}.layernorm_after"), width);
-        self.linear(&format!("{name}.intermediate.dense"), vec![mlp_width, width]);
-        self.linear(&format!("{name}.output.dense"), vec![width, mlp_width]);
+    fn stage(&mut self) {
+        self.stages.push(self.matrices);
     }
 }

@@ -312,9 +312,9 @@ proptest! {
 
     #[test]
     fn the_count_of_parameters_is_that_of_the_table(config in any_config()) {
-        use vitmae::weights::{ParameterKind, Parts, parameters};
+        use vitmae::weights::{Group, Parts, parameters};
         let specs = parameters(&config, Parts::All);
-        let trained = specs.iter().filter(|spec| spec.kind != ParameterKind::Position);
+        let trained = specs.iter().filter(|spec| spec.group != Group::Table);
         prop_assert_eq!(trained.map(|spec| spec.length() as u64).sum::<u64>(), config.parameter_count());
     }
 

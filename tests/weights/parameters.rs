@@ -1,7 +1,7 @@
 //! The table of parameters.
 
 use vitmae::config::MaeConfig;
-use vitmae::weights::{ParameterKind, Parts, parameters};
+use vitmae::weights::{Group, Init, Parts, parameters};
 
 use crate::small_config;
 
@@ -9,18 +9,11 @@ use crate::small_config;
 fn matrices_come_first_and_position_tables_last() {
     for parts in [Parts::EncoderOnly, Parts::All] {
         let specs = parameters(&small_config(), parts);
-        let order: Vec<usize> = specs
-            .iter()
-            .map(|spec| match spec.kind {
-                ParameterKind::Matrix => 0,
-                ParameterKind::Position => 2,
-                _ => 1,
-            })
-            .collect();
+        let order: Vec<usize> = specs.iter().map(|spec| spec.group as usize).collect();
         assert!(order.is_sorted());
         assert_eq!(specs[0].name, "vit.embeddings.patch_embeddings.projection.weight");
         assert_eq!(specs[0].shape, [8, 3, 4, 4]);
-        let positions: Vec<_> = specs.iter().filter(|spec| spec.kind == ParameterKind::Position).collect();
+        let positions: Vec<_> = specs.iter().filter(|spec| spec.group == Group::Table).collect();
         assert_eq!(positions[0].name, "vit.embeddings.position_embeddings");
         assert_eq!(positions[0].shape, [1, 7, 8]);
         assert_eq!(positions.len(), if parts == Parts::All { 2 } else { 1 });
@@ -57,20 +50,21 @@ fn an_encoder_is_the_autoencoder_without_its_decoder() {
 }
 
 #[test]
-fn kinds_follow_from_names() {
+fn groups_and_initial_values_follow_from_names() {
     for spec in parameters(&small_config(), Parts::All) {
         let is = |part: &str| spec.name.contains(part);
-        let expected = if is("position_embeddings") || is("pos_embed") {
-            ParameterKind::Position
+        let (group, init) = if is("position_embeddings") || is("pos_embed") {
+            (Group::Table, Init::SinCos)
         } else if is("_token") {
-            ParameterKind::Token
-        } else if is("norm") {
-            if is(".weight") { ParameterKind::NormScale } else { ParameterKind::NormShift }
+            (Group::Vector, Init::Normal { std: 0.02 })
+        } else if is("norm") && is(".weight") {
+            (Group::Vector, Init::Constant(1.0))
         } else if is(".bias") {
-            ParameterKind::Bias
+            (Group::Vector, Init::Constant(0.0))
         } else {
-            ParameterKind::Matrix
+            let stacked = if ["query", "key", "value"].iter().any(|part| is(part)) { 3 } else { 1 };
+            (Group::Matrix, Init::Xavier { fan_out: stacked * spec.shape[0] })
         };
-        assert_eq!(spec.kind, expected, "{}", spec.name);
+        assert_eq!((spec.group, spec.init), (group, init), "{}", spec.name);
     }
 }

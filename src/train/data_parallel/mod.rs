@@ -63,10 +63,8 @@ impl Exchange {
         sharding: Sharding,
         bucket: usize,
     ) -> Result<Self> {
-        let (matrices, trained) = {
-            let layout = model.parameters().layout();
-            (layout.matrices(), layout.trained())
-        };
+        let layout = model.parameters().layout();
+        let (matrices, trained) = (layout.matrices(), layout.trained());
         let from_the_end = |part: Range<usize>| {
             let ends = (0..part.len()).step_by(bucket).map(move |skipped| part.end - skipped);
             ends.map(move |end| part.start.max(end.saturating_sub(bucket))..end)
@@ -75,9 +73,9 @@ impl Exchange {
         let mut buckets = matrices_at_a_time.clone();
         buckets.extend(from_the_end(matrices..trained));
 
-        let (stages, mut parts, mut first, mut finished) = (model.backward_stages(), Vec::new(), 0, 0);
+        let (stages, mut parts, mut first, mut finished) = (layout.stages(), Vec::new(), 0, 0);
         for done in 1..=stages {
-            let from = model.finished_from(done)?;
+            let from = layout.finished_from(done);
             let now = matrices_at_a_time.iter().filter(|bucket| bucket.start >= from).count();
             if now > finished || done == stages {
                 finished = if done == stages { buckets.len() } else { now };
@@ -354,7 +352,7 @@ mod tests {
             for (stages, finished) in &exchange.parts {
                 assert_eq!(stages.start, stage);
                 stage = stages.end;
-                let from = model.finished_from(stage)?;
+                let from = layout.finished_from(stage);
                 for bucket in &exchange.buckets[next..*finished] {
                     assert!(
                         bucket.start >= from && (bucket.end <= layout.matrices() || from == 0),
@@ -364,10 +362,10 @@ mod tests {
                 }
                 next = *finished;
             }
-            assert_eq!((stage, next), (model.backward_stages(), exchange.buckets.len()));
+            assert_eq!((stage, next), (layout.stages(), exchange.buckets.len()));
             assert!(sent.iter().all(|&times| times == 1) && exchange.buckets.iter().all(|range| range.len() <= bucket));
             // Small ones leave with each stage that has a matrix to finish.
-            assert!(bucket > 1000 || exchange.parts.len() + 1 >= model.backward_stages(), "{:?}", exchange.parts);
+            assert!(bucket > 1000 || exchange.parts.len() + 1 >= layout.stages(), "{:?}", exchange.parts);
         }
         Ok(())
     }

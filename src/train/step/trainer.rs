@@ -277,7 +277,7 @@ impl<B: Backend> Trainer<B> {
             unsafe {
                 passes.run(model.backend(), Pass::ForwardBackward { batch, hidden_in_step, bytes }, || {
                     model.forward_prepared(workspace, batch, hidden_in_step, &mut optimizer.loss, None)?;
-                    model.backward(workspace, batch, gradients, 0..model.backward_stages())
+                    model.backward(workspace, batch, gradients, 0..model.parameters().layout().stages())
                 })?;
             }
         }
