@@ -267,18 +267,12 @@ fn jpeg_is_complete(bytes: &[u8]) -> bool {
 /// To 8 bits and `channels` channels.
 fn convert(decoded: DynamicImage, channels: usize) -> Vec<u8> {
     let found = usize::from(decoded.color().channel_count());
-    let samples = match decoded {
-        DynamicImage::ImageLuma8(buffer) => buffer.into_raw(),
-        DynamicImage::ImageLumaA8(buffer) => buffer.into_raw(),
-        DynamicImage::ImageRgb8(buffer) => buffer.into_raw(),
-        DynamicImage::ImageRgba8(buffer) => buffer.into_raw(),
-        DynamicImage::ImageLuma16(buffer) => rounded(buffer.as_raw()),
-        DynamicImage::ImageLumaA16(buffer) => rounded(buffer.as_raw()),
-        DynamicImage::ImageRgb16(buffer) => rounded(buffer.as_raw()),
-        DynamicImage::ImageRgba16(buffer) => rounded(buffer.as_raw()),
+    let samples = match (decoded.as_flat_samples_u8(), decoded.as_flat_samples_u16()) {
+        (Some(_), _) => decoded.into_bytes(),
+        (None, Some(flat)) => rounded(flat.samples),
         // Floating point, in [0, 1].
-        other if found == 4 => other.into_rgba8().into_raw(),
-        other => return convert(DynamicImage::ImageRgb8(other.into_rgb8()), channels),
+        _ if found == 4 => decoded.into_rgba8().into_raw(),
+        _ => return convert(DynamicImage::ImageRgb8(decoded.into_rgb8()), channels),
     };
     with_channels(samples, found, channels)
 }

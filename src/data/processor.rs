@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use crate::data::image::{CropBox, Image, Resample, zeros};
@@ -144,42 +146,37 @@ impl ImageProcessor {
     pub fn from_json(text: &str) -> Result<Self> {
         let value: Value = serde_json::from_str(text).map_err(|error| Error::Config(format!("not JSON: {error}")))?;
         let object = value.as_object().ok_or_else(|| Error::Config("expected a JSON object".to_owned()))?;
-        let fields = Fields(object);
-        let mean = fields.numbers("image_mean")?.unwrap_or_else(|| vec![0.5; 3]);
-        let std = fields.numbers("image_std")?.unwrap_or_else(|| vec![0.5; mean.len()]);
-        let resample = match object.get("resample") {
-            None | Some(Value::Null) => Resample::Bilinear,
-            Some(number) => number.as_u64().and_then(Resample::from_pillow).ok_or_else(|| {
-                Error::Config(format!(
-                    "resample is a Pillow filter from 0 to 5 (2 bilinear, 3 bicubic), found {number}"
-                ))
-            })?,
+        let flag = |name, default| field(object, name, "true or false", Some).map(|flag| flag.unwrap_or(default));
+        let numbers = |name| {
+            field(object, name, "a list of numbers", |numbers| match numbers {
+                Numbers::One(number) => Some(vec![number]),
+                Numbers::Many(numbers) => Some(numbers),
+            })
         };
-        let resize = if fields.flag("do_resize", true)? {
-            Some(fields.size("size")?.unwrap_or(Size::Exact { height: 224, width: 224 }))
-        } else {
-            None
+        let size =
+            |name| field(object, name, "a number, {\"height\", \"width\"} or {\"shortest_edge\"}", Written::size);
+        let mean = numbers("image_mean")?.unwrap_or_else(|| vec![0.5; 3]);
+        let std = numbers("image_std")?.unwrap_or_else(|| vec![0.5; mean.len()]);
+        let filters = "a Pillow filter from 0 to 5 (2 bilinear, 3 bicubic)";
+        let resample = field(object, "resample", filters, Resample::from_pillow)?.unwrap_or_default();
+        let resize = match flag("do_resize", true)? {
+            true => Some(size("size")?.unwrap_or(Size::Exact { height: 224, width: 224 })),
+            false => None,
         };
-        let crop = if fields.flag("do_center_crop", false)? {
-            match fields.size("crop_size")?.or(resize) {
+        let crop = match flag("do_center_crop", false)? {
+            true => match size("crop_size")?.or(resize) {
                 Some(Size::Exact { height, width }) => Some((height, width)),
                 Some(Size::ShortestEdge(edge)) => Some((edge, edge)),
                 None => return Err(Error::Config("do_center_crop needs crop_size".to_owned())),
-            }
-        } else {
-            None
+            },
+            false => None,
         };
-        let rescale = if fields.flag("do_rescale", true)? {
-            Some(match object.get("rescale_factor") {
-                None | Some(Value::Null) => 1.0 / 255.0,
-                Some(factor) => factor.as_f64().filter(|f| *f > 0.0 && f.is_finite()).ok_or_else(|| {
-                    Error::Config(format!("rescale_factor must be a positive number, found {factor}"))
-                })?,
-            })
-        } else {
-            None
+        let positive = |factor: f64| Some(factor).filter(|factor| *factor > 0.0 && factor.is_finite());
+        let rescale = match flag("do_rescale", true)? {
+            true => field(object, "rescale_factor", "a positive number", positive)?.or(Some(1.0 / 255.0)),
+            false => None,
         };
-        let normalize = fields.flag("do_normalize", true)?;
+        let normalize = flag("do_normalize", true)?;
         let processor = Self { resize, resample, crop, rescale, normalize, mean, std };
         processor.check()?;
         Ok(processor)
@@ -375,56 +372,46 @@ fn center_crop(out: &mut [u8], (height, width): (usize, usize), image: &Image) {
     }
 }
 
-/// Typed access to the file's fields.
-struct Fields<'a>(&'a Map<String, Value>);
+/// A field of the file, as `convert` sees it; `None` where it is left out or null.
+fn field<T: DeserializeOwned, U>(
+    object: &Map<String, Value>,
+    name: &str,
+    expected: &str,
+    convert: impl Fn(T) -> Option<U>,
+) -> Result<Option<U>> {
+    let Some(value) = object.get(name).filter(|value| !value.is_null()) else { return Ok(None) };
+    let field = T::deserialize(value).ok().and_then(convert);
+    field.map(Some).ok_or_else(|| Error::Config(format!("{name} must be {expected}, found {value}")))
+}
 
-impl Fields<'_> {
-    fn flag(&self, name: &str, default: bool) -> Result<bool> {
-        match self.0.get(name) {
-            None | Some(Value::Null) => Ok(default),
-            Some(Value::Bool(flag)) => Ok(*flag),
-            Some(other) => Err(Error::Config(format!("{name} must be true or false, found {other}"))),
-        }
-    }
+/// One number per channel; a single number is one channel.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Numbers {
+    One(f32),
+    Many(Vec<f32>),
+}
 
-    /// One number per channel; a single number is one channel.
-    fn numbers(&self, name: &str) -> Result<Option<Vec<f32>>> {
-        let wrong = |found: &Value| Error::Config(format!("{name} must be a list of numbers, found {found}"));
-        match self.0.get(name) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::Array(list)) => {
-                list.iter().map(|v| v.as_f64().map(|n| n as f32)).collect::<Option<_>>().map(Some).ok_or_else(|| {
-                    let list = Value::Array(list.clone());
-                    wrong(&list)
-                })
+/// A size in the file.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Side(usize),
+    Sides(usize, usize),
+    Exact { height: usize, width: usize },
+    Shortest { shortest_edge: usize, longest_edge: Option<Value> },
+}
+
+impl Written {
+    fn size(self) -> Option<Size> {
+        let (size, most) = match self {
+            Self::Side(side) => (Size::Exact { height: side, width: side }, side),
+            Self::Sides(height, width) | Self::Exact { height, width } => {
+                (Size::Exact { height, width }, height.max(width))
             }
-            Some(Value::Number(n)) => Ok(n.as_f64().map(|n| vec![n as f32])),
-            Some(other) => Err(wrong(other)),
-        }
-    }
-
-    fn size(&self, name: &str) -> Result<Option<Size>> {
-        let Some(value) = self.0.get(name).filter(|value| !value.is_null()) else { return Ok(None) };
-        let side = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n <= 1 << 20);
-        let get = |key: &str| value.get(key).and_then(side);
-        let size = match value {
-            Value::Number(_) => side(value).map(|n| Size::Exact { height: n, width: n }),
-            Value::Array(pair) => match pair.as_slice() {
-                [height, width] => side(height).zip(side(width)).map(|(height, width)| Size::Exact { height, width }),
-                _ => None,
-            },
-            _ => match (get("height"), get("width"), get("shortest_edge")) {
-                (Some(height), Some(width), _) => Some(Size::Exact { height, width }),
-                (_, _, Some(edge)) if value.get("longest_edge").is_none_or(Value::is_null) => {
-                    Some(Size::ShortestEdge(edge))
-                }
-                _ => None,
-            },
+            Self::Shortest { shortest_edge: edge, longest_edge: None } => (Size::ShortestEdge(edge), edge),
+            Self::Shortest { .. } => return None,
         };
-        size.map(Some).ok_or_else(|| {
-            Error::Config(format!(
-                "{name} must be a number, {{\"height\", \"width\"}} or {{\"shortest_edge\"}}, found {value}"
-            ))
-        })
+        (most <= 1 << 20).then_some(size)
     }
 }
