@@ -3,9 +3,8 @@
 use std::convert::Infallible;
 use std::fmt::Arguments;
 
-use crate::config::MaeConfig;
 use crate::config::declare::{self, Builder, Init};
-use crate::ops::MaskingShape;
+use crate::config::{MaeConfig, visible_patches};
 use crate::{Error, Result};
 
 /// Floating-point operations per image; a multiply-add counts as two.
@@ -105,7 +104,7 @@ impl MaeConfig {
     /// [`Error::Value`] for a ratio that is not in `[0, 1)`; [`Error::Config`] when the number overflows.
     pub fn flops(&self, mask_ratio: f64) -> Result<Flops> {
         let patches = self.patches();
-        let keep = MaskingShape::new(1, patches, mask_ratio)?.keep;
+        let keep = visible_patches(patches, mask_ratio)?;
         let patch = [self.num_channels, self.patch_size.height, self.patch_size.width];
         let (visible, all) = (keep.saturating_add(1), patches.saturating_add(1));
         let (mut linears, mut patch_embedding) = (Count(Some(0)), Count(Some(0)));

@@ -1,7 +1,9 @@
 //! A model's sizes and settings: transformers' `ViTMAEConfig`, read from and written to `config.json`.
 
+mod activation;
 mod cost;
 pub(crate) mod declare;
+mod image;
 mod json;
 mod presets;
 mod size;
@@ -13,26 +15,16 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use activation::Activation;
 pub use cost::Flops;
+pub use image::{ImageShape, visible_patches};
 pub use presets::PRESETS;
 pub use size::Size;
 
-use crate::ops::{Activation, ImageShape, MaskingShape};
 use crate::{Error, Result};
 
 /// The largest `config.json` that is read: real ones have a few kilobytes.
 const MAX_BYTES: u64 = 16 << 20;
-
-/// The names of `hidden_act` that are known, with what they compute.
-const ACTIVATIONS: &[(&str, Activation)] = &[
-    ("gelu", Activation::Gelu),
-    ("gelu_new", Activation::GeluTanh),
-    ("gelu_pytorch_tanh", Activation::GeluTanh),
-    ("relu", Activation::Relu),
-    ("silu", Activation::Silu),
-    ("swish", Activation::Silu),
-    ("quick_gelu", Activation::QuickGelu),
-];
 
 /// The configuration of a masked autoencoder, under the names of transformers' `ViTMAEConfig`.
 ///
@@ -146,18 +138,6 @@ impl MaeConfig {
         json::write(self)
     }
 
-    /// What `hidden_act` computes.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for a name that is not known; the message lists those that are.
-    pub fn activation(&self) -> Result<Activation> {
-        let known = ACTIVATIONS.iter().find(|(name, _)| *name == self.hidden_act);
-        known.map(|(_, activation)| *activation).ok_or_else(|| {
-            let names: Vec<&str> = ACTIVATIONS.iter().map(|(name, _)| *name).collect();
-            Error::Config(format!("hidden_act {:?} is not known; known are {}", self.hidden_act, names.join(", ")))
-        })
-    }
-
     /// The sizes of an image and its patches.
     #[must_use]
     pub fn image(&self) -> ImageShape {
@@ -181,8 +161,8 @@ impl MaeConfig {
     /// Visible patches of an image at the configuration's `mask_ratio`.
     ///
     /// # Errors
-    /// As [`MaskingShape::new`].
+    /// As [`visible_patches`].
     pub fn keep(&self) -> Result<usize> {
-        Ok(MaskingShape::new(1, self.patches(), self.mask_ratio)?.keep)
+        visible_patches(self.patches(), self.mask_ratio)
     }
 }

@@ -1,7 +1,7 @@
 //! Matrix products with what surrounds them: bias, activation, residual.
 
 use crate::Result;
-use crate::ops::{Cost, Memory, Write};
+use crate::ops::{Activation, Cost, Memory, Write};
 
 /// Sizes of a linear layer: `rows` vectors from `inputs` to `outputs` features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,21 +24,6 @@ impl LinearShape {
             flops: 2 * (rows * inputs * outputs) as u64,
         }
     }
-}
-
-/// The function between the two layers of an MLP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `x * Phi(x)` with the error function (transformers' `gelu`).
-    Gelu,
-    /// Its tanh approximation (`gelu_new`, `gelu_pytorch_tanh`).
-    GeluTanh,
-    /// `max(x, 0)`.
-    Relu,
-    /// `x * sigmoid(x)` (`silu`, `swish`).
-    Silu,
-    /// `x * sigmoid(1.702 x)`.
-    QuickGelu,
 }
 
 /// Linear layers: `weight` is `[outputs, inputs]`, `bias` `[outputs]`, x `[rows, inputs]`, y `[rows, outputs]`.

@@ -3,8 +3,9 @@
 //! Noise in `[0, 1)` is drawn per patch and sorted, stably and ascending: the `keep` patches with the smallest noise are
 //! visible. (He et al. 2021, section 3; `random_masking` in transformers' `modeling_vit_mae.py`.)
 
+use crate::Result;
+use crate::config::visible_patches;
 use crate::ops::{Cost, Memory};
-use crate::{Error, Result};
 
 /// Sizes of a masking op.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,18 +19,12 @@ pub struct MaskingShape {
 }
 
 impl MaskingShape {
-    /// `keep = int(patches * (1 - ratio))`, computed in f64 and truncated as Python does (`L = 100` at 0.9 keeps 9).
-    ///
-    /// With few patches that can be none: the encoder then sees the class token alone, as in transformers.
+    /// Sizes at a mask ratio, with the [`visible_patches`] of that ratio.
     ///
     /// # Errors
-    /// [`Error::Value`] unless `0 <= ratio < 1`.
+    /// [`Error::Value`](crate::Error::Value) unless `0 <= ratio < 1`.
     pub fn new(batch: usize, patches: usize, ratio: f64) -> Result<Self> {
-        if !(0.0..1.0).contains(&ratio) {
-            return Err(Error::value("mask ratio", format!("{ratio} is not in [0, 1)")));
-        }
-        let keep = (patches as f64 * (1.0 - ratio)) as usize;
-        Ok(Self { batch, patches, keep })
+        Ok(Self { batch, patches, keep: visible_patches(patches, ratio)? })
     }
 
     /// Hidden patches of an image.
@@ -66,7 +61,7 @@ pub trait Masking: Memory {
     /// From the caller's noise `[B, L]`; ties keep the order of the patches.
     ///
     /// # Errors
-    /// [`Error::Shape`] for short buffers.
+    /// [`Error::Shape`](crate::Error::Shape) for short buffers.
     fn masking_from_noise(
         &self,
         shape: MaskingShape,
@@ -83,7 +78,7 @@ pub trait Masking: Memory {
     /// the top byte); patch `i` gets word `i % 4`, of which the 24 high bits are the noise.
     ///
     /// # Errors
-    /// [`Error::Shape`] for short buffers.
+    /// [`Error::Shape`](crate::Error::Shape) for short buffers.
     #[expect(clippy::too_many_arguments, reason = "four outputs and two inputs")]
     fn masking_random(
         &self,

@@ -26,6 +26,7 @@ mod patchify;
 mod spec;
 mod tokens;
 
+pub use crate::config::{Activation, ImageShape};
 pub(crate) use adamw::power;
 pub use adamw::{AdamW, AdamWSettings, AdamWState};
 pub use attention::{Attention, AttentionShape};
@@ -33,13 +34,13 @@ pub(crate) use communicator::BUCKET;
 pub use communicator::{Communicator, Watch};
 pub use cross_entropy::{CrossEntropy, CrossEntropyShape};
 pub use layernorm::{LayerNorm, LayerNormShape};
-pub use linear::{Activation, Linear, LinearShape};
+pub use linear::{Linear, LinearShape};
 pub use loss::{Loss, LossShape};
 pub use masking::{Masking, MaskingShape, RandomMask};
 #[cfg(feature = "cuda")]
 pub(crate) use memory::gather_on_host;
 pub use memory::{Element, Memory};
-pub use patchify::{ImageShape, Patchify, Pixels};
+pub use patchify::{Patchify, Pixels};
 pub use spec::{Cost, KERNELS, KernelSpec, OPS, OpSpec};
 pub use tokens::{Tokens, TokensShape};
 

@@ -1,8 +1,9 @@
 //! Checkpoints: the names, formats and files of weights.
 //!
 //! A checkpoint is a folder with `config.json` and `model.safetensors` (or shards and their index), as transformers writes
-//! it. A [`Store`](store::Store) reads the tensors of a file format, and a [`Dialect`](dialects::Dialect) says which parameters
-//! they are; whole autoencoders and encoders alone are read. Written are the names of transformers 4, which version 5 reads, too.
+//! it. A store reads the tensors of a file format, and a dialect says which parameters they are: transformers' names, the
+//! original implementation's with timm's, and TensorFlow's. Whole autoencoders and encoders alone are read; written are the names
+//! of transformers 4, which version 5 reads, too.
 
 mod checkpoint;
 mod dialects;
