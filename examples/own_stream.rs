@@ -27,7 +27,7 @@ use vitmae::cuda::tokens::tokens_unshuffle_forward;
 use vitmae::cuda::{Gpu, Slice, SliceMut, Stream};
 use vitmae::ops::{
     Activation, AdamW, AdamWSettings, AdamWState, Attention, AttentionShape, CrossEntropy, CrossEntropyShape, Element,
-    ImageShape, LayerNorm, LayerNormShape, Linear, LinearShape, Loss, LossShape, Masking, MaskingShape, Memory,
+    ImageShape, LayerNorm, LayerNormShape, Linear, LinearShape, Loss, LossShape, MaskingShape, Memory, PatchMasking,
     Patchify, Pixels, Tokens, TokensShape, Write,
 };
 use vitmae::random::RandomStream;

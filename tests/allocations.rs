@@ -8,7 +8,7 @@ use vitmae::cpu::{Cpu, CpuBuffer};
 use vitmae::model::{ImageValues, Images, MaeForPreTraining, Masking as HiddenPatches};
 use vitmae::ops::{
     Activation, AdamW, AdamWSettings, AdamWState, Attention, AttentionShape, CrossEntropy, CrossEntropyShape,
-    ImageShape, LayerNorm, LayerNormShape, Linear, LinearShape, Loss, LossShape, Masking, MaskingShape, Memory,
+    ImageShape, LayerNorm, LayerNormShape, Linear, LinearShape, Loss, LossShape, MaskingShape, Memory, PatchMasking,
     Patchify, Pixels, RandomMask, Tokens, TokensShape, Write,
 };
 use vitmae::train::{OptimizerSettings, Trainer};

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
 use vitmae::cpu::Cpu;
-use vitmae::ops::{Backend, Cost, Element, ImageShape};
+use vitmae::ops::{Backend, Cost, Element, ImageShape, Real};
 use vitmae::random::RandomStream;
 
 /// A model's sizes at 224 pixels, as far as ops depend on them.
@@ -148,7 +148,7 @@ impl<B: Backend<Master = f32>> Place<B> {
 
     /// Activations in [-1, 1).
     pub fn elements(&self, length: usize) -> vitmae::Result<B::Buffer<B::Element>> {
-        self.filled(length, |bits| B::element(f64::from(bits as i32) / f64::from(1u32 << 31)))
+        self.filled(length, |bits| B::Element::from_f64(f64::from(bits as i32) / f64::from(1u32 << 31)))
     }
 
     /// f32 numbers in [-1, 1): weights, vectors, statistics, noise.

@@ -249,7 +249,7 @@ pub(crate) fn run<B: Backend>(backend: B, arguments: Arguments, place: Place, qu
     arguments.original.explain(processes)?;
     let resume = resumes(arguments.resume.as_ref().map(Option::as_deref), &arguments.out, processes)?;
     let events = arguments.log_dir.clone();
-    let mut settings = arguments.settings(resume, backend.records())?;
+    let mut settings = arguments.settings(resume, backend.wants_large_batches())?;
     settings.config = shared_config(settings.config, processes)?;
     if settings.data_fingerprint.is_some() && settings.device != place.device {
         tracing::warn!(

@@ -6,12 +6,11 @@ use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
 use crate::Result;
 use crate::cpu::math;
 use crate::cpu::simd::Lanes;
-use crate::ops::{Communicator, Element};
+use crate::ops::{Communicator, Real};
 
 /// f32 or f64, and nothing else.
 pub trait Float:
-    Element
-    + Copy
+    Real
     + PartialOrd
     + Add<Output = Self>
     + Sub<Output = Self>
@@ -28,10 +27,6 @@ pub trait Float:
     const ZERO: Self;
     /// 1.
     const ONE: Self;
-    /// Rounds to this type.
-    fn from_f64(value: f64) -> Self;
-    /// Widens to f64.
-    fn to_f64(self) -> f64;
     /// Rounds to this type: exact for f64.
     fn from_f32(value: f32) -> Self;
     /// `self * factor + term`, rounded once.
@@ -44,11 +39,11 @@ pub trait Float:
     fn exp_bounded(self) -> Self;
     /// The error function, to about one unit in the last place of 1.
     fn erf(self) -> Self;
-    /// Adds up over processes.
+    /// Adds `values` up over all processes, in place.
     ///
     /// # Errors
     /// As [`Communicator::sum`].
-    fn sum_over(values: &mut [Self], processes: &dyn Communicator) -> Result<()>;
+    fn all_reduce(values: &mut [Self], processes: &dyn Communicator) -> Result<()>;
     /// The larger of two numbers; `other` where either is NaN.
     #[inline(always)]
     fn larger(self, other: Self) -> Self {
@@ -60,18 +55,8 @@ impl Float for f32 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
 
-    fn sum_over(values: &mut [Self], processes: &dyn Communicator) -> Result<()> {
+    fn all_reduce(values: &mut [Self], processes: &dyn Communicator) -> Result<()> {
         processes.sum(values)
-    }
-
-    #[inline(always)]
-    fn from_f64(value: f64) -> Self {
-        value as f32
-    }
-
-    #[inline(always)]
-    fn to_f64(self) -> f64 {
-        f64::from(self)
     }
 
     #[inline(always)]
@@ -109,18 +94,8 @@ impl Float for f64 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
 
-    fn sum_over(values: &mut [Self], processes: &dyn Communicator) -> Result<()> {
+    fn all_reduce(values: &mut [Self], processes: &dyn Communicator) -> Result<()> {
         processes.sum_f64(values)
-    }
-
-    #[inline(always)]
-    fn from_f64(value: f64) -> Self {
-        value
-    }
-
-    #[inline(always)]
-    fn to_f64(self) -> f64 {
-        self
     }
 
     #[inline(always)]

@@ -2,11 +2,11 @@
 
 use crate::cpu::parallel::{self, Shared};
 use crate::cpu::{Cpu, CpuBuffer, Float, check, scratch};
-use crate::ops::{Masking, MaskingShape, RandomMask};
+use crate::ops::{MaskingShape, PatchMasking, RandomMask};
 use crate::random::{MASKING_STREAM, RandomStream};
 use crate::{Error, Result};
 
-impl<F: Float> Masking for Cpu<F> {
+impl<F: Float> PatchMasking for Cpu<F> {
     fn masking_from_noise(
         &self,
         shape: MaskingShape,

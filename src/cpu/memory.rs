@@ -8,7 +8,7 @@ use std::sync::Arc;
 use memmap2::MmapMut;
 
 use crate::cpu::{Cpu, Float};
-use crate::ops::{Communicator, Element, Memory};
+use crate::ops::{Collectives, Communicator, Element, Memory, Record};
 use crate::{Error, Result};
 
 /// Wide enough for a cache line and for any vector register.
@@ -107,7 +107,6 @@ impl<F: Float> Memory for Cpu<F> {
     type Element = F;
     type Master = F;
     type Buffer<T: Element> = CpuBuffer<T>;
-    type Recording = std::convert::Infallible;
 
     fn buffer<T: Element>(&self, length: usize) -> Result<CpuBuffer<T>> {
         let bytes = length
@@ -164,9 +163,19 @@ impl<F: Float> Memory for Cpu<F> {
         buffer.fill(T::default());
         Ok(())
     }
+}
 
+impl<F: Float> Collectives for Cpu<F> {
     fn all_reduce(&self, buffer: &mut CpuBuffer<F>, processes: &dyn Communicator) -> Result<()> {
-        F::sum_over(buffer, processes)
+        F::all_reduce(buffer, processes)
+    }
+}
+
+impl<F: Float> Record for Cpu<F> {
+    type Recording = std::convert::Infallible;
+
+    fn records(&self) -> bool {
+        false
     }
 
     fn record(&self, _work: impl FnOnce() -> Result<()>) -> Result<Self::Recording> {
@@ -175,21 +184,5 @@ impl<F: Float> Memory for Cpu<F> {
 
     unsafe fn replay(&self, recording: &Self::Recording) -> Result<bool> {
         match *recording {}
-    }
-
-    fn element(value: f64) -> F {
-        F::from_f64(value)
-    }
-
-    fn master(value: f64) -> F {
-        F::from_f64(value)
-    }
-
-    fn element_f64(value: F) -> f64 {
-        value.to_f64()
-    }
-
-    fn master_f64(value: F) -> f64 {
-        value.to_f64()
     }
 }

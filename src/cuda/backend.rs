@@ -10,12 +10,12 @@ use half::bf16;
 use super::error::CudaError;
 use super::launch::{Buffer, Slice, SliceMut, Stream};
 use super::recording::RecordedWork;
-use crate::ops::{Communicator, Element, Memory, gather_on_host};
+use crate::ops::{Collectives, Communicator, Element, Memory, Real, Record, gather_on_host};
 use crate::{Error, Result};
 
 /// The type of activations and weight matrices on a GPU: [`bf16`] to train, `f32` to compare.
 pub trait CudaElement:
-    Element
+    Real
     + super::adamw::WorkingElement
     + super::attention::AttentionElement
     + super::cross_entropy::LogitElement
@@ -25,38 +25,18 @@ pub trait CudaElement:
     + super::patchify::RowElement
     + super::tokens::TokenElement
 {
-    /// Rounds to this type.
-    fn from_f64(value: f64) -> Self;
-    /// Widens to f64.
-    fn to_f64(self) -> f64;
     /// The working copy of masters: `None` where these are the masters themselves.
     #[must_use]
     fn is_master() -> bool;
 }
 
 impl CudaElement for f32 {
-    fn from_f64(value: f64) -> Self {
-        value as f32
-    }
-
-    fn to_f64(self) -> f64 {
-        self.into()
-    }
-
     fn is_master() -> bool {
         true
     }
 }
 
 impl CudaElement for bf16 {
-    fn from_f64(value: f64) -> Self {
-        Self::from_f64(value)
-    }
-
-    fn to_f64(self) -> f64 {
-        self.to_f64()
-    }
-
     fn is_master() -> bool {
         false
     }
@@ -67,7 +47,7 @@ impl CudaElement for bf16 {
 pub struct Cuda<E> {
     stream: Stream,
     scratch: Arc<Mutex<Scratch>>,
-    /// Where buffers come from while [`Memory::together`] makes them.
+    /// Where buffers come from while [`Memory::in_one_allocation`] makes them.
     arena: Option<Arc<Mutex<Arena>>>,
     element: PhantomData<E>,
 }
@@ -110,7 +90,7 @@ impl<E: CudaElement> Cuda<E> {
     ///
     /// The memory only grows, so that after the first step nothing is allocated. Growing gives the old memory back, for which
     /// the host waits until the launches that use it are done. A captured graph keeps the address that it saw: run what it
-    /// captures once before; after the memory has grown, [`Memory::replay`] refuses the graph.
+    /// captures once before; after the memory has grown, [`Record::replay`] refuses the graph.
     ///
     /// `work` must not ask for scratch memory itself: it would wait for its own.
     ///
@@ -263,7 +243,6 @@ impl<E: CudaElement> Memory for Cuda<E> {
     type Element = E;
     type Master = f32;
     type Buffer<T: Element> = CudaBuffer<T>;
-    type Recording = CudaRecording;
 
     fn buffer<T: Element>(&self, length: usize) -> Result<CudaBuffer<T>> {
         let bytes = length.saturating_mul(size_of::<T>());
@@ -275,7 +254,7 @@ impl<E: CudaElement> Memory for Cuda<E> {
         arena.used = byte.saturating_add(bytes).saturating_add(ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
         let memory = match &arena.memory {
             Some(memory) if arena.used <= memory.len() => Arc::clone(memory),
-            Some(memory) => return Err(Error::shape("together", "bytes", memory.len(), arena.used)),
+            Some(memory) => return Err(Error::shape("in_one_allocation", "bytes", memory.len(), arena.used)),
             None => Arc::new(self.stream.uninitialised(0)?),
         };
         Ok(CudaBuffer { memory, byte, length, element: PhantomData })
@@ -335,6 +314,23 @@ impl<E: CudaElement> Memory for Cuda<E> {
         Ok(self.stream.fill(&mut buffer.slice_mut(), 0)?)
     }
 
+    fn in_one_allocation<T>(&self, make: impl Fn(&Self) -> Result<T>) -> Result<T> {
+        if self.arena.is_some() {
+            return make(self);
+        }
+        let (measuring, arena) = self.with_arena(None);
+        make(&measuring)?;
+        let bytes = arena.lock().unwrap_or_else(PoisonError::into_inner).used;
+        let memory = self.stream.zeros(bytes)?;
+        make(&self.with_arena(Some(Arc::new(memory))).0)
+    }
+
+    fn wants_large_batches(&self) -> bool {
+        true
+    }
+}
+
+impl<E: CudaElement> Collectives for Cuda<E> {
     fn connect(&self, processes: &dyn Communicator) -> Result<bool> {
         self.stream.driver().connect(processes)
     }
@@ -364,17 +360,10 @@ impl<E: CudaElement> Memory for Cuda<E> {
         }
         gather_on_host(self, buffer, part, processes)
     }
+}
 
-    fn together<T>(&self, make: impl Fn(&Self) -> Result<T>) -> Result<T> {
-        if self.arena.is_some() {
-            return make(self);
-        }
-        let (measuring, arena) = self.with_arena(None);
-        make(&measuring)?;
-        let bytes = arena.lock().unwrap_or_else(PoisonError::into_inner).used;
-        let memory = self.stream.zeros(bytes)?;
-        make(&self.with_arena(Some(Arc::new(memory))).0)
-    }
+impl<E: CudaElement> Record for Cuda<E> {
+    type Recording = CudaRecording;
 
     fn records(&self) -> bool {
         true
@@ -392,21 +381,5 @@ impl<E: CudaElement> Memory for Cuda<E> {
         // SAFETY: the caller promises the buffers, and the scratch memory is still the one that was recorded.
         unsafe { recording.work.launch() }?;
         Ok(true)
-    }
-
-    fn element(value: f64) -> E {
-        E::from_f64(value)
-    }
-
-    fn master(value: f64) -> f32 {
-        value as f32
-    }
-
-    fn element_f64(value: E) -> f64 {
-        value.to_f64()
-    }
-
-    fn master_f64(value: f32) -> f64 {
-        value.into()
     }
 }

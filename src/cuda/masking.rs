@@ -4,7 +4,7 @@ use super::backend::{Cuda, CudaBuffer, CudaElement};
 use super::embedded::Kernel;
 use super::error::Result;
 use super::launch::{Argument, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
-use crate::ops::{self, Masking};
+use crate::ops::{self, PatchMasking};
 
 pub use crate::ops::MaskingShape;
 
@@ -113,7 +113,7 @@ fn check(op: &'static str, output: &MaskingOutput<'_>, shape: MaskingShape) -> R
     Ok((grid, patches as u32, keep as u32))
 }
 
-impl<E: CudaElement> Masking for Cuda<E> {
+impl<E: CudaElement> PatchMasking for Cuda<E> {
     fn masking_from_noise(
         &self,
         shape: MaskingShape,

@@ -13,7 +13,7 @@ use crate::model::transformer::{self, Observer};
 use crate::model::workspace::{Purpose, Workspace, WorkspaceShape};
 use crate::model::{Masking, initialize};
 use crate::nvtx::range;
-use crate::ops::{Backend, LayerNormShape, LinearShape, LossShape, TokensShape};
+use crate::ops::{Backend, LayerNormShape, LinearShape, LossShape, Real, TokensShape};
 use crate::weights::{Checkpoint, Group, Parts};
 use crate::{Error, Result};
 
@@ -310,7 +310,7 @@ impl<B: Backend> MaeForPreTraining<B> {
             batch,
             patches,
             keep,
-            loss: B::master_f64(loss_value[0]),
+            loss: loss_value[0].to_f64(),
             logits: download_elements(backend, &decoder.prediction, logits)?,
             mask,
             ids_restore,

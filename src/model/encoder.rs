@@ -10,7 +10,7 @@ use crate::model::positions::PositionInterpolation;
 use crate::model::transformer::{self, Observer};
 use crate::model::workspace::{Purpose, Workspace, WorkspaceShape};
 use crate::nvtx::range;
-use crate::ops::{AttentionShape, Backend, LayerNormShape, LinearShape, TokensShape};
+use crate::ops::{AttentionShape, Backend, LayerNormShape, LinearShape, Real, TokensShape};
 use crate::weights::{Checkpoint, Parts};
 use crate::{Error, Result};
 
@@ -270,7 +270,7 @@ impl<B: Backend> EncoderView<'_, B> {
 pub(crate) fn download_elements<B: Backend>(backend: &B, from: &Matrix<B>, length: usize) -> Result<Vec<f32>> {
     let mut values = vec![B::Element::default(); length];
     backend.download(&mut values, from)?;
-    Ok(values.into_iter().map(|value| B::element_f64(value) as f32).collect())
+    Ok(values.into_iter().map(|value| value.to_f64() as f32).collect())
 }
 
 /// Brings hidden states and attention maps to the host while a stack runs.

@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use crate::config::MaeConfig;
 use crate::config::declare::{AutoencoderLayers, BlockLayers, Builder, EncoderLayers, Init};
-use crate::ops::{Backend, Memory};
+use crate::ops::{Backend, Memory, Real};
 use crate::weights::{Checkpoint, Group, ParameterSpec, Parts, parameters_and_stages};
 use crate::{Error, Result};
 
@@ -152,7 +152,7 @@ impl<B: Backend> Parameters<B> {
     /// Copies parameter `index` to the device, rounding from f32.
     pub(crate) fn set(&mut self, backend: &B, index: usize, values: &[f32]) -> Result<()> {
         let range = self.layout.range(index);
-        let masters: Vec<B::Master> = values.iter().map(|&value| B::master(f64::from(value))).collect();
+        let masters: Vec<B::Master> = values.iter().map(|&value| B::Master::from_f64(value.into())).collect();
         // SAFETY: the handle lives only here, and `self` is borrowed mutably.
         let mut part = unsafe { backend.alias(&self.master, range.start, range.len())? };
         backend.upload(&mut part, &masters)
@@ -179,7 +179,7 @@ pub(crate) fn download_part<B: Backend>(
     let part = unsafe { backend.alias(arena, range.start, range.len())? };
     let mut values = vec![B::Master::default(); range.len()];
     backend.download(&mut values, &part)?;
-    Ok(values.into_iter().map(|value| B::master_f64(value) as f32).collect())
+    Ok(values.into_iter().map(|value| value.to_f64() as f32).collect())
 }
 
 /// Where the next parameter of each group lies, in the order of the declaration.

@@ -4,7 +4,7 @@ use crate::config::MaeConfig;
 use crate::model::images::{ImageValues, Images};
 use crate::model::positions::{PositionInterpolation, interpolate_flat, interpolate_grid};
 use crate::model::transformer::{Keep, Scratch, StackActivations, StackShape};
-use crate::ops::{Backend, ImageShape, MaskingShape, Pixels};
+use crate::ops::{Backend, ImageShape, MaskingShape, Pixels, Real};
 use crate::{Error, Result};
 
 /// What a workspace is for.
@@ -241,7 +241,7 @@ pub struct Workspace<B: Backend> {
 
 impl<B: Backend> Workspace<B> {
     pub(crate) fn new(backend: &B, config: &MaeConfig, shape: WorkspaceShape) -> Result<Self> {
-        backend.together(|backend| Self::build(backend, config, shape))
+        backend.in_one_allocation(|backend| Self::build(backend, config, shape))
     }
 
     fn build(backend: &B, config: &MaeConfig, shape: WorkspaceShape) -> Result<Self> {
@@ -347,13 +347,13 @@ impl<B: Backend> Workspace<B> {
         let resample = |table: &B::Buffer<B::Master>, width: usize, flat: bool| -> Result<B::Buffer<B::Master>> {
             let mut masters = vec![B::Master::default(); (1 + old.0 * old.1) * width];
             backend.download(&mut masters, table)?;
-            let values: Vec<f32> = masters.into_iter().map(|value| B::master_f64(value) as f32).collect();
+            let values: Vec<f32> = masters.into_iter().map(|value| value.to_f64() as f32).collect();
             let values = if flat {
                 interpolate_flat(&values, width, old.0 * old.1, new.0 * new.1)
             } else {
                 interpolate_grid(&values, width, old, new)
             };
-            let masters: Vec<B::Master> = values.into_iter().map(|value| B::master(f64::from(value))).collect();
+            let masters: Vec<B::Master> = values.into_iter().map(|value| B::Master::from_f64(value.into())).collect();
             let mut buffer = backend.buffer(masters.len())?;
             backend.upload(&mut buffer, &masters)?;
             Ok(buffer)

@@ -41,7 +41,7 @@ impl MaskingShape {
     }
 }
 
-/// What the noise of [`Masking::masking_random`] depends on: neither on the device nor on batch or worker counts.
+/// What the noise of [`PatchMasking::masking_random`] depends on: neither on the device nor on batch or worker counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RandomMask {
     /// The run's seed.
@@ -57,7 +57,7 @@ pub struct RandomMask {
 /// - `ids_hidden` `[B, L - keep]`: the others, likewise;
 /// - `ids_restore` `[B, L]`: the rank of each patch in the shuffle (its argsort);
 /// - `mask` `[B, L]`: 0 = visible, 1 = hidden.
-pub trait Masking: Memory {
+pub trait PatchMasking: Memory {
     /// From the caller's noise `[B, L]`; ties keep the order of the patches.
     ///
     /// # Errors

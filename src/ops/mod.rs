@@ -1,7 +1,7 @@
 //! The contract between the model and whatever runs it.
 //!
-//! A backend is a value of a type that implements [`Backend`]: memory plus one small trait per op family, forward and
-//! backward side by side. The model in [`crate::model`] is written once over these traits.
+//! A backend is a value of a type that implements [`Backend`]: memory, exchanges and
+//! recordings, and one small trait per op family with forward and backward side by side. The model in [`crate::model`] is written once over these traits.
 //!
 //! Conventions, for every op unless its own page says otherwise:
 //!
@@ -15,14 +15,17 @@
 
 mod adamw;
 mod attention;
+mod collectives;
 mod communicator;
 mod cross_entropy;
+mod element;
 mod layernorm;
 mod linear;
 mod loss;
 mod masking;
 mod memory;
 mod patchify;
+mod recording;
 mod spec;
 mod tokens;
 
@@ -30,24 +33,43 @@ pub use crate::config::{Activation, ImageShape};
 pub(crate) use adamw::power;
 pub use adamw::{AdamW, AdamWSettings, AdamWState};
 pub use attention::{Attention, AttentionShape};
+pub use collectives::Collectives;
+#[cfg(feature = "cuda")]
+pub(crate) use collectives::gather_on_host;
 pub(crate) use communicator::BUCKET;
 pub use communicator::{Communicator, Watch};
 pub use cross_entropy::{CrossEntropy, CrossEntropyShape};
+pub use element::{Element, Real};
 pub use layernorm::{LayerNorm, LayerNormShape};
 pub use linear::{Linear, LinearShape};
 pub use loss::{Loss, LossShape};
-pub use masking::{Masking, MaskingShape, RandomMask};
-#[cfg(feature = "cuda")]
-pub(crate) use memory::gather_on_host;
-pub use memory::{Element, Memory};
+pub use masking::{MaskingShape, PatchMasking, RandomMask};
+pub use memory::Memory;
 pub use patchify::{Patchify, Pixels};
+pub use recording::Record;
 pub use spec::{Cost, KERNELS, KernelSpec, OPS, OpSpec};
 pub use tokens::{Tokens, TokensShape};
 
 /// Everything the model needs of a device.
-pub trait Backend: Masking + Patchify + Linear + Tokens + LayerNorm + Attention + Loss + CrossEntropy + AdamW {}
+pub trait Backend:
+    Collectives + Record + PatchMasking + Patchify + Linear + Tokens + LayerNorm + Attention + Loss + CrossEntropy + AdamW
+{
+}
 
-impl<T: Masking + Patchify + Linear + Tokens + LayerNorm + Attention + Loss + CrossEntropy + AdamW> Backend for T {}
+impl<T> Backend for T where
+    T: Collectives
+        + Record
+        + PatchMasking
+        + Patchify
+        + Linear
+        + Tokens
+        + LayerNorm
+        + Attention
+        + Loss
+        + CrossEntropy
+        + AdamW
+{
+}
 
 /// Whether a gradient replaces what the output holds or is added to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

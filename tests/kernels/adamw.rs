@@ -2,7 +2,7 @@
 
 use half::bf16;
 use vitmae::cpu::Cpu;
-use vitmae::ops::{AdamW, AdamWSettings, AdamWState, Memory};
+use vitmae::ops::{AdamW, AdamWSettings, AdamWState, Memory, Real};
 
 use super::emulated::adamw::{ADAMW_FACTORS, AdamWArenas, AdamWInput, adamw_step, gradient_norm};
 use super::emulated::adamw::{gradient_norm_partials, masters_to_bf16, weights_average};
@@ -87,7 +87,7 @@ fn check<E: CudaElement>(device: &Cuda<E>, length: usize, decayed: usize, shift:
     close_masters(&what("first moment"), &found.first, &expected.first);
     close_masters(&what("second moment"), &found.second, &expected.second);
     // The working copy is exactly the rounded masters; where it is the masters themselves, nothing is written.
-    let rounded = |&value: &f64| if E::is_master() { 0.0 } else { Cuda::<E>::element_f64(E::from_f64(value)) };
+    let rounded = |&value: &f64| if E::is_master() { 0.0 } else { E::from_f64(value).to_f64() };
     assert_eq!(found.working, found.master[..decayed].iter().map(rounded).collect::<Vec<_>>(), "{}", what("copy"));
 }
 
@@ -169,7 +169,7 @@ fn norm<B: AdamW>(bench: &Bench<'_, B>, gradient: &[f64]) -> f64 {
     bench.backend.gradient_norm(gradient.len(), &mut norm, &gradient_buffer).expect("no fault");
     let mut value = [B::Master::default()];
     bench.backend.download(&mut value, &norm).expect("downloaded");
-    B::master_f64(value[0])
+    value[0].to_f64()
 }
 
 #[test]

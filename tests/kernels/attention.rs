@@ -171,7 +171,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 
 /// The same by the definition, with every tensor rounded to the element type: what nobody can blame a kernel for.
 fn naive<E: CudaElement>(shape: AttentionShape, inputs: &Inputs) -> Outputs {
-    let round = |value: f64| Cuda::<E>::element_f64(Cuda::<E>::element(value));
+    let round = |value: f64| E::from_f64(value).to_f64();
     let AttentionShape { batch, tokens, heads, .. } = shape;
     let mut outputs = Outputs {
         out: vec![0.0; inputs.dout.len()],

@@ -20,7 +20,7 @@ pub fn random(n: usize, seed: u32) -> Vec<f64> {
 }
 
 pub fn rounded<E: CudaElement>(values: &[f64]) -> Vec<f64> {
-    values.iter().map(|&value| <E as CudaElement>::from_f64(value).to_f64()).collect()
+    values.iter().map(|&value| E::from_f64(value).to_f64()).collect()
 }
 
 /// A buffer with poison before, after and, for an output, in it.

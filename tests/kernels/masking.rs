@@ -1,7 +1,7 @@
 //! Masking against a stable sort.
 
 use vitmae::cpu::Cpu;
-use vitmae::ops::{self, Masking, Memory};
+use vitmae::ops::{self, Memory, PatchMasking};
 
 use super::emulated::masking::{MAX_PATCHES, MaskingOutput, MaskingShape, RandomMask};
 use super::emulated::masking::{masking_forward_noise, masking_forward_random};
@@ -180,7 +180,7 @@ fn random_masks_depend_on_seed_epoch_and_sample_alone() {
 }
 
 /// Both ops through the contract, into buffers that are longer than they need be.
-fn as_a_backend<M: Masking>(device: &M, shape: MaskingShape, noise: &[f32], samples: &[u64]) -> [Masks; 2] {
+fn as_a_backend<M: PatchMasking>(device: &M, shape: MaskingShape, noise: &[f32], samples: &[u64]) -> [Masks; 2] {
     let MaskingShape { batch, patches, keep } = shape;
     let hidden = patches - keep;
     let words = |len| device.buffer::<u32>(len + 5).expect("reserved");

@@ -2,7 +2,7 @@
 
 use half::bf16;
 use vitmae::cpu::Cpu;
-use vitmae::ops::{ImageShape, Patchify, Pixels};
+use vitmae::ops::{ImageShape, Patchify, Pixels, Real};
 
 use super::emulated::patchify::{BytePixels, PatchifyShape, RowElement};
 use super::emulated::patchify::{patchify_visible_forward_bytes, patchify_visible_forward_f32};
@@ -236,7 +236,7 @@ fn as_a_backend<M: Patchify>(device: &M, shape: PatchifyShape, ids: &[u32]) -> [
         let mut rows = device.buffer(found.len() + 3).expect("reserved");
         device.patchify_visible_forward(image, batch, keep, &mut rows, pixels, &id_buffer).expect("no fault");
         device.download(&mut found, &rows).expect("downloaded");
-        found.into_iter().map(M::element_f64).collect()
+        found.into_iter().map(M::Element::to_f64).collect()
     })
 }
 

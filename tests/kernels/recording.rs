@@ -125,7 +125,7 @@ fn buffers_that_are_made_together_share_one_allocation() {
     let cuda = Cuda::<f32>::new(device.stream());
     let before = cuda.stream().allocations();
     let (mut small, mut large, filled) = cuda
-        .together(|cuda| {
+        .in_one_allocation(|cuda| {
             let (small, large) = (cuda.buffer::<u8>(3)?, cuda.buffer::<f32>(1000)?);
             let mut filled = cuda.buffer::<u32>(2)?;
             cuda.upload(&mut filled, &[5, 6])?;

@@ -1,6 +1,6 @@
 //! Running an op of the contract on any backend, and judging what it wrote against the CPU in f64.
 
-use vitmae::ops::Memory;
+use vitmae::ops::{Memory, Real};
 use vitmae::random::RandomStream;
 
 /// Elements behind what a shape needs, which no op may touch.
@@ -42,12 +42,12 @@ impl<B: Memory> Bench<'_, B> {
 
     /// Activations, with guards behind them.
     pub fn elements(&self, values: &[f64]) -> B::Buffer<B::Element> {
-        self.buffer(values.iter().chain(&[GUARD; GUARDS]).map(|&value| B::element(value)))
+        self.buffer(values.iter().chain(&[GUARD; GUARDS]).map(|&value| B::Element::from_f64(value)))
     }
 
     /// Vectors, statistics or parameter gradients, with guards behind them.
     pub fn masters(&self, values: &[f64]) -> B::Buffer<B::Master> {
-        self.buffer(values.iter().chain(&[GUARD; GUARDS]).map(|&value| B::master(value)))
+        self.buffer(values.iter().chain(&[GUARD; GUARDS]).map(|&value| B::Master::from_f64(value)))
     }
 
     /// An output full of NaN.
@@ -67,16 +67,16 @@ impl<B: Memory> Bench<'_, B> {
 
     /// What an op wrote into activations.
     pub fn read(&self, buffer: &B::Buffer<B::Element>) -> Vec<f64> {
-        let mut values = vec![B::element(0.0); self.backend.length(buffer)];
+        let mut values = vec![B::Element::from_f64(0.0); self.backend.length(buffer)];
         self.backend.download(&mut values, buffer).expect("downloaded");
-        without_guards(values.into_iter().map(B::element_f64).collect())
+        without_guards(values.into_iter().map(B::Element::to_f64).collect())
     }
 
     /// What an op wrote into masters.
     pub fn read_masters(&self, buffer: &B::Buffer<B::Master>) -> Vec<f64> {
-        let mut values = vec![B::master(0.0); self.backend.length(buffer)];
+        let mut values = vec![B::Master::from_f64(0.0); self.backend.length(buffer)];
         self.backend.download(&mut values, buffer).expect("downloaded");
-        without_guards(values.into_iter().map(B::master_f64).collect())
+        without_guards(values.into_iter().map(B::Master::to_f64).collect())
     }
 }
 
@@ -119,7 +119,7 @@ pub fn as_close_as_naive(what: &str, [found, naive, exact]: [&[f64]; 3], factor:
 /// computation of an op that computes in f32 and rounds once.
 #[track_caller]
 pub fn close<B: Memory>(what: &str, found: &[f64], expected: &[f64], factor: f64) {
-    let naive: Vec<f64> = expected.iter().map(|&value| B::element_f64(B::element(value))).collect();
+    let naive: Vec<f64> = expected.iter().map(|&value| B::Element::from_f64(value).to_f64()).collect();
     as_close_as_naive(what, [found, &naive, expected], factor, ARITHMETIC, 0.0);
 }
 

@@ -1,6 +1,6 @@
 //! Scratch memory of the CUDA backend.
 
-use vitmae::ops::Memory;
+use vitmae::ops::{Memory, Record};
 
 use super::emulated::{Cuda, CudaBuffer, SliceMut, device};
 

@@ -1,6 +1,6 @@
 use proptest::prelude::*;
 use vitmae::cpu::Cpu;
-use vitmae::ops::{Masking, MaskingShape, RandomMask};
+use vitmae::ops::{MaskingShape, PatchMasking, RandomMask};
 use vitmae::random::{AUGMENTATION_STREAM, MASKING_STREAM, RandomStream, philox4x32};
 
 use crate::support::{plain, read_plain, same_on_any_threads};

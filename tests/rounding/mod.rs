@@ -29,7 +29,6 @@ impl Memory for Rounding {
     type Element = f64;
     type Master = f64;
     type Buffer<T: Element> = CpuBuffer<T>;
-    type Recording = <Cpu<f64> as Memory>::Recording;
 
     fn buffer<T: Element>(&self, length: usize) -> Result<CpuBuffer<T>> {
         self.0.buffer(length)
@@ -66,6 +65,16 @@ impl Memory for Rounding {
     fn zero<T: Element>(&self, buffer: &mut CpuBuffer<T>) -> Result<()> {
         self.0.zero(buffer)
     }
+}
+
+impl Collectives for Rounding {}
+
+impl Record for Rounding {
+    type Recording = <Cpu<f64> as Record>::Recording;
+
+    fn records(&self) -> bool {
+        false
+    }
 
     fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Self::Recording> {
         self.0.record(work)
@@ -75,25 +84,9 @@ impl Memory for Rounding {
         // SAFETY: the caller's promise.
         unsafe { self.0.replay(recording) }
     }
-
-    fn element(value: f64) -> f64 {
-        bf16::from_f64(value).to_f64()
-    }
-
-    fn master(value: f64) -> f64 {
-        value
-    }
-
-    fn element_f64(value: f64) -> f64 {
-        value
-    }
-
-    fn master_f64(value: f64) -> f64 {
-        value
-    }
 }
 
-impl Masking for Rounding {
+impl PatchMasking for Rounding {
     fn masking_from_noise(
         &self,
         shape: MaskingShape,

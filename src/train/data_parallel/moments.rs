@@ -5,7 +5,7 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use crate::model::download_part;
-use crate::ops::{AdamWState, BUCKET, Backend, Communicator};
+use crate::ops::{AdamWState, BUCKET, Backend, Communicator, Real};
 use crate::train::Trainer;
 use crate::weights::{TensorFile, write_f32, write_stream};
 use crate::{Error, Result};
@@ -73,7 +73,7 @@ impl<B: Backend> Trainer<B> {
             let values = match gathered {
                 Some(gathered) => {
                     let all = if first { &gathered.first } else { &gathered.second };
-                    all[range].iter().map(|&value| B::master_f64(value) as f32).collect()
+                    all[range].iter().map(|&value| value.to_f64() as f32).collect()
                 }
                 None => {
                     let arena = if first { &self.optimizer.first } else { &self.optimizer.second };
@@ -102,7 +102,7 @@ impl<B: Backend> Trainer<B> {
                     return Err(Error::checkpoint(path, problem));
                 }
                 for (value, read) in values[range].iter_mut().zip(read) {
-                    *value = B::master(f64::from(read));
+                    *value = B::Master::from_f64(read.into());
                 }
             }
             Ok(values)

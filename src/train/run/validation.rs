@@ -10,7 +10,7 @@ use crate::data::{
 };
 use crate::distributed::Processes;
 use crate::model::{ImageValues, Images, Masking};
-use crate::ops::{Backend, Communicator, RandomMask};
+use crate::ops::{Backend, Communicator, RandomMask, Real};
 use crate::train::{PretrainSettings, Trainer};
 use crate::{Error, Result};
 
@@ -247,6 +247,6 @@ impl<B: Backend> Trainer<B> {
         }
         let mut loss = [B::Master::default()];
         backend.download(&mut loss, validation_loss)?;
-        Ok(B::master_f64(loss[0]))
+        Ok(loss[0].to_f64())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::ops::Backend;
+use crate::ops::{Backend, Real};
 use crate::train::Trainer;
 use crate::weights::Checkpoint;
 use crate::{Error, Result};
@@ -65,7 +65,7 @@ impl<B: Backend> Trainer<B> {
         Checkpoint::open(folder)?.read_into(layout.specs(), |index, read| {
             let range = layout.range(index);
             if let Some(values) = values.get_mut(range) {
-                values.iter_mut().zip(read).for_each(|(value, &read)| *value = B::master(f64::from(read)));
+                values.iter_mut().zip(read).for_each(|(value, &read)| *value = B::Master::from_f64(read.into()));
             }
             Ok(())
         })?;
