@@ -17,7 +17,7 @@ pub(crate) fn too_many(seen: usize, bad: usize, certain: bool, world: usize) -> 
 }
 
 /// Counts good and bad pictures, each once.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Health {
     count: usize,
     /// Processes that read the set: the more there are, the likelier one of them meets many bad pictures by chance.
@@ -25,7 +25,6 @@ pub(crate) struct Health {
     /// One bit per picture.
     seen_bits: Vec<u64>,
     seen: usize,
-    pub(crate) bad: usize,
     pub(crate) bad_pictures: HashSet<usize>,
     examples: Vec<String>,
     /// Bad pictures that an earlier pass has logged.
@@ -34,17 +33,12 @@ pub(crate) struct Health {
 
 impl Health {
     pub(crate) fn new(count: usize, world: usize) -> Self {
-        let seen_bits = vec![0; count.div_ceil(64)];
-        Self {
-            count,
-            world,
-            seen_bits,
-            seen: 0,
-            bad: 0,
-            bad_pictures: HashSet::new(),
-            examples: Vec::new(),
-            known: HashSet::new(),
-        }
+        Self { count, world, seen_bits: vec![0; count.div_ceil(64)], ..Self::default() }
+    }
+
+    /// How many pictures are bad.
+    pub(crate) fn bad(&self) -> usize {
+        self.bad_pictures.len()
     }
 
     pub(crate) fn saw(&mut self, index: usize) {
@@ -59,11 +53,8 @@ impl Health {
     pub(crate) fn saw_bad(&mut self, index: usize, error: &Error) -> bool {
         self.saw(index);
         let new = self.bad_pictures.insert(index);
-        if new {
-            self.bad += 1;
-            if self.examples.len() < 3 {
-                self.examples.push(error.to_string());
-            }
+        if new && self.examples.len() < 3 {
+            self.examples.push(error.to_string());
         }
         new && !self.known.contains(&index)
     }
@@ -73,17 +64,17 @@ impl Health {
     /// often hold two of them.
     pub(crate) fn is_refused(&self, whole_epoch: bool) -> bool {
         let certain = (whole_epoch && self.world == 1) || self.seen == self.count;
-        too_many(self.seen, self.bad, certain, self.world)
+        too_many(self.seen, self.bad(), certain, self.world)
     }
 
     pub(crate) fn problem(&self) -> String {
         format!(
             "{} of {} pictures seen cannot be used, more than {:.0} %: {}{}. Repair or remove them",
-            self.bad,
+            self.bad(),
             self.seen,
             BAD_SHARE * 100.0,
             self.examples.join("; "),
-            if self.bad > self.examples.len() { "; …" } else { "" }
+            if self.bad() > self.examples.len() { "; …" } else { "" }
         )
     }
 }

@@ -76,7 +76,7 @@ impl Resample {
 }
 
 /// A box of whole pixels in a picture.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CropBox {
     /// The first row.
     pub top: usize,
@@ -97,7 +97,7 @@ impl CropBox {
 }
 
 /// What is seen of a picture.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Region {
     pub(crate) crop: CropBox,
     /// Whether left and right change places.
@@ -108,12 +108,6 @@ impl Region {
     /// All of a picture of `height x width` pixels.
     pub(crate) fn whole(height: usize, width: usize) -> Self {
         Self { crop: CropBox { top: 0, left: 0, height, width }, mirrored: false }
-    }
-}
-
-impl Default for Region {
-    fn default() -> Self {
-        Self::whole(0, 0)
     }
 }
 

@@ -9,7 +9,6 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
@@ -21,20 +20,9 @@ const MAX_HEADER: u64 = 100_000_000;
 /// More dimensions than any tensor has.
 const MAX_RANK: usize = 32;
 
-/// One tensor of a file.
-#[derive(Clone, Debug)]
-pub(crate) struct Entry {
-    pub name: String,
-    pub dtype: Dtype,
-    pub shape: Vec<usize>,
-    /// Where its bytes start in the file.
-    pub start: u64,
-    /// How many there are.
-    pub bytes: usize,
-}
-
-/// Reads and checks the header of the safetensors file `path` of `length` bytes.
-pub(crate) fn read(path: &Path, file: &mut File, length: u64) -> Result<Vec<Entry>> {
+/// Reads and checks the header of the safetensors file `path` of `length` bytes. Returns the tensors in the order of the file, and
+/// where the bytes start that their offsets count from.
+pub(crate) fn read(path: &Path, file: &mut File, length: u64) -> Result<(Vec<(String, TensorInfo)>, u64)> {
     let invalid = |problem: String| Error::checkpoint(path, problem);
     let mut start = Vec::new();
     file.take(8 + 64).read_to_end(&mut start).map_err(|source| Error::io("reading", path, source))?;
@@ -82,8 +70,7 @@ pub(crate) fn read(path: &Path, file: &mut File, length: u64) -> Result<Vec<Entr
             )));
         }
     }
-    let entries: Vec<(String, TensorInfo)> = tensors;
-    let metadata = Metadata::new(None, entries.clone())
+    let metadata = Metadata::new(None, tensors.clone())
         .map_err(|error| invalid(format!("its tensors overlap or leave holes ({error}): the file is damaged")))?;
     let (expected, found) = (metadata.data_len() as u64, room - count);
     if expected != found {
@@ -91,16 +78,7 @@ pub(crate) fn read(path: &Path, file: &mut File, length: u64) -> Result<Vec<Entr
             if found < expected { "the file is truncated; fetch or write it again" } else { "the file is damaged" };
         return Err(invalid(format!("its tensors take {expected} bytes, and {found} follow the header: {what}")));
     }
-    Ok(entries
-        .into_iter()
-        .map(|(name, TensorInfo { dtype, shape, data_offsets: (from, to) })| Entry {
-            name,
-            dtype,
-            shape,
-            start: 8 + count + from as u64,
-            bytes: to - from,
-        })
-        .collect())
+    Ok((tensors, 8 + count))
 }
 
 /// What a file is that is not safetensors, from its first bytes.

@@ -10,7 +10,7 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
 use crate::files::{AtomicWriter, open, write_atomically};
-use crate::weights::header::{self, Entry};
+use crate::weights::header;
 use crate::weights::store::Stored;
 use crate::{Error, Result};
 
@@ -96,7 +96,9 @@ impl Tensor {
 pub struct TensorFile {
     path: PathBuf,
     file: File,
-    entries: Vec<Entry>,
+    entries: Vec<(String, TensorInfo)>,
+    /// Where the bytes start that the entries' offsets count from.
+    start: u64,
     by_name: BTreeMap<String, usize>,
 }
 
@@ -108,9 +110,9 @@ impl TensorFile {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let (mut file, length) = open(&path)?;
-        let entries = header::read(&path, &mut file, length)?;
-        let by_name = entries.iter().enumerate().map(|(index, entry)| (entry.name.clone(), index)).collect();
-        Ok(Self { path, file, entries, by_name })
+        let (entries, start) = header::read(&path, &mut file, length)?;
+        let by_name = entries.iter().enumerate().map(|(index, (name, _))| (name.clone(), index)).collect();
+        Ok(Self { path, file, entries, start, by_name })
     }
 
     /// The file.
@@ -127,7 +129,7 @@ impl TensorFile {
     /// The shape of the tensor called `name`.
     #[must_use]
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.by_name.get(name).map(|&index| self.entries[index].shape.as_slice())
+        self.by_name.get(name).map(|&index| self.entries[index].1.shape.as_slice())
     }
 
     /// The tensor called `name`, as it is stored; half precision as f32.
@@ -136,12 +138,11 @@ impl TensorFile {
     /// [`Error::Checkpoint`] when there is no such tensor, or it has another type; [`Error::Io`].
     pub fn read(&mut self, name: &str) -> Result<Tensor> {
         let index = self.find(name)?;
-        let entry = &self.entries[index];
-        let (shape, length) = (entry.shape.clone(), entry.bytes * 8 / entry.dtype.bitsize());
-        let values = match entry.dtype {
-            Dtype::F64 => Values::F64(self.numbers(index, length, f64::from_le_bytes)?),
-            Dtype::I64 => Values::I64(self.numbers(index, length, i64::from_le_bytes)?),
-            Dtype::U8 => Values::U8(self.numbers(index, length, |[byte]: [u8; 1]| byte)?),
+        let TensorInfo { dtype, shape, .. } = self.entries[index].1.clone();
+        let values = match dtype {
+            Dtype::F64 => Values::F64(self.numbers(index, f64::from_le_bytes)?),
+            Dtype::I64 => Values::I64(self.numbers(index, i64::from_le_bytes)?),
+            Dtype::U8 => Values::U8(self.numbers(index, |[byte]: [u8; 1]| byte)?),
             Dtype::F32 | Dtype::F16 | Dtype::BF16 => {
                 let mut values = Vec::new();
                 self.read_f32(index, &mut values)?;
@@ -176,49 +177,42 @@ impl TensorFile {
 
     /// Entry `index`, without its numbers.
     pub(crate) fn stored(&self, index: usize) -> Stored<'_> {
-        let Entry { name, dtype, shape, .. } = &self.entries[index];
+        let (name, TensorInfo { dtype, shape, .. }) = &self.entries[index];
         Stored { name, shape, dtype: *dtype, file: &self.path }
     }
 
     /// Reads entry `index` into `values`, which is overwritten.
     pub(crate) fn read_f32(&mut self, index: usize, values: &mut Vec<f32>) -> Result<()> {
-        let Entry { dtype, bytes, .. } = &self.entries[index];
-        let length = bytes * 8 / dtype.bitsize();
-        match dtype {
-            Dtype::F32 => self.numbers_into(index, length, values, f32::from_le_bytes),
-            Dtype::F16 => self.numbers_into(index, length, values, |bytes| f16::from_le_bytes(bytes).to_f32()),
-            Dtype::BF16 => self.numbers_into(index, length, values, |bytes| bf16::from_le_bytes(bytes).to_f32()),
-            Dtype::F64 => self.numbers_into(index, length, values, |bytes| f64::from_le_bytes(bytes) as f32),
+        match self.entries[index].1.dtype {
+            Dtype::F32 => self.numbers_into(index, values, f32::from_le_bytes),
+            Dtype::F16 => self.numbers_into(index, values, |bytes| f16::from_le_bytes(bytes).to_f32()),
+            Dtype::BF16 => self.numbers_into(index, values, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+            Dtype::F64 => self.numbers_into(index, values, |bytes| f64::from_le_bytes(bytes) as f32),
             _ => self.stored(index).check_float(),
         }
     }
 
-    fn numbers<T, const N: usize>(
-        &mut self,
-        index: usize,
-        length: usize,
-        number: impl Fn([u8; N]) -> T,
-    ) -> Result<Vec<T>> {
+    fn numbers<T, const N: usize>(&mut self, index: usize, number: impl Fn([u8; N]) -> T) -> Result<Vec<T>> {
         let mut values = Vec::new();
-        self.numbers_into(index, length, &mut values, number)?;
+        self.numbers_into(index, &mut values, number)?;
         Ok(values)
     }
 
+    /// Reads entry `index`, whose numbers take `N` bytes each.
     fn numbers_into<T, const N: usize>(
         &mut self,
         index: usize,
-        length: usize,
         values: &mut Vec<T>,
         number: impl Fn([u8; N]) -> T,
     ) -> Result<()> {
         let failed = |source| Error::io("reading", &self.path, source);
-        let mut left = self.entries[index].bytes;
+        let (name, TensorInfo { data_offsets: (from, to), .. }) = &self.entries[index];
+        let (mut left, length) = (to - from, (to - from) / N);
         values.clear();
         values.try_reserve_exact(length).map_err(|_| {
-            let name = &self.entries[index].name;
             Error::checkpoint(&self.path, format!("tensor {name} of {length} numbers does not fit into memory"))
         })?;
-        self.file.seek(SeekFrom::Start(self.entries[index].start)).map_err(failed)?;
+        self.file.seek(SeekFrom::Start(self.start + *from as u64)).map_err(failed)?;
         let mut bytes = vec![0; left.min(CHUNK)];
         while left > 0 {
             let part = &mut bytes[..left.min(CHUNK)];

@@ -247,7 +247,7 @@ impl Loader {
     /// How many pictures were found to be bad, each counted once.
     #[must_use]
     pub fn bad_pictures(&self) -> usize {
-        self.health.bad
+        self.health.bad()
     }
 
     /// The numbers of the bad pictures.
@@ -305,10 +305,10 @@ impl Loader {
     /// Logs and counts what was bad.
     fn account(&mut self, batch: &mut Batch) -> Result<()> {
         // Of a set that is refused, ten bad pictures are logged.
-        let most = if batch.failure.is_some() { self.health.bad + 10 } else { usize::MAX };
+        let most = if batch.failure.is_some() { self.health.bad() + 10 } else { usize::MAX };
         for slot in &mut batch.slots {
             for (index, error) in slot.bad.drain(..) {
-                if self.health.saw_bad(index, &error) && self.health.bad <= most {
+                if self.health.saw_bad(index, &error) && self.health.bad() <= most {
                     tracing::warn!(%error, "skipped a picture that cannot be used");
                 }
             }

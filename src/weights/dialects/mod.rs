@@ -186,46 +186,4 @@ mod tests {
             assert_eq!((fb.stored(name).as_str(), hf.stored(name).as_str()), (stored, name));
         }
     }
-
-    #[test]
-    fn one_tensor_may_be_three_parameters() {
-        let published = facebook::DIALECT.published("blocks.1.attn.qkv.weight");
-        let expected =
-            ["query", "key", "value"].map(|part| format!("vit.encoder.layer.1.attention.attention.{part}.weight"));
-        assert!(published.iter().map(|(name, _)| name).eq(&expected), "{published:?}");
-        let values: Vec<f32> = (0..12).map(|value| value as f32).collect();
-        for (part, (_, view)) in published.iter().enumerate() {
-            assert_eq!(view.shape(&[6, 2]).unwrap(), [2, 2]);
-            assert_eq!(view.of(&[6, 2], &values, &mut Vec::new()), &values[4 * part..4 * part + 4]);
-            assert!(view.shape(&[7, 2]).is_none() && view.shape(&[]).is_none());
-        }
-    }
-
-    #[test]
-    fn transposed_kernels_are_turned_back() {
-        let mut scratch = Vec::new();
-        let [(_, dense)] = keras::DIALECT.published("vit/encoder/layer_._0/output/dense/kernel:0")[..] else {
-            panic!()
-        };
-        assert_eq!(dense.shape(&[2, 3]).unwrap(), [3, 2]);
-        assert_eq!(dense.of(&[2, 3], &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], &mut scratch), [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]);
-        assert!(dense.shape(&[6]).is_none());
-        // A convolution: [height, width, in, out] to [out, in, height, width].
-        let [(_, embed)] = keras::DIALECT.published("vit/embeddings/patch_embeddings/projection/kernel:0")[..] else {
-            panic!()
-        };
-        let (height, width, inputs, outputs) = (2, 3, 4, 5);
-        let stored = [height, width, inputs, outputs];
-        assert_eq!(embed.shape(&stored).unwrap(), [outputs, inputs, height, width]);
-        let values: Vec<f32> = (0..120).map(|value| value as f32).collect();
-        let mut expected = Vec::new();
-        for o in 0..outputs {
-            for i in 0..inputs {
-                for y in 0..height {
-                    expected.extend((0..width).map(|x| values[((y * width + x) * inputs + i) * outputs + o]));
-                }
-            }
-        }
-        assert_eq!(embed.of(&stored, &values, &mut scratch), expected);
-    }
 }
