@@ -7,11 +7,14 @@ use crate::config::declare::{self, AutoencoderLayers};
 use crate::model::encoder::{Collector, EncoderView, Extras, download_elements};
 use crate::model::gradients::Gradients;
 use crate::model::images::Images;
-use crate::model::parameters::{AutoencoderWeights, Parameters, Vector, download_part};
+use crate::model::initialize;
+use crate::model::masking::{MaskedImages, Masking};
+use crate::model::objective::Objective;
+use crate::model::parameters::{AutoencoderWeights, Parameters, Vector};
 use crate::model::positions::{PositionInterpolation, interpolate_grid};
 use crate::model::transformer::{self, Observer};
 use crate::model::workspace::{Purpose, Workspace, WorkspaceShape};
-use crate::model::{Masking, initialize};
+
 use crate::nvtx::range;
 use crate::ops::{Backend, LayerNormShape, LinearShape, LossShape, Real, TokensShape};
 use crate::weights::{Checkpoint, Group, Parts};
@@ -126,21 +129,7 @@ impl<B: Backend> MaeForPreTraining<B> {
     /// # Errors
     /// [`Error::Io`]; what the folder held before stays whole.
     pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
-        crate::weights::save_pretrained(folder.as_ref(), &self.config, self.parameters.layout().specs(), |index| {
-            self.parameters.get(&self.backend, index)
-        })
-    }
-
-    /// As [`MaeForPreTraining::save_pretrained`], with the trained weights taken from another arena of the same layout.
-    pub(crate) fn save_pretrained_with(&self, folder: &Path, trained: &Vector<B>) -> Result<()> {
-        let layout = self.parameters.layout();
-        crate::weights::save_pretrained(folder, &self.config, layout.specs(), |index| {
-            let range = layout.range(index);
-            if range.end > layout.trained() {
-                return self.parameters.get(&self.backend, index);
-            }
-            download_part(&self.backend, trained, range)
-        })
+        self.save_with(folder.as_ref(), &self.parameters.master)
     }
 
     /// The model's configuration.
@@ -159,11 +148,6 @@ impl<B: Backend> MaeForPreTraining<B> {
     #[must_use]
     pub fn parameters(&self) -> &Parameters<B> {
         &self.parameters
-    }
-
-    /// The arenas for an optimiser, which holds the only reference to the model meanwhile.
-    pub(crate) fn parameters_mut(&mut self) -> (&B, &mut Parameters<B>) {
-        (&self.backend, &mut self.parameters)
     }
 
     /// The values of a parameter by its published name.
@@ -219,17 +203,13 @@ impl<B: Backend> MaeForPreTraining<B> {
         Ok(workspace)
     }
 
-    /// Room for a pass over these images.
     fn workspace_for(
         &self,
-        images: &Images<'_>,
-        masking: &Masking<'_>,
+        batch: &MaskedImages<'_>,
         purpose: Purpose,
         interpolation: Option<PositionInterpolation>,
     ) -> Result<Workspace<B>> {
-        let image = images.check(&self.config)?;
-        let keep = masking.check(images.batch, image.patches())?.keep;
-        self.workspace(WorkspaceShape { batch: images.batch, image, keep, purpose, interpolation, recompute: false })
+        self.workspace(WorkspaceShape::of(batch, purpose, interpolation))
     }
 
     /// Hides patches, predicts all of them and compares the hidden ones with the pixels.
@@ -251,8 +231,8 @@ impl<B: Backend> MaeForPreTraining<B> {
         interpolation: Option<PositionInterpolation>,
         extras: Extras,
     ) -> Result<Reconstruction> {
-        let mut workspace = self.workspace_for(images, masking, Purpose::Predict, interpolation)?;
-        self.reconstruct_in(&mut workspace, images, masking, extras)
+        let batch = MaskedImages::new(&self.config, images, masking)?;
+        self.reconstruct(&mut self.workspace_for(&batch, Purpose::Predict, interpolation)?, &batch, extras)
     }
 
     /// As [`MaeForPreTraining::forward_with`], and the gradient of the loss for every trained parameter.
@@ -267,10 +247,11 @@ impl<B: Backend> MaeForPreTraining<B> {
         extras: Extras,
     ) -> Result<(Reconstruction, Gradients<B>)> {
         self.config.check_trainable()?;
-        let mut workspace = self.workspace_for(images, masking, Purpose::Inspect, interpolation)?;
-        let result = self.reconstruct_in(&mut workspace, images, masking, extras)?;
+        let batch = MaskedImages::new(&self.config, images, masking)?;
+        let mut workspace = self.workspace_for(&batch, Purpose::Inspect, interpolation)?;
+        let result = self.reconstruct(&mut workspace, &batch, extras)?;
         let mut gradients = self.gradients()?;
-        self.backward(&mut workspace, images.batch, &mut gradients, 0..self.parameters.layout().stages())?;
+        self.backward_stages(&mut workspace, images.batch, &mut gradients, 0..self.parameters.layout().stages())?;
         Ok((result, gradients))
     }
 
@@ -285,16 +266,26 @@ impl<B: Backend> MaeForPreTraining<B> {
         masking: &Masking<'_>,
         extras: Extras,
     ) -> Result<Reconstruction> {
+        self.reconstruct(workspace, &MaskedImages::new(&self.config, images, masking)?, extras)
+    }
+
+    fn reconstruct(
+        &self,
+        workspace: &mut Workspace<B>,
+        images: &MaskedImages<'_>,
+        extras: Extras,
+    ) -> Result<Reconstruction> {
         let backend = &self.backend;
         let shape = workspace.shape;
-        let (batch, patches, keep) = (images.batch, shape.image.patches(), shape.keep);
+        let (batch, patches, keep) = (images.mask.batch, shape.image.patches(), shape.keep);
         if shape.predicted() != patches {
             return Err(Error::Config("a workspace for training predicts hidden patches only".into()));
         }
         let mut collector = Collector::new(backend, extras);
         let observer = collector.as_mut().map(|collector| collector as &mut dyn Observer<B>);
         let mut loss = backend.buffer(1)?;
-        self.forward_in(workspace, images, masking, batch * (patches - keep), &mut loss, observer)?;
+        workspace.upload(backend, images)?;
+        self.forward_prepared(workspace, batch, batch * (patches - keep), &mut loss, observer)?;
         let (hidden_states, attentions) =
             collector.map_or_else(Default::default, |collector| (collector.hidden_states, collector.attentions));
         let Some(decoder) = &workspace.decoder else { return Err(no_decoder()) };
@@ -320,32 +311,9 @@ impl<B: Backend> MaeForPreTraining<B> {
         })
     }
 
-    /// Runs encoder, decoder and loss; results stay in the workspace and the loss is added to `loss` `[1]`. `hidden_in_step` is
-    /// the number of hidden patches of all micro-batches whose losses are to add up to the mean.
-    pub(crate) fn forward_in(
-        &self,
-        workspace: &mut Workspace<B>,
-        images: &Images<'_>,
-        masking: &Masking<'_>,
-        hidden_in_step: usize,
-        loss: &mut Vector<B>,
-        observer: Option<&mut dyn Observer<B>>,
-    ) -> Result<()> {
-        self.prepare(workspace, images, masking)?;
-        self.forward_prepared(workspace, images.batch, hidden_in_step, loss, observer)
-    }
-
-    /// Checks the images, brings them to the device and decides which of their patches are hidden.
-    pub(crate) fn prepare(
-        &self,
-        workspace: &mut Workspace<B>,
-        images: &Images<'_>,
-        masking: &Masking<'_>,
-    ) -> Result<()> {
-        self.encoder().prepare(workspace, images, masking)
-    }
-
-    /// [`MaeForPreTraining::forward_in`] on `batch` images that are prepared: work of the device alone.
+    /// Runs encoder, decoder and loss on `batch` images that are prepared: work of the device alone. Results stay in the workspace
+    /// and the loss is added to `loss` `[1]`. `hidden_in_step` is the number of hidden patches of all micro-batches whose losses
+    /// are to add up to the mean.
     pub(crate) fn forward_prepared(
         &self,
         workspace: &mut Workspace<B>,

@@ -24,7 +24,7 @@ use crate::{Error, Result};
 impl<B: Backend> MaeForPreTraining<B> {
     /// Adds the gradients of the last forward pass in this workspace, of `batch` images. A pass may be made in several calls
     /// whose stages follow each other.
-    pub(crate) fn backward(
+    pub(crate) fn backward_stages(
         &self,
         workspace: &mut Workspace<B>,
         batch: usize,
@@ -214,7 +214,7 @@ mod tests {
     use super::*;
     use crate::config::MaeConfig;
     use crate::cpu::Cpu;
-    use crate::model::{ImageValues, Images, Masking, WorkspaceShape};
+    use crate::model::{ImageValues, Images, MaskedImages, Masking, WorkspaceShape};
     use crate::ops::Memory;
     use crate::random::RandomStream;
 
@@ -233,18 +233,17 @@ mod tests {
         let values = ImageValues::Normalized(&pixels);
         let images = Images { batch: 2, channels: image.channels, height: 32, width: 32, values };
         let noise = numbers(4, 2 * image.patches());
-        let masking = Masking::Noise { ratio: 0.5, noise: &noise };
-        let keep = masking.check(2, image.patches())?.keep;
-        let shape =
-            WorkspaceShape { batch: 2, image, keep, purpose: Purpose::Train, interpolation: None, recompute: false };
+        let batch = MaskedImages::new(model.config(), &images, &Masking::Noise { ratio: 0.5, noise: &noise })?;
+        let shape = WorkspaceShape::of(&batch, Purpose::Train, None);
         let layout = model.parameters().layout();
         let pass = |stop_after: usize| -> Result<Vec<f32>> {
             let mut workspace = model.workspace(shape)?;
             let mut loss = model.backend.buffer(1)?;
-            model.forward_in(&mut workspace, &images, &masking, 2 * (image.patches() - keep), &mut loss, None)?;
+            workspace.upload(&model.backend, &batch)?;
+            model.forward_prepared(&mut workspace, 2, 2 * batch.mask.hidden(), &mut loss, None)?;
             let mut gradients = model.gradients()?;
             for stage in 0..stop_after {
-                model.backward(&mut workspace, 2, &mut gradients, stage..stage + 1)?;
+                model.backward_stages(&mut workspace, 2, &mut gradients, stage..stage + 1)?;
             }
             gradients.download(&model.backend, layout)
         };

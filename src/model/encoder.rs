@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
+use crate::Result;
 use crate::config::{MaeConfig, declare};
-use crate::model::Masking;
 use crate::model::images::Images;
+use crate::model::masking::{MaskedImages, Masking};
 use crate::model::parameters::{EncoderWeights, Matrix, Parameters, Vector};
 use crate::model::positions::PositionInterpolation;
 use crate::model::transformer::{self, Observer};
@@ -12,7 +13,6 @@ use crate::model::workspace::{Purpose, Workspace, WorkspaceShape};
 use crate::nvtx::range;
 use crate::ops::{AttentionShape, Backend, LayerNormShape, LinearShape, Real, TokensShape};
 use crate::weights::{Checkpoint, Parts};
-use crate::{Error, Result};
 
 /// What an encoder made of a batch of images.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -57,7 +57,7 @@ impl<B: Backend> MaeEncoder<B> {
     /// Loads the encoder from a checkpoint of an encoder or of a whole autoencoder.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`], [`Error::Io`] and [`Error::Config`] for what cannot be read or does not fit together.
+    /// [`Error::Checkpoint`](crate::Error::Checkpoint), [`Error::Io`](crate::Error::Io) and [`Error::Config`](crate::Error::Config) for what cannot be read or does not fit together.
     pub fn from_pretrained(path: impl AsRef<Path>, backend: B) -> Result<Self> {
         Self::from_checkpoint(&mut Checkpoint::open(path.as_ref())?, backend)
     }
@@ -136,8 +136,8 @@ impl<B: Backend> EncoderView<'_, B> {
         interpolation: Option<PositionInterpolation>,
         extras: Extras,
     ) -> Result<Encoded> {
-        let mut workspace = self.workspace_masked(images, masking, interpolation)?;
-        self.encode_in(&mut workspace, images, masking, extras)
+        let batch = MaskedImages::new(self.config, images, masking)?;
+        self.encode_batch(&mut self.workspace_for(&batch, interpolation)?, &batch, extras)
     }
 
     /// Room to encode all patches of batches as large as this one, many times.
@@ -158,16 +158,15 @@ impl<B: Backend> EncoderView<'_, B> {
         masking: &Masking<'_>,
         interpolation: Option<PositionInterpolation>,
     ) -> Result<Workspace<B>> {
-        let image = images.check(self.config)?;
-        let keep = masking.check(images.batch, image.patches())?.keep;
-        let shape = WorkspaceShape {
-            batch: images.batch,
-            image,
-            keep,
-            purpose: Purpose::Encode,
-            interpolation,
-            recompute: false,
-        };
+        self.workspace_for(&MaskedImages::new(self.config, images, masking)?, interpolation)
+    }
+
+    fn workspace_for(
+        &self,
+        batch: &MaskedImages<'_>,
+        interpolation: Option<PositionInterpolation>,
+    ) -> Result<Workspace<B>> {
+        let shape = WorkspaceShape::of(batch, Purpose::Encode, interpolation);
         let mut workspace = Workspace::new(self.backend, self.config, shape)?;
         workspace.place(self.backend, self.config, &self.layers.positions, None)?;
         Ok(workspace)
@@ -177,7 +176,7 @@ impl<B: Backend> EncoderView<'_, B> {
     /// [`EncoderView::workspace_masked`].
     ///
     /// # Errors
-    /// As [`EncoderView::encode_masked`], and [`Error::Shape`] where the images are not what the workspace was made for.
+    /// As [`EncoderView::encode_masked`], and [`Error::Shape`](crate::Error::Shape) where the images are not what the workspace was made for.
     pub fn encode_in(
         &self,
         workspace: &mut Workspace<B>,
@@ -185,43 +184,24 @@ impl<B: Backend> EncoderView<'_, B> {
         masking: &Masking<'_>,
         extras: Extras,
     ) -> Result<Encoded> {
+        self.encode_batch(workspace, &MaskedImages::new(self.config, images, masking)?, extras)
+    }
+
+    fn encode_batch(&self, workspace: &mut Workspace<B>, images: &MaskedImages<'_>, extras: Extras) -> Result<Encoded> {
+        let batch = images.mask.batch;
         let mut collector = Collector::new(self.backend, extras);
-        self.prepare(workspace, images, masking)?;
-        self.forward_prepared(workspace, images.batch, collector.as_mut().map(|c| c as &mut dyn Observer<B>))?;
+        workspace.upload(self.backend, images)?;
+        self.forward_prepared(workspace, batch, collector.as_mut().map(|c| c as &mut dyn Observer<B>))?;
         let tokens = 1 + workspace.shape.keep;
         let width = self.config.hidden_size;
-        let last_hidden_state =
-            download_elements(self.backend, &workspace.encoder.encoded, images.batch * tokens * width)?;
+        let last_hidden_state = download_elements(self.backend, &workspace.encoder.encoded, batch * tokens * width)?;
         let (hidden_states, attentions) =
             collector.map_or_else(Default::default, |collector| (collector.hidden_states, collector.attentions));
-        let patches = images.batch * workspace.shape.image.patches();
+        let patches = batch * workspace.shape.image.patches();
         let (mut mask, mut ids_restore) = (vec![0.0; patches], vec![0; patches]);
         self.backend.download(&mut mask, &workspace.inputs.mask)?;
         self.backend.download(&mut ids_restore, &workspace.inputs.ids_restore)?;
-        let batch = images.batch;
         Ok(Encoded { batch, tokens, width, mask, ids_restore, last_hidden_state, hidden_states, attentions })
-    }
-
-    /// Checks the images, brings them to the device and decides which of their patches are hidden.
-    pub(crate) fn prepare(
-        &self,
-        workspace: &mut Workspace<B>,
-        images: &Images<'_>,
-        masking: &Masking<'_>,
-    ) -> Result<()> {
-        let Workspace { shape, inputs, .. } = workspace;
-        let image = images.check(self.config)?;
-        let mask = masking.check(images.batch, image.patches())?;
-        if image != shape.image || mask.keep != shape.keep || images.batch > shape.batch {
-            return Err(Error::shape(
-                "workspace",
-                "images",
-                format!("at most {} of {:?}, {} patches visible", shape.batch, shape.image, shape.keep),
-                format!("{} of {image:?}, {} patches visible", images.batch, mask.keep),
-            ));
-        }
-        inputs.upload(self.backend, shape, images)?;
-        inputs.mask(self.backend, mask, masking)
     }
 
     /// Runs the encoder on `batch` images that are prepared; the result is in `workspace.encoder.encoded`. Work of the device

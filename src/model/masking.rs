@@ -1,6 +1,8 @@
 //! What decides which patches are hidden.
 
-use crate::ops::{MaskingShape, RandomMask};
+use crate::config::MaeConfig;
+use crate::model::images::Images;
+use crate::ops::{ImageShape, MaskingShape, RandomMask};
 use crate::{Error, Result};
 
 /// Which patches of a batch are hidden.
@@ -38,7 +40,7 @@ impl Masking<'static> {
 
 impl Masking<'_> {
     /// Sizes for a batch of images of `patches` patches, after checking ratio and noise.
-    pub(crate) fn check(&self, batch: usize, patches: usize) -> Result<MaskingShape> {
+    fn check(&self, batch: usize, patches: usize) -> Result<MaskingShape> {
         match *self {
             Self::None => Ok(MaskingShape { batch, patches, keep: patches }),
             Self::Noise { ratio, noise } => {
@@ -81,5 +83,27 @@ impl Masking<'_> {
                 first: first + range.start as u64,
             },
         }
+    }
+}
+
+/// Images and which of their patches are hidden, checked.
+#[derive(Clone, Copy, Debug)]
+pub struct MaskedImages<'a> {
+    pub(crate) images: Images<'a>,
+    pub(crate) masking: Masking<'a>,
+    pub(crate) image: ImageShape,
+    pub(crate) mask: MaskingShape,
+}
+
+impl<'a> MaskedImages<'a> {
+    /// Checks that images and masking fit each other and the model.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::Shape`] and [`Error::Value`] for sizes that do not fit, an empty batch and numbers that
+    /// are not finite.
+    pub fn new(config: &MaeConfig, images: &Images<'a>, masking: &Masking<'a>) -> Result<Self> {
+        let image = images.check(config)?;
+        let mask = masking.check(images.batch, image.patches())?;
+        Ok(Self { images: *images, masking: *masking, image, mask })
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::config::MaeConfig;
 use crate::model::images::{ImageValues, Images};
+use crate::model::masking::{MaskedImages, Masking};
 use crate::model::positions::{PositionInterpolation, interpolate_flat, interpolate_grid};
 use crate::model::transformer::{Keep, Scratch, StackActivations, StackShape};
 use crate::ops::{Backend, ImageShape, MaskingShape, Pixels, Real};
@@ -45,6 +46,12 @@ pub struct WorkspaceShape {
 }
 
 impl WorkspaceShape {
+    /// What it takes to have all of a batch in a workspace.
+    pub(crate) fn of(batch: &MaskedImages<'_>, purpose: Purpose, interpolation: Option<PositionInterpolation>) -> Self {
+        let MaskedImages { image, mask: MaskingShape { batch, keep, .. }, .. } = *batch;
+        Self { batch, image, keep, purpose, interpolation, recompute: false }
+    }
+
     /// What the stacks keep for backward.
     pub(crate) fn kept(&self) -> Keep {
         match (self.purpose.trains(), self.recompute) {
@@ -116,7 +123,7 @@ impl<B: Backend> Inputs<B> {
     }
 
     /// Copies the images to the device. The first call with another kind of values allocates their buffer.
-    pub fn upload(&mut self, backend: &B, shape: &WorkspaceShape, images: &Images<'_>) -> Result<()> {
+    fn upload(&mut self, backend: &B, shape: &WorkspaceShape, images: &Images<'_>) -> Result<()> {
         match images.values {
             ImageValues::Normalized(values) => {
                 self.bytes = None;
@@ -132,21 +139,21 @@ impl<B: Backend> Inputs<B> {
     }
 
     /// Decides which patches are hidden.
-    pub fn mask(&mut self, backend: &B, shape: MaskingShape, masking: &super::Masking<'_>) -> Result<()> {
+    fn mask(&mut self, backend: &B, shape: MaskingShape, masking: &Masking<'_>) -> Result<()> {
         let Self { ids_keep, ids_hidden, ids_restore, mask, .. } = self;
         match *masking {
-            super::Masking::None => {
+            Masking::None => {
                 // No noise, no shuffle: every patch is kept, in place.
                 let ids: Vec<u32> = (0..shape.batch * shape.patches).map(|i| (i % shape.patches) as u32).collect();
                 backend.upload(ids_keep, &ids)?;
                 backend.upload(ids_restore, &ids)?;
                 backend.zero(mask)
             }
-            super::Masking::Noise { noise, .. } => {
+            Masking::Noise { noise, .. } => {
                 backend.upload(&mut self.noise, noise)?;
                 backend.masking_from_noise(shape, ids_keep, ids_hidden, ids_restore, mask, &self.noise)
             }
-            super::Masking::Random { random, samples, first, .. } => {
+            Masking::Random { random, samples, first, .. } => {
                 let samples = match samples {
                     Some(samples) => samples,
                     None => {
@@ -322,6 +329,22 @@ impl<B: Backend> Workspace<B> {
     #[must_use]
     pub fn shape(&self) -> &WorkspaceShape {
         &self.shape
+    }
+
+    /// Brings images to the device and decides which of their patches are hidden.
+    pub(crate) fn upload(&mut self, backend: &B, batch: &MaskedImages<'_>) -> Result<()> {
+        let Self { shape, inputs, .. } = self;
+        let MaskedImages { images, masking, image, mask } = batch;
+        if *image != shape.image || mask.keep != shape.keep || images.batch > shape.batch {
+            return Err(Error::shape(
+                "workspace",
+                "images",
+                format!("at most {} of {:?}, {} patches visible", shape.batch, shape.image, shape.keep),
+                format!("{} of {image:?}, {} patches visible", images.batch, mask.keep),
+            ));
+        }
+        inputs.upload(backend, shape, images)?;
+        inputs.mask(backend, *mask, masking)
     }
 
     /// Interpolates the position tables where the image is not as large as the config's.

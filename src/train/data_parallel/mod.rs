@@ -6,7 +6,7 @@ pub(in crate::train) mod moments;
 use std::ops::Range;
 
 use crate::distributed::Processes;
-use crate::model::{Gradients, Images, MaeForPreTraining, Masking, Workspace};
+use crate::model::{Gradients, Objective};
 use crate::ops::{BUCKET, Backend, Communicator};
 use crate::train::data_parallel::moments::Moments;
 use crate::train::step::graphs::{Pass, Passes};
@@ -47,18 +47,17 @@ pub(in crate::train) struct Exchange {
 }
 
 /// A micro-batch that lies prepared in a workspace.
-pub(in crate::train) struct MicroBatch<'a, B: Backend> {
-    pub model: &'a MaeForPreTraining<B>,
-    pub workspace: &'a mut Workspace<B>,
-    pub batch: usize,
-    pub hidden_in_step: usize,
-    pub bytes: bool,
+pub(in crate::train) struct MicroBatch<'a, O, W> {
+    pub model: &'a O,
+    pub workspace: &'a mut W,
+    pub size: usize,
+    pub terms_in_step: usize,
 }
 
 impl Exchange {
     /// With buckets of at most `bucket` numbers.
-    pub fn new<B: Backend>(
-        model: &MaeForPreTraining<B>,
+    pub fn new<B: Backend, O: Objective<B>>(
+        model: &O,
         processes: &Processes,
         sharding: Sharding,
         bucket: usize,
@@ -97,21 +96,21 @@ impl Exchange {
 
     /// Forward and backward of the last micro-batch of a step, and the sums over all processes: of the loss as soon as it is known,
     /// of gradients as soon as backward has finished them, from the end of their arena to its start.
-    pub fn backward_and_sum<B: Backend>(
+    pub fn backward_and_sum<B: Backend, O: Objective<B>>(
         &self,
-        work: MicroBatch<'_, B>,
-        gradients: &mut Gradients<B>,
+        work: MicroBatch<'_, O, O::Workspace>,
+        gradients: &mut Gradients<B, O::Layers>,
         optimizer: &mut OptimizerState<B>,
         passes: &mut Passes<B>,
     ) -> Result<()> {
-        let MicroBatch { model, workspace, batch, hidden_in_step, bytes } = work;
+        let MicroBatch { model, workspace, size, terms_in_step } = work;
         let (backend, processes) = (model.backend(), &self.processes);
         let mut run = || -> Result<()> {
             // SAFETY: a pass depends on nothing else, and it is forgotten before a buffer of the workspace is dropped. Weights,
             // gradients and the optimiser's state live as long as the trainer.
             unsafe {
-                passes.run(backend, Pass::Forward { batch, hidden_in_step, bytes }, || {
-                    model.forward_prepared(workspace, batch, hidden_in_step, &mut optimizer.loss, None)
+                passes.run(backend, Pass::Forward { size, terms_in_step }, || {
+                    model.forward(workspace, size, terms_in_step, &mut optimizer.loss)
                 })?;
             }
             backend.start_all_reduce(&mut optimizer.loss, processes)?;
@@ -119,8 +118,8 @@ impl Exchange {
             for (stages, finished) in &self.parts {
                 // SAFETY: as above.
                 unsafe {
-                    passes.run(backend, Pass::Backward { batch, stage: stages.start }, || {
-                        model.backward(workspace, batch, gradients, stages.clone())
+                    passes.run(backend, Pass::Backward { size, stage: stages.start }, || {
+                        model.backward(workspace, size, gradients, stages.clone())
                     })?;
                 }
                 self.start_sums(backend, gradients, sent..*finished)?;
@@ -142,7 +141,12 @@ impl Exchange {
     }
 
     /// Starts the sums of some buckets.
-    fn start_sums<B: Backend>(&self, backend: &B, gradients: &mut Gradients<B>, buckets: Range<usize>) -> Result<()> {
+    fn start_sums<B: Backend, L>(
+        &self,
+        backend: &B,
+        gradients: &mut Gradients<B, L>,
+        buckets: Range<usize>,
+    ) -> Result<()> {
         self.buckets[buckets].iter().try_for_each(|bucket| {
             // SAFETY: the gradients are borrowed mutably, so no other handle to this part is in use. What is computed until the sums
             // are finished are the gradients of other parts.
@@ -166,14 +170,14 @@ impl Exchange {
     }
 }
 
-impl<B: Backend> Trainer<B> {
+impl<B: Backend, O: Objective<B>> Trainer<B, O> {
     /// A trainer that makes each step together with those of the other processes, each of which calls this. It joins the devices
     /// where they have a way of their own to each other. Collective.
     ///
     /// # Errors
     /// As [`Trainer::new`]; [`Error::Distributed`] where a process is gone, [`Error::Peer`] where one fails.
     pub fn together(
-        model: MaeForPreTraining<B>,
+        model: O,
         settings: OptimizerSettings,
         micro_batch: usize,
         processes: &Processes,
@@ -186,25 +190,20 @@ impl<B: Backend> Trainer<B> {
         Ok(trainer)
     }
 
-    /// Adds loss and gradients of the last part of a step, as [`Trainer::accumulate`] does, and adds them up over all processes.
-    /// Where each accumulated its part of a step, with the images of the whole step as `images_in_step`, all then have what one
+    /// Adds loss and gradients of the last part of a step, as [`Trainer::accumulate_batch`] does, and adds them up over all processes.
+    /// Where each accumulated its part of a step, with the inputs of the whole step as `size_of_step`, all then have what one
     /// process has that accumulated all of it, and make the same update. Collective.
     ///
     /// Gradients are sent while backward computes the next ones, on a device that can do both.
     ///
     /// # Errors
-    /// As [`Trainer::accumulate`]; [`Error::Distributed`] where a process is gone, [`Error::Peer`] where one has failed.
-    pub fn accumulate_together(
-        &mut self,
-        images: &Images<'_>,
-        masking: &Masking<'_>,
-        images_in_step: usize,
-    ) -> Result<()> {
-        self.accumulate_batch(images, masking, images_in_step, self.exchange.together)
+    /// As [`Trainer::accumulate_batch`]; [`Error::Distributed`] where a process is gone, [`Error::Peer`] where one has failed.
+    pub fn accumulate_batch_together(&mut self, batch: &O::Batch<'_>, size_of_step: usize) -> Result<()> {
+        self.accumulate_part(batch, size_of_step, self.exchange.together)
     }
 
-    /// Adds loss and gradients up over all processes once all parts of a step have been accumulated by [`Trainer::accumulate`]: for
-    /// those who want something of the gradients in between, and slower than [`Trainer::accumulate_together`]. Collective.
+    /// Adds loss and gradients up over all processes once all parts of a step have been accumulated by [`Trainer::accumulate_batch`]: for
+    /// those who want something of the gradients in between, and slower than [`Trainer::accumulate_batch_together`]. Collective.
     ///
     /// # Errors
     /// Device errors; [`Error::Distributed`] where a process is gone.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
-use crate::model::download_part;
+use crate::model::{Objective, download_part};
 use crate::ops::{AdamWState, BUCKET, Backend, Communicator, Real};
 use crate::train::Trainer;
 use crate::weights::{TensorFile, write_f32, write_stream};
@@ -17,7 +17,7 @@ pub(crate) struct Moments<M> {
     second: Vec<M>,
 }
 
-impl<B: Backend> Trainer<B> {
+impl<B: Backend, O: Objective<B>> Trainer<B, O> {
     /// All moments, on process 0, where the processes keep a share of them each; nothing where each keeps all. Collective.
     pub(in crate::train) fn gather_moments(&self) -> Result<Option<Moments<B::Master>>> {
         let Some(part) = self.exchange.sharded else { return Ok(None) };

@@ -10,7 +10,7 @@ use crate::data::{
 };
 use crate::distributed::Processes;
 use crate::model::{ImageValues, Images, Masking};
-use crate::ops::{Backend, Communicator, RandomMask, Real};
+use crate::ops::{Backend, Communicator, RandomMask};
 use crate::train::{PretrainSettings, Trainer};
 use crate::{Error, Result};
 
@@ -223,30 +223,5 @@ fn of_validation(error: Error) -> Error {
     match error {
         Error::Data { source_name, problem } => Error::Data { source_name: format!("{source_name} (--val)"), problem },
         other => other,
-    }
-}
-
-impl<B: Backend> Trainer<B> {
-    /// The loss of a batch, the mean over its hidden patches; neither weights nor gradients change. It uses the memory of a
-    /// training step, and allocates what is missing of it.
-    ///
-    /// # Errors
-    /// Those of images and noise that do not fit the model; device errors.
-    pub fn evaluate(&mut self, images: &Images<'_>, masking: &Masking<'_>) -> Result<f64> {
-        let mask = self.fit(images, masking)?;
-        // What lies prepared is overwritten.
-        self.prefetched = None;
-        let Self { model, workspace: Some(workspace), validation_loss, micro_batch, .. } = self else { return Ok(0.0) };
-        let backend = model.backend();
-        backend.zero(validation_loss)?;
-        let hidden = images.batch * mask.hidden();
-        for range in crate::train::step::trainer::micro_batches(images.batch, workspace.shape().batch.min(*micro_batch))
-        {
-            let (images, masking) = (images.part(range.clone()), masking.part(range, mask.patches));
-            model.forward_in(workspace, &images, &masking, hidden, validation_loss, None)?;
-        }
-        let mut loss = [B::Master::default()];
-        backend.download(&mut loss, validation_loss)?;
-        Ok(loss[0].to_f64())
     }
 }

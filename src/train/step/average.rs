@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::model::Objective;
 use crate::ops::{Backend, Real};
 use crate::train::Trainer;
 use crate::weights::Checkpoint;
@@ -16,7 +17,7 @@ pub(in crate::train) struct Average<B: Backend> {
     pub weights: B::Buffer<B::Master>,
 }
 
-impl<B: Backend> Trainer<B> {
+impl<B: Backend, O: Objective<B>> Trainer<B, O> {
     /// Keeps an exponential moving average of the weights from now on, which starts as the weights are: each update makes it
     /// `decay * average + (1 - decay) * weights`. It takes as much memory as the master weights.
     ///
@@ -52,7 +53,7 @@ impl<B: Backend> Trainer<B> {
     /// [`Error::Io`]; what the folder held before stays whole.
     pub fn save_average(&self, folder: impl AsRef<Path>) -> Result<()> {
         match &self.average {
-            Some(average) => self.model.save_pretrained_with(folder.as_ref(), &average.weights),
+            Some(average) => self.model.save_with(folder.as_ref(), &average.weights),
             None => Ok(()),
         }
     }

@@ -8,26 +8,22 @@ use crate::ops::Backend;
 pub(crate) enum Pass {
     /// Forward and backward of a micro-batch.
     ForwardBackward {
-        /// Images in it.
-        batch: usize,
-        /// Hidden patches of the whole step.
-        hidden_in_step: usize,
-        /// Whether the pixels are bytes.
-        bytes: bool,
+        /// Inputs in it.
+        size: usize,
+        /// Terms of the whole step's loss.
+        terms_in_step: usize,
     },
     /// Forward alone, with what it depends on as above.
     Forward {
-        /// Images in it.
-        batch: usize,
-        /// Hidden patches of the whole step.
-        hidden_in_step: usize,
-        /// Whether the pixels are bytes.
-        bytes: bool,
+        /// Inputs in it.
+        size: usize,
+        /// Terms of the whole step's loss.
+        terms_in_step: usize,
     },
     /// A part of backward.
     Backward {
-        /// Images in the micro-batch.
-        batch: usize,
+        /// Inputs in the micro-batch.
+        size: usize,
         /// Its first stage.
         stage: usize,
     },

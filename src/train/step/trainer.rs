@@ -3,12 +3,9 @@
 use std::ops::Range;
 
 use crate::distributed::Processes;
-use crate::model::{
-    Gradients, ImageValues, Images, MaeForPreTraining, Masking, PositionInterpolation, Purpose, Workspace,
-    WorkspaceShape,
-};
+use crate::model::{Batch, Gradients, Images, MaeForPreTraining, MaskedImages, Masking, Objective};
 use crate::nvtx::range;
-use crate::ops::{AdamWSettings, AdamWState, BUCKET, Backend, MaskingShape, RandomMask};
+use crate::ops::{AdamWSettings, AdamWState, BUCKET, Backend, Real};
 use crate::train::data_parallel::{Exchange, MicroBatch, Sharding};
 use crate::train::step::average::Average;
 use crate::train::step::graphs::{Pass, Passes};
@@ -77,19 +74,17 @@ const NON_FINITE_LIMIT: u64 = 10;
 /// Trains a model. It owns all memory that a step needs: after the first step nothing is allocated; on a
 /// device that records, after the second.
 #[derive(Debug)]
-pub struct Trainer<B: Backend> {
-    pub(in crate::train) model: MaeForPreTraining<B>,
-    pub(in crate::train) gradients: Gradients<B>,
+pub struct Trainer<B: Backend, O: Objective<B> = MaeForPreTraining<B>> {
+    pub(in crate::train) model: O,
+    pub(in crate::train) gradients: Gradients<B, O::Layers>,
     pub(crate) optimizer: OptimizerState<B>,
     settings: OptimizerSettings,
-    pub(in crate::train) workspace: Option<Workspace<B>>,
+    workspace: Option<Room<O::Shape, O::Workspace>>,
     pub(in crate::train) micro_batch: usize,
     recompute: bool,
     pub(in crate::train) passes: Passes<B>,
-    /// Whether the last pixels were bytes: the workspace keeps a buffer for one kind only.
-    bytes: bool,
-    /// The batch whose first micro-batch lies prepared in the workspace.
-    pub(in crate::train) prefetched: Option<Prefetched>,
+    /// The identity of the batch whose first micro-batch lies prepared in the workspace.
+    prefetched: Option<[u64; 8]>,
     /// The device's counters as they were read last.
     pub(in crate::train) last: AdamWState,
     /// The loss of what is evaluated between steps.
@@ -100,58 +95,36 @@ pub struct Trainer<B: Backend> {
     pub(in crate::train) exchange: Exchange,
 }
 
-/// Which batch was prefetched: where it lies, and how it is masked.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(in crate::train) struct Prefetched {
-    images: usize,
-    batch: usize,
-    /// Where the noise or the samples lie, or the first sample.
-    masks: Option<usize>,
-    ratio: f64,
-    random: Option<RandomMask>,
-    first: u64,
-}
-
-impl Prefetched {
-    fn of(images: &Images<'_>, masking: &Masking<'_>) -> Self {
-        let place = match images.values {
-            ImageValues::Normalized(values) => values.as_ptr().addr(),
-            ImageValues::Bytes { values, .. } => values.as_ptr().addr(),
-        };
-        let unmasked = Self { images: place, batch: images.batch, masks: None, ratio: 0.0, random: None, first: 0 };
-        match *masking {
-            Masking::None => unmasked,
-            Masking::Noise { ratio, noise } => Self { masks: Some(noise.as_ptr().addr()), ratio, ..unmasked },
-            Masking::Random { ratio, random, samples, first } => {
-                let masks = samples.map(|samples| samples.as_ptr().addr());
-                Self { masks, ratio, random: Some(random), first, ..unmasked }
-            }
-        }
-    }
+/// A workspace and what it was made for.
+#[derive(Debug)]
+struct Room<S, W> {
+    size: usize,
+    shape: S,
+    workspace: W,
 }
 
 /// Ranges of at most `most` images.
-pub(in crate::train) fn micro_batches(batch: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+fn micro_batches(batch: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     (0..batch).step_by(most.max(1)).map(move |start| start..(start + most).min(batch))
 }
 
-impl<B: Backend> Trainer<B> {
+impl<B: Backend, O: Objective<B>> Trainer<B, O> {
     /// A trainer that puts at most `micro_batch` images through the model at a time.
     ///
     /// # Errors
     /// [`Error::Config`] for a model that cannot be trained (dropout); [`Error::Device`] when there is not enough memory.
-    pub fn new(model: MaeForPreTraining<B>, settings: OptimizerSettings, micro_batch: usize) -> Result<Self> {
+    pub fn new(model: O, settings: OptimizerSettings, micro_batch: usize) -> Result<Self> {
         Self::with_exchange(model, settings, micro_batch, &Processes::single(), Sharding::Nothing)
     }
 
     pub(in crate::train) fn with_exchange(
-        model: MaeForPreTraining<B>,
+        model: O,
         settings: OptimizerSettings,
         micro_batch: usize,
         processes: &Processes,
         sharding: Sharding,
     ) -> Result<Self> {
-        model.config().check_trainable()?;
+        model.check_trainable()?;
         if micro_batch == 0 {
             return Err(Error::Config("a micro-batch needs at least one image".into()));
         }
@@ -165,7 +138,6 @@ impl<B: Backend> Trainer<B> {
             micro_batch,
             recompute: false,
             passes: Passes::new(true),
-            bytes: false,
             prefetched: None,
             last: AdamWState::default(),
             validation_loss: model.backend().buffer(1)?,
@@ -194,19 +166,19 @@ impl<B: Backend> Trainer<B> {
 
     /// The model as it is now.
     #[must_use]
-    pub fn model(&self) -> &MaeForPreTraining<B> {
+    pub fn model(&self) -> &O {
         &self.model
     }
 
     /// What was accumulated since the last update, which clears it.
     #[must_use]
-    pub fn gradients(&self) -> &Gradients<B> {
+    pub fn gradients(&self) -> &Gradients<B, O::Layers> {
         &self.gradients
     }
 
     /// Gives the model back and drops the rest.
     #[must_use]
-    pub fn into_model(self) -> MaeForPreTraining<B> {
+    pub fn into_model(self) -> O {
         self.model
     }
 
@@ -229,105 +201,112 @@ impl<B: Backend> Trainer<B> {
         Ok(state[0])
     }
 
-    /// One step on one batch: [`Trainer::accumulate`] and [`Trainer::update`].
+    /// One step on one batch: [`Trainer::accumulate_batch`] and [`Trainer::update`].
     ///
     /// # Errors
     /// As these two.
-    pub fn step(&mut self, images: &Images<'_>, masking: &Masking<'_>, learning_rate: f64) -> Result<StepReport> {
-        self.accumulate(images, masking, images.batch)?;
+    pub fn step_batch(&mut self, batch: &O::Batch<'_>, learning_rate: f64) -> Result<StepReport> {
+        self.accumulate_batch(batch, batch.size())?;
         self.update(learning_rate)
     }
 
-    /// Adds loss and gradients of a batch that is part of a step of `images_in_step` images. The loss of the step is the mean
-    /// over the hidden patches of all of them, so that many small batches give what one large batch gives.
+    /// Adds loss and gradients of a batch that is part of a step of `size_of_step` inputs. The loss of the step is the mean over
+    /// all of them, so that many small batches give what one large batch gives.
     ///
     /// # Errors
-    /// Those of images and noise that do not fit the model.
-    pub fn accumulate(&mut self, images: &Images<'_>, masking: &Masking<'_>, images_in_step: usize) -> Result<()> {
-        self.accumulate_batch(images, masking, images_in_step, false)
+    /// Device errors.
+    pub fn accumulate_batch(&mut self, batch: &O::Batch<'_>, size_of_step: usize) -> Result<()> {
+        self.accumulate_part(batch, size_of_step, false)
     }
 
-    /// The same, with the sums over all processes started as soon as the last micro-batch has what they need, where
-    /// `all_reduce` says so. An error behind that ends what the processes do together.
-    pub(in crate::train) fn accumulate_batch(
+    /// The same. Where `all_reduce` says so, the sums over all processes start as soon as the last micro-batch has what they need;
+    /// an error after that ends what the processes do together.
+    pub(in crate::train) fn accumulate_part(
         &mut self,
-        images: &Images<'_>,
-        masking: &Masking<'_>,
-        images_in_step: usize,
+        batch: &O::Batch<'_>,
+        size_of_step: usize,
         all_reduce: bool,
     ) -> Result<()> {
-        let mask = self.fit(images, masking)?;
-        let prefetched = self.prefetched.take() == Some(Prefetched::of(images, masking));
-        let Self { model, gradients, optimizer, workspace: Some(workspace), passes, bytes, exchange, .. } = self else {
+        self.fit(batch)?;
+        let prefetched = self.prefetched.take() == Some(batch.identity());
+        let Self { model, gradients, optimizer, workspace: Some(room), passes, exchange, micro_batch, .. } = self
+        else {
             return Ok(());
         };
-        let hidden_in_step = images_in_step * mask.hidden();
-        for (index, range) in micro_batches(images.batch, workspace.shape().batch.min(self.micro_batch)).enumerate() {
+        let Room { size: most, shape, workspace } = room;
+        let terms_in_step = size_of_step * O::terms(shape);
+        for (index, range) in micro_batches(batch.size(), (*most).min(*micro_batch)).enumerate() {
             if index > 0 || !prefetched {
-                model.prepare(workspace, &images.part(range.clone()), &masking.part(range.clone(), mask.patches))?;
+                model.prepare(workspace, &batch.part(range.clone()))?;
             }
-            let (batch, bytes) = (range.len(), *bytes);
-            if all_reduce && range.end == images.batch {
+            let size = range.len();
+            if all_reduce && range.end == batch.size() {
                 exchange.processes.ready()?;
-                let work = MicroBatch { model, workspace, batch, hidden_in_step, bytes };
+                let work = MicroBatch { model, workspace, size, terms_in_step };
                 return exchange.backward_and_sum(work, gradients, optimizer, passes);
             }
             // SAFETY: a pass depends on nothing else, and it is forgotten before a buffer of the workspace is dropped. Weights,
             // gradients and the optimiser's state live as long as the trainer.
             unsafe {
-                passes.run(model.backend(), Pass::ForwardBackward { batch, hidden_in_step, bytes }, || {
-                    model.forward_prepared(workspace, batch, hidden_in_step, &mut optimizer.loss, None)?;
-                    model.backward(workspace, batch, gradients, 0..model.parameters().layout().stages())
+                passes.run(model.backend(), Pass::ForwardBackward { size, terms_in_step }, || {
+                    model.forward(workspace, size, terms_in_step, &mut optimizer.loss)?;
+                    model.backward(workspace, size, gradients, 0..model.parameters().layout().stages())
                 })?;
             }
         }
         Ok(())
     }
 
-    /// Brings the first images of the batch that is to be accumulated next to the device, behind the work that it has:
+    /// Brings the first inputs of the batch that is to be accumulated next to the device, after the work that it has:
     /// between [`Trainer::launch_update`] and [`Trainer::report`], so that the device does not wait for it after the report.
-    /// Until then the images and masks stay as they are. The result is the same as without.
+    /// Until then the batch stays as it is. The result is the same as without.
     ///
     /// # Errors
-    /// As [`Trainer::accumulate`].
-    pub fn prefetch(&mut self, images: &Images<'_>, masking: &Masking<'_>) -> Result<()> {
+    /// As [`Trainer::accumulate_batch`].
+    pub fn prefetch_batch(&mut self, batch: &O::Batch<'_>) -> Result<()> {
         self.prefetched = None;
-        let mask = self.fit(images, masking)?;
-        let Some(workspace) = &mut self.workspace else { return Ok(()) };
-        if let Some(range) = micro_batches(images.batch, workspace.shape().batch.min(self.micro_batch)).next() {
-            self.model.prepare(workspace, &images.part(range.clone()), &masking.part(range, mask.patches))?;
-            self.prefetched = Some(Prefetched::of(images, masking));
+        self.fit(batch)?;
+        let Some(Room { size, workspace, .. }) = &mut self.workspace else { return Ok(()) };
+        if let Some(range) = micro_batches(batch.size(), (*size).min(self.micro_batch)).next() {
+            self.model.prepare(workspace, &batch.part(range))?;
+            self.prefetched = Some(batch.identity());
         }
         Ok(())
     }
 
-    /// Checks a batch, and makes a workspace for its micro-batches where there is none that fits.
-    pub(in crate::train) fn fit(&mut self, images: &Images<'_>, masking: &Masking<'_>) -> Result<MaskingShape> {
-        let image = images.check(self.model.config())?;
-        let mask = masking.check(images.batch, image.patches())?;
-        let shape = WorkspaceShape {
-            batch: self.micro_batch.min(images.batch),
-            image,
-            keep: mask.keep,
-            purpose: Purpose::Train,
-            interpolation: Some(PositionInterpolation::Grid),
-            recompute: self.recompute,
-        };
-        let fits = self.workspace.as_ref().is_some_and(|workspace| {
-            let made_for = workspace.shape();
-            made_for.batch >= shape.batch && WorkspaceShape { batch: shape.batch, ..*made_for } == shape
-        });
-        let bytes = matches!(images.values, ImageValues::Bytes { .. });
-        if !fits || bytes != self.bytes {
+    /// The loss of a batch; neither weights nor gradients change. It uses the memory of a training step, and allocates what is
+    /// missing of it.
+    ///
+    /// # Errors
+    /// Device errors.
+    pub fn evaluate_batch(&mut self, batch: &O::Batch<'_>) -> Result<f64> {
+        self.fit(batch)?;
+        // What lies prepared is overwritten.
+        self.prefetched = None;
+        let Self { model, workspace: Some(room), validation_loss, micro_batch, .. } = self else { return Ok(0.0) };
+        let Room { size, shape, workspace } = room;
+        let backend = model.backend();
+        backend.zero(validation_loss)?;
+        let terms = batch.size() * O::terms(shape);
+        for range in micro_batches(batch.size(), (*size).min(*micro_batch)) {
+            model.prepare(workspace, &batch.part(range.clone()))?;
+            model.forward(workspace, range.len(), terms, validation_loss)?;
+        }
+        let mut loss = [B::Master::default()];
+        backend.download(&mut loss, validation_loss)?;
+        Ok(loss[0].to_f64())
+    }
+
+    /// Makes a workspace for the micro-batches of a batch where there is none that fits.
+    fn fit(&mut self, batch: &O::Batch<'_>) -> Result<()> {
+        let (size, shape) = (self.micro_batch.min(batch.size()), self.model.shape(batch, self.recompute));
+        if self.workspace.as_ref().is_none_or(|room| room.size < size || room.shape != shape) {
             self.passes.forget();
             self.prefetched = None;
-            self.bytes = bytes;
-        }
-        if !fits {
             self.workspace = None;
-            self.workspace = Some(self.model.workspace(shape)?);
+            self.workspace = Some(Room { size, shape, workspace: self.model.workspace(size, &shape)? });
         }
-        Ok(mask)
+        Ok(())
     }
 
     /// Applies the accumulated gradients and clears them: [`Trainer::launch_update`] and [`Trainer::report`].
@@ -425,5 +404,57 @@ impl<B: Backend> Trainer<B> {
             )));
         }
         Ok(StepReport { loss, gradient_norm, updated: skipped_in_a_row == 0 })
+    }
+}
+
+/// Pre-training, with images and masking as they are.
+impl<B: Backend> Trainer<B> {
+    fn batch<'a>(&self, images: &Images<'a>, masking: &Masking<'a>) -> Result<MaskedImages<'a>> {
+        MaskedImages::new(self.model.config(), images, masking)
+    }
+
+    /// As [`Trainer::step_batch`].
+    ///
+    /// # Errors
+    /// Those of images and masking that do not fit the model; as [`Trainer::step_batch`].
+    pub fn step(&mut self, images: &Images<'_>, masking: &Masking<'_>, learning_rate: f64) -> Result<StepReport> {
+        self.step_batch(&self.batch(images, masking)?, learning_rate)
+    }
+
+    /// As [`Trainer::accumulate_batch`]. The loss of the step is the mean over the hidden patches of all its images.
+    ///
+    /// # Errors
+    /// Those of images and masking that do not fit the model; as [`Trainer::accumulate_batch`].
+    pub fn accumulate(&mut self, images: &Images<'_>, masking: &Masking<'_>, images_in_step: usize) -> Result<()> {
+        self.accumulate_batch(&self.batch(images, masking)?, images_in_step)
+    }
+
+    /// As [`Trainer::prefetch_batch`].
+    ///
+    /// # Errors
+    /// Those of images and masking that do not fit the model; as [`Trainer::prefetch_batch`].
+    pub fn prefetch(&mut self, images: &Images<'_>, masking: &Masking<'_>) -> Result<()> {
+        self.prefetch_batch(&self.batch(images, masking)?)
+    }
+
+    /// As [`Trainer::evaluate_batch`]: the mean over the batch's hidden patches.
+    ///
+    /// # Errors
+    /// Those of images and masking that do not fit the model; as [`Trainer::evaluate_batch`].
+    pub fn evaluate(&mut self, images: &Images<'_>, masking: &Masking<'_>) -> Result<f64> {
+        self.evaluate_batch(&self.batch(images, masking)?)
+    }
+
+    /// As [`Trainer::accumulate_batch_together`].
+    ///
+    /// # Errors
+    /// Those of images and masking that do not fit the model; as [`Trainer::accumulate_batch_together`].
+    pub fn accumulate_together(
+        &mut self,
+        images: &Images<'_>,
+        masking: &Masking<'_>,
+        images_in_step: usize,
+    ) -> Result<()> {
+        self.accumulate_batch_together(&self.batch(images, masking)?, images_in_step)
     }
 }
