@@ -7,7 +7,7 @@
 
 use std::time::Instant;
 
-use vitmae::data::{Loader, LoaderOptions, Source, SourceOptions, Training, Transform};
+use vitmae::data::{Loader, LoaderOptions, Source, SourceOptions, Training, Transform, jpeg_decoder};
 
 const SIZE: usize = 224;
 
@@ -20,7 +20,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let batch_size = source.len().min(50);
     let options = LoaderOptions { batch_size, workers: 1, ..LoaderOptions::default() };
     let mut loader = Loader::new(source, Transform::Training(Training::new(SIZE, SIZE)), &options)?;
-    // Buffers grow, and files come into the system's cache.
+    // First buffers grow and files enter the system's cache.
     for _ in 0..loader.batches_per_epoch() + 2 {
         loader.next_batch()?;
     }
@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         pictures += loader.next_batch()?.map_or(0, |batch| batch.len());
     }
     let (seconds, used) = (started.elapsed().as_secs_f64(), processor_seconds() - used);
-    let decoder = if cfg!(feature = "turbojpeg") { "libjpeg-turbo" } else { "zune-jpeg" };
+    let decoder = jpeg_decoder();
     println!(
         "{{\"implementation\": \"vitmae, {decoder}\", \"pictures\": {pictures}, \"per_processor_second\": {:.1}, \
          \"per_second\": {:.1}}}",

@@ -156,6 +156,22 @@ fn shortest_edges_round_down_and_crops_pad() {
 }
 
 #[test]
+fn the_processor_of_a_checkpoint_lies_in_its_folder_or_beside_its_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let weights = folder.path().join("model.safetensors");
+    for checkpoint in [folder.path(), &weights] {
+        assert_eq!(ImageProcessor::of_checkpoint(checkpoint).unwrap(), None);
+    }
+    let processor = ImageProcessor::new(32, 48, 3).normalized_with(&[0.1, 0.2, 0.3], &[0.5; 3]);
+    processor.save(folder.path()).unwrap();
+    for checkpoint in [folder.path(), &weights] {
+        assert_eq!(ImageProcessor::of_checkpoint(checkpoint).unwrap().as_ref(), Some(&processor));
+    }
+    std::fs::write(folder.path().join("preprocessor_config.json"), "{").unwrap();
+    assert!(ImageProcessor::of_checkpoint(&weights).is_err());
+}
+
+#[test]
 fn processors_that_make_no_sense_are_errors() {
     for text in [
         "",
