@@ -2,7 +2,8 @@
 
 use half::bf16;
 
-use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::backend::{Cuda, CudaBuffer};
+use super::element::CudaElement;
 use super::embedded::Kernel;
 use super::error::Result;
 use super::launch::{Argument, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, within};
@@ -249,27 +250,6 @@ struct AdamWParameters {
     clip_norm: f64,
 }
 
-/// An element type of working copies: `f32` (the masters themselves) or `bf16`.
-pub trait WorkingElement: bytemuck::Pod {
-    /// The first `length` elements of the working copy to write; none where it is the masters.
-    #[doc(hidden)]
-    fn working(buffer: &mut CudaBuffer<Self>, length: usize) -> crate::Result<Option<SliceMut<'_, bf16>>>
-    where
-        Self: crate::ops::Element;
-}
-
-impl WorkingElement for f32 {
-    fn working(_: &mut CudaBuffer<Self>, _: usize) -> crate::Result<Option<SliceMut<'_, bf16>>> {
-        Ok(None)
-    }
-}
-
-impl WorkingElement for bf16 {
-    fn working(buffer: &mut CudaBuffer<Self>, length: usize) -> crate::Result<Option<SliceMut<'_, bf16>>> {
-        buffer.output("adamw_step", "working", &[length]).map(Some)
-    }
-}
-
 impl<E: CudaElement> AdamW for Cuda<E> {
     fn gradient_norm(
         &self,
@@ -310,7 +290,7 @@ impl<E: CudaElement> AdamW for Cuda<E> {
             let mut arenas = AdamWArenas {
                 state: state.output(op, "state", &[1])?,
                 master: master.output(op, "master", &[length])?,
-                working: E::working(working, decayed)?,
+                working: working.working_copy(op, decayed)?,
                 first_moment: first_moment.output(op, "first_moment", &[length])?,
                 second_moment: second_moment.output(op, "second_moment", &[length])?,
                 factors: factors.range(0..ADAMW_FACTORS)?,

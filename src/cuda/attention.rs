@@ -3,11 +3,11 @@
 //! bf16 has three kinds of kernels, chosen by the shape and by how much shared memory a block may have: for short sequences,
 //! for those of which a head fits into shared memory, and for all others. f32 has one kind.
 
-use half::bf16;
-
-use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::backend::{Cuda, CudaBuffer};
+use super::element::CudaElement;
 use super::embedded::Kernel;
 use super::error::{CudaError, Result};
+use super::gemm::GemmType;
 use super::launch::{Argument, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
 use crate::ops::Attention;
 
@@ -19,77 +19,54 @@ const MAX_HEAD_DIM: u64 = 128;
 /// Most tokens of which a head stays in shared memory; beyond it, blocks that share a head keep more of a GPU busy.
 const MAX_RESIDENT: usize = 320;
 
-/// An element type of activations: `f32` or `bf16`.
-pub trait AttentionElement: bytemuck::Pod + sealed::Kernels {}
+/// A kernel and its grid: this many blocks per head.
+#[derive(Debug, Clone, Copy)]
+struct Launch {
+    kernel: Kernel,
+    tiles: usize,
+    warps: usize,
+    shared_bytes: u64,
+}
 
-impl AttentionElement for f32 {}
-impl AttentionElement for bf16 {}
+/// The launches of a backward pass.
+#[derive(Debug, Clone, Copy)]
+enum Backward {
+    /// All of it in one.
+    One(Launch),
+    /// Row sums, then keys and values, then queries.
+    Three([Launch; 3]),
+}
 
-use sealed::{Backward, Launch};
-
-mod sealed {
-    use super::*;
-
-    /// A kernel and its grid: this many blocks per head.
-    #[derive(Debug, Clone, Copy)]
-    pub struct Launch {
-        pub(super) kernel: Kernel,
-        pub(super) tiles: usize,
-        pub(super) warps: usize,
-        pub(super) shared_bytes: u64,
+/// A head's features are a multiple of this.
+const fn features<T: CudaElement>() -> usize {
+    match T::TYPE {
+        GemmType::F32 => 1,
+        GemmType::Bf16 => 8,
     }
+}
 
-    /// The launches of a backward pass.
-    #[derive(Debug, Clone, Copy)]
-    pub enum Backward {
-        /// All of it in one.
-        One(Launch),
-        /// Row sums, then keys and values, then queries.
-        Three([Launch; 3]),
+/// The launch of a forward pass on a device whose blocks have this much shared memory.
+fn forward<T: CudaElement>(shape: AttentionShape, shared: u32) -> Launch {
+    if T::TYPE == GemmType::F32 {
+        return plain(shape, const { Kernel::named("attention_forward_f32") }, 384, 4608);
     }
+    let candidates = [forward_whole(shape), forward_resident(shape)];
+    let fits = |launch: &Launch| launch.shared_bytes <= u64::from(shared);
+    candidates.into_iter().flatten().find(fits).unwrap_or_else(|| forward_streamed(shape))
+}
 
-    /// The kernels of an element type.
-    pub trait Kernels {
-        /// A head's features are a multiple of this.
-        const FEATURES: usize;
-        const PROBABILITIES: Kernel;
-        fn forward(shape: AttentionShape, shared: u32) -> Launch;
-        fn backward(shape: AttentionShape, shared: u32) -> Backward;
+/// The same for a backward pass.
+fn backward<T: CudaElement>(shape: AttentionShape, shared: u32) -> Backward {
+    if T::TYPE == GemmType::F32 {
+        // Delta keeps no scores.
+        let parts = [(PLAIN_DELTA, 0), (PLAIN_KEYS, 8448), (PLAIN_QUERIES, 8448)];
+        return Backward::Three(parts.map(|(kernel, scores)| plain(shape, kernel, 512, scores)));
     }
-
-    impl Kernels for f32 {
-        const FEATURES: usize = 1;
-        const PROBABILITIES: Kernel = Kernel::named("attention_probabilities_f32");
-
-        fn forward(shape: AttentionShape, _: u32) -> Launch {
-            plain(shape, Kernel::named("attention_forward_f32"), 384, 4608)
-        }
-
-        fn backward(shape: AttentionShape, _: u32) -> Backward {
-            // Delta keeps no scores.
-            let parts = [(PLAIN_DELTA, 0), (PLAIN_KEYS, 8448), (PLAIN_QUERIES, 8448)];
-            Backward::Three(parts.map(|(kernel, scores)| plain(shape, kernel, 512, scores)))
-        }
-    }
-
-    impl Kernels for bf16 {
-        const FEATURES: usize = 8;
-        const PROBABILITIES: Kernel = Kernel::named("attention_probabilities_bf16");
-
-        fn forward(shape: AttentionShape, shared: u32) -> Launch {
-            let candidates = [forward_whole(shape), forward_resident(shape)];
-            let fits = |launch: &Launch| launch.shared_bytes <= u64::from(shared);
-            candidates.into_iter().flatten().find(fits).unwrap_or_else(|| forward_streamed(shape))
-        }
-
-        fn backward(shape: AttentionShape, shared: u32) -> Backward {
-            let candidates = [backward_whole(shape), backward_resident(shape)];
-            let fits = |launch: &Launch| launch.shared_bytes <= u64::from(shared);
-            match candidates.into_iter().flatten().find(fits) {
-                Some(launch) => Backward::One(launch),
-                None => Backward::Three(backward_streamed(shape)),
-            }
-        }
+    let candidates = [backward_whole(shape), backward_resident(shape)];
+    let fits = |launch: &Launch| launch.shared_bytes <= u64::from(shared);
+    match candidates.into_iter().flatten().find(fits) {
+        Some(launch) => Backward::One(launch),
+        None => Backward::Three(backward_streamed(shape)),
     }
 }
 
@@ -231,7 +208,7 @@ const D128: [Kernel; 3] = [
 ///
 /// Errors: a head of more than 128 features, or in bf16 of no multiple of 8; a shape outside the limits; a buffer of another
 /// length or device, or in bf16 one that is not 16-byte aligned; a failed launch.
-pub fn attention_forward<T: AttentionElement>(
+pub fn attention_forward<T: CudaElement>(
     stream: &Stream,
     out: &mut SliceMut<'_, T>,
     log_sum_exp: &mut SliceMut<'_, f32>,
@@ -248,7 +225,7 @@ pub fn attention_forward<T: AttentionElement>(
             ("alignment of qkv", alignment(|bytes| qkv.is_aligned(bytes))),
         ],
     )?;
-    let launch = T::forward(shape, stream.limits().shared_bytes);
+    let launch = forward::<T>(shape, stream.limits().shared_bytes);
     let arguments = [out.argument(), log_sum_exp.argument(), qkv.argument(), Argument::value(&parameters)];
     // SAFETY: attention_forward_*(T*, float*, const T*, AttentionShape); lengths, alignment and limits were checked.
     unsafe { stream.launch(launch.kernel, grid(OP, launch, shape)?, &arguments) }
@@ -257,7 +234,7 @@ pub fn attention_forward<T: AttentionElement>(
 /// `dqkv` `[B, N, 3, H, D]` (assigned) from `dout` `[B, N, H · D]`, qkv and the log-sum-exp of the forward pass.
 ///
 /// Errors: as [`attention_forward`].
-pub fn attention_backward<T: AttentionElement>(
+pub fn attention_backward<T: CudaElement>(
     stream: &Stream,
     dqkv: &mut SliceMut<'_, T>,
     dout: &Slice<'_, T>,
@@ -282,7 +259,7 @@ pub fn attention_backward<T: AttentionElement>(
         // were checked, and the three launches come in their order.
         unsafe { stream.launch(launch.kernel, grid(OP, launch, shape)?, &arguments) }
     };
-    match T::backward(shape, stream.limits().shared_bytes) {
+    match backward::<T>(shape, stream.limits().shared_bytes) {
         Backward::One(launch) => run(launch),
         Backward::Three(launches) => launches.into_iter().try_for_each(run),
     }
@@ -291,7 +268,7 @@ pub fn attention_backward<T: AttentionElement>(
 /// The probabilities themselves, `[B, H, N, N]`, for looking at.
 ///
 /// Errors: as [`attention_forward`].
-pub fn attention_probabilities<T: AttentionElement>(
+pub fn attention_probabilities<T: CudaElement>(
     stream: &Stream,
     probabilities: &mut SliceMut<'_, T>,
     qkv: &Slice<'_, T>,
@@ -302,7 +279,7 @@ pub fn attention_probabilities<T: AttentionElement>(
     let parameters = check::<T>(OP, qkv.len(), log_sum_exp.len(), shape)?;
     let scores = product(OP, "probabilities", &[shape.batch, shape.heads, shape.tokens, shape.tokens], u64::MAX)?;
     exactly(OP, "length of probabilities", probabilities.len() as u64, scores)?;
-    let launch = plain(shape, T::PROBABILITIES, 256, 0);
+    let launch = plain(shape, const { Kernel::of::<T>("attention_probabilities") }, 256, 0);
     let arguments = [probabilities.argument(), qkv.argument(), log_sum_exp.argument(), Argument::value(&parameters)];
     // SAFETY: attention_probabilities_*(T*, const T*, const float*, AttentionShape); lengths and limits were checked.
     unsafe { stream.launch(launch.kernel, grid(OP, launch, shape)?, &arguments) }
@@ -373,7 +350,7 @@ fn numbers(shape: AttentionShape) -> u64 {
 }
 
 /// Checks limits and the lengths that all ops have.
-fn check<T: AttentionElement>(
+fn check<T: CudaElement>(
     op: &'static str,
     qkv: usize,
     log_sum_exp: usize,
@@ -381,8 +358,8 @@ fn check<T: AttentionElement>(
 ) -> Result<AttentionParameters> {
     let AttentionShape { batch, tokens, heads, head_dim } = shape;
     within(op, "features of a head", head_dim as u64, 1..=MAX_HEAD_DIM)?;
-    if !head_dim.is_multiple_of(T::FEATURES) {
-        let expected = format!("a multiple of {}; f32 takes any number up to {MAX_HEAD_DIM}", T::FEATURES);
+    if !head_dim.is_multiple_of(features::<T>()) {
+        let expected = format!("a multiple of {}; f32 takes any number up to {MAX_HEAD_DIM}", features::<T>());
         return Err(CudaError::Shape { op, what: "features of a head", found: head_dim as u64, expected });
     }
     for (what, size) in [("batch", batch), ("tokens", tokens), ("heads", heads)] {
@@ -399,8 +376,8 @@ fn check<T: AttentionElement>(
 }
 
 /// Fails where bf16 rows do not start at a multiple of 16 bytes. `buffers`: names, and what their addresses are multiples of.
-fn aligned<T: AttentionElement>(op: &'static str, buffers: &[(&'static str, u64)]) -> Result<()> {
-    let needed = if T::FEATURES > 1 { 16 } else { 1 };
+fn aligned<T: CudaElement>(op: &'static str, buffers: &[(&'static str, u64)]) -> Result<()> {
+    let needed = if features::<T>() > 1 { 16 } else { 1 };
     match buffers.iter().find(|(_, found)| *found < needed) {
         None => Ok(()),
         Some(&(what, found)) => Err(CudaError::Shape { op, what, found, expected: "at least 16".to_string() }),

@@ -7,40 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
+use super::element::CudaElement;
 use super::error::CudaError;
 use super::launch::{Buffer, Slice, SliceMut, Stream};
 use super::recording::RecordedWork;
-use crate::ops::{Collectives, Communicator, Element, Memory, Real, Record, gather_on_host};
+use crate::ops::{Collectives, Communicator, Element, Memory, Record, gather_on_host};
 use crate::{Error, Result};
-
-/// The type of activations and weight matrices on a GPU: [`bf16`] to train, `f32` to compare.
-pub trait CudaElement:
-    Real
-    + super::adamw::WorkingElement
-    + super::attention::AttentionElement
-    + super::cross_entropy::LogitElement
-    + super::layernorm::LayerNormElement
-    + super::linear::LinearElement
-    + super::loss::LossElement
-    + super::patchify::RowElement
-    + super::tokens::TokenElement
-{
-    /// The working copy of masters: `None` where these are the masters themselves.
-    #[must_use]
-    fn is_master() -> bool;
-}
-
-impl CudaElement for f32 {
-    fn is_master() -> bool {
-        true
-    }
-}
-
-impl CudaElement for bf16 {
-    fn is_master() -> bool {
-        false
-    }
-}
 
 /// A GPU, or the emulator, as a device of the model: everything runs on one stream. Cheap to clone.
 #[derive(Debug)]
@@ -231,6 +203,18 @@ impl<T: Element> CudaBuffer<T> {
     }
 }
 
+impl<E: CudaElement> CudaBuffer<E> {
+    /// The first `length` elements of a working copy, to be written; none where it is the masters themselves.
+    pub(super) fn working_copy(&mut self, op: &'static str, length: usize) -> Result<Option<SliceMut<'_, bf16>>> {
+        if E::is_master() {
+            return Ok(None);
+        }
+        let length = checked(op, "working", &[length], self.length)?;
+        // SAFETY: as for `slice_mut`; what is not f32 is bf16.
+        Ok(Some(unsafe { self.memory.part_mut(self.byte, length) }))
+    }
+}
+
 fn checked(op: &'static str, what: &'static str, sizes: &[usize], found: usize) -> Result<usize> {
     let length = sizes.iter().try_fold(1_usize, |product, &size| product.checked_mul(size));
     match length {
@@ -284,7 +268,7 @@ impl<E: CudaElement> Memory for Cuda<E> {
         }
         let length = working.length;
         let master = master.input("refresh", "master", &[length])?;
-        if let Some(mut working) = E::working(working, length)? {
+        if let Some(mut working) = working.working_copy("refresh", length)? {
             super::adamw::masters_to_bf16(&self.stream, &mut working, &master)?;
         }
         Ok(())

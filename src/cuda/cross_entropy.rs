@@ -1,8 +1,7 @@
 //! Launcher of `kernels/cross_entropy.cu`: softmax cross-entropy and its gradient.
 
-use half::bf16;
-
-use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::backend::{Cuda, CudaBuffer};
+use super::element::CudaElement;
 use super::embedded::Kernel;
 use super::error::Result;
 use super::launch::{Argument, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
@@ -13,29 +12,6 @@ pub use crate::ops::CrossEntropyShape;
 
 /// Rows of a block, one warp each.
 const WARPS: u32 = 4;
-
-/// An element type of logits: `f32` or `bf16`.
-pub trait LogitElement: bytemuck::Pod + sealed::Kernels {}
-
-impl LogitElement for f32 {}
-impl LogitElement for bf16 {}
-
-mod sealed {
-    use super::*;
-
-    /// The kernel of an element type.
-    pub trait Kernels {
-        const FORWARD_BACKWARD: Kernel;
-    }
-
-    impl Kernels for f32 {
-        const FORWARD_BACKWARD: Kernel = Kernel::named("cross_entropy_forward_backward_f32");
-    }
-
-    impl Kernels for bf16 {
-        const FORWARD_BACKWARD: Kernel = Kernel::named("cross_entropy_forward_backward_bf16");
-    }
-}
 
 /// What a cross-entropy writes.
 #[derive(Debug)]
@@ -65,7 +41,7 @@ struct CrossEntropyParameters {
 ///
 /// Errors: a shape outside the limits, a buffer of another length or device, a failed launch. A label that is no class makes
 /// its row and the loss NaN.
-pub fn cross_entropy_forward_backward<T: LogitElement>(
+pub fn cross_entropy_forward_backward<T: CudaElement>(
     stream: &Stream,
     output: &mut CrossEntropyOutput<'_, T>,
     logits: &Slice<'_, T>,
@@ -98,7 +74,7 @@ pub fn cross_entropy_forward_backward<T: LogitElement>(
     let grid = Grid { blocks: (rows as u32).div_ceil(WARPS), threads: 32 * WARPS, shared_bytes: 0 };
     // SAFETY: cross_entropy_forward_backward_*(float*, T*, const T*, const u32*, CrossEntropyShape); lengths and alignment were
     // checked.
-    unsafe { stream.launch(T::FORWARD_BACKWARD, grid, &arguments)? };
+    unsafe { stream.launch(const { Kernel::of::<T>("cross_entropy_forward_backward") }, grid, &arguments)? };
     sum_losses(stream, loss, &row_loss.as_slice(), scale)
 }
 

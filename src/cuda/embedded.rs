@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use flate2::read::ZlibDecoder;
 
 use super::error::{CudaError, Result};
+use super::gemm::{GemmElement, GemmType};
 use super::hash::hash;
 pub use super::nvrtc::Target;
 use super::nvrtc::{Nvrtc, NvrtcError, Source};
@@ -22,9 +23,25 @@ pub struct Kernel(usize);
 impl Kernel {
     /// The kernel with a symbol. For constants: a symbol that no source has then does not compile.
     pub(crate) const fn named(symbol: &str) -> Self {
+        Self::find(symbol, "")
+    }
+
+    /// The kernel of this name for elements of a type. For `const { … }`, as above.
+    pub(crate) const fn of<E: GemmElement>(name: &str) -> Self {
+        match E::TYPE {
+            GemmType::F32 => Self::find(name, "_f32"),
+            GemmType::Bf16 => Self::find(name, "_bf16"),
+        }
+    }
+
+    const fn find(name: &str, suffix: &str) -> Self {
         let mut index = 0;
         while index < KERNELS.len() {
-            if equal(KERNELS[index].symbol.as_bytes(), symbol.as_bytes()) {
+            let (start, end) = KERNELS[index].symbol.as_bytes().split_at(match KERNELS[index].symbol.len() {
+                length if length >= name.len() => name.len(),
+                length => length,
+            });
+            if equal(start, name.as_bytes()) && equal(end, suffix.as_bytes()) {
                 return Self(index);
             }
             index += 1;

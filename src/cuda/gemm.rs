@@ -117,9 +117,6 @@ pub enum Epilogue<'a, O> {
         /// What GELU is applied to, for backward.
         pre: SliceMut<'a, O>,
     },
-    /// Leaves the sums alone, and stores the sum of every row of the left factor over the depth, `[rows]`: with the left
-    /// factor `dyᵀ` a bias's gradient.
-    LeftSums(SliceMut<'a, O>),
 }
 
 /// [`Epilogue`] without its memory.
@@ -131,8 +128,6 @@ pub enum EpilogueKind {
     Bias,
     /// [`Epilogue::BiasGeluTanh`].
     BiasGeluTanh,
-    /// [`Epilogue::LeftSums`].
-    LeftSums,
 }
 
 /// Everything about a product but where its matrices are.
@@ -161,7 +156,7 @@ pub struct GemmAddresses {
     pub right: u64,
     /// The addend; may be the output.
     pub addend: u64,
-    /// The bias, or the sums of the left factor's rows.
+    /// The bias.
     pub bias: u64,
     /// The values before the activation.
     pub pre: u64,
@@ -293,7 +288,6 @@ impl Stream {
                 let pre = matrix("length of the activation's input", pre.place())?;
                 (EpilogueKind::BiasGeluTanh, Some((bias.place(), columns)), pre)
             }
-            Epilogue::LeftSums(sums) => (EpilogueKind::LeftSums, Some((sums.place(), rows)), 0),
         };
         if pre != 0 {
             within(OP, "stride of the activation's input modulo 8", (output_stride % 8) as u64, 0..=0)?;

@@ -1,10 +1,10 @@
 //! Launchers of `kernels/layernorm.cu`: LayerNorm over the features of each token, and its gradients.
 
-use half::bf16;
-
-use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::backend::{Cuda, CudaBuffer};
+use super::element::CudaElement;
 use super::embedded::Kernel;
 use super::error::Result;
+use super::gemm::GemmType;
 use super::launch::{Argument, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
 use crate::ops::{LayerNorm, LayerNormShape, Write};
 
@@ -26,51 +26,28 @@ const ROWS_PER_WARP: [u32; MAX_UNITS + 1] = [1, 4, 2, 1, 1, 1];
 /// has use for.
 const MAX_BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 
-/// An element type that the kernels take: `f32` or `bf16`.
-pub trait LayerNormElement: bytemuck::Pod + sealed::Kernels {}
-
-impl LayerNormElement for f32 {}
-impl LayerNormElement for bf16 {}
-
-mod sealed {
-    use super::*;
-
-    /// The kernels of an element type.
-    pub trait Kernels {
-        const FORWARD: Kernel;
-        /// By path: for any width, then by units.
-        const BACKWARD: [Kernel; MAX_UNITS + 1];
-        /// Blocks that a multiprocessor holds of each, by their registers on sm_90a, at most
-        /// [`MAX_BLOCKS_PER_MULTIPROCESSOR`]. A constant and not the driver's answer, so that the order of the sums, and with it
-        /// every bit, depends on the number of multiprocessors alone. tests/kernels/layernorm.rs holds it against
-        /// kernels/REPORT.md, on other architectures to one block more or less, which costs time only.
-        const BLOCKS: [u32; MAX_UNITS + 1];
+/// The backward kernels of an element type by path: for any width, then by units.
+const fn backward_kernels<T: CudaElement>() -> [Kernel; MAX_UNITS + 1] {
+    const {
+        [
+            Kernel::of::<T>("layernorm_backward_dx_any"),
+            Kernel::of::<T>("layernorm_backward_dx_256"),
+            Kernel::of::<T>("layernorm_backward_dx_512"),
+            Kernel::of::<T>("layernorm_backward_dx_768"),
+            Kernel::of::<T>("layernorm_backward_dx_1024"),
+            Kernel::of::<T>("layernorm_backward_dx_1280"),
+        ]
     }
+}
 
-    impl Kernels for f32 {
-        const FORWARD: Kernel = Kernel::named("layernorm_forward_f32");
-        const BACKWARD: [Kernel; MAX_UNITS + 1] = [
-            Kernel::named("layernorm_backward_dx_any_f32"),
-            Kernel::named("layernorm_backward_dx_256_f32"),
-            Kernel::named("layernorm_backward_dx_512_f32"),
-            Kernel::named("layernorm_backward_dx_768_f32"),
-            Kernel::named("layernorm_backward_dx_1024_f32"),
-            Kernel::named("layernorm_backward_dx_1280_f32"),
-        ];
-        const BLOCKS: [u32; MAX_UNITS + 1] = [4, 3, 3, 3, 2, 2];
-    }
-
-    impl Kernels for bf16 {
-        const FORWARD: Kernel = Kernel::named("layernorm_forward_bf16");
-        const BACKWARD: [Kernel; MAX_UNITS + 1] = [
-            Kernel::named("layernorm_backward_dx_any_bf16"),
-            Kernel::named("layernorm_backward_dx_256_bf16"),
-            Kernel::named("layernorm_backward_dx_512_bf16"),
-            Kernel::named("layernorm_backward_dx_768_bf16"),
-            Kernel::named("layernorm_backward_dx_1024_bf16"),
-            Kernel::named("layernorm_backward_dx_1280_bf16"),
-        ];
-        const BLOCKS: [u32; MAX_UNITS + 1] = [4, 4, 4, 4, 3, 2];
+/// Blocks that a multiprocessor holds of each, by their registers on sm_90a, at most [`MAX_BLOCKS_PER_MULTIPROCESSOR`]. A constant
+/// and not the driver's answer, so that the order of the sums, and with it every bit, depends on the number of multiprocessors
+/// alone. tests/kernels/layernorm.rs holds it against kernels/REPORT.md, on other architectures to one block more or less, which
+/// costs time only.
+const fn blocks_at_once<T: CudaElement>() -> [u32; MAX_UNITS + 1] {
+    match T::TYPE {
+        GemmType::F32 => [4, 3, 3, 3, 2, 2],
+        GemmType::Bf16 => [4, 4, 4, 4, 3, 2],
     }
 }
 
@@ -119,7 +96,7 @@ pub struct LayerNormSaved<'a, T> {
 /// 16-byte aligned are slower.
 ///
 /// Errors: a shape outside the limits, a buffer of another length or device, a failed launch.
-pub fn layernorm_forward<T: LayerNormElement>(
+pub fn layernorm_forward<T: CudaElement>(
     stream: &Stream,
     output: &mut LayerNormOutput<'_, T>,
     x: &Slice<'_, T>,
@@ -151,7 +128,7 @@ pub fn layernorm_forward<T: LayerNormElement>(
     ];
     // SAFETY: layernorm_forward_*(T*, float*, float*, const T*, const float*, const float*, LayerNormShape); lengths and what
     // the path needs were checked.
-    unsafe { stream.launch(T::FORWARD, grid, &arguments) }
+    unsafe { stream.launch(const { Kernel::of::<T>("layernorm_forward") }, grid, &arguments) }
 }
 
 /// How many numbers [`layernorm_backward`] needs for partial sums on a stream's device.
@@ -169,7 +146,7 @@ fn most_blocks(stream: &Stream) -> usize {
 /// `dgamma` and `dbeta` accumulated. Two launches.
 ///
 /// Errors: a shape outside the limits, a buffer of another length or device, a failed launch.
-pub fn layernorm_backward<T: LayerNormElement>(
+pub fn layernorm_backward<T: CudaElement>(
     stream: &Stream,
     gradients: &mut LayerNormGradients<'_, T>,
     saved: &LayerNormSaved<'_, T>,
@@ -196,7 +173,7 @@ pub fn layernorm_backward<T: LayerNormElement>(
     let aligned = dx.is_aligned_16() && dy.is_aligned_16() && x.is_aligned_16() && gamma.is_aligned_16();
     let mut parameters = LayerNormParameters::new::<T>(shape, aligned && partials.is_aligned_16());
     let units = parameters.units();
-    let resident = T::BLOCKS[units] * stream.limits().multiprocessors.max(1);
+    let resident = blocks_at_once::<T>()[units] * stream.limits().multiprocessors.max(1);
     parameters.blocks = parameters.rows.div_ceil(WARPS * ROWS_PER_WARP[units]).min(resident);
     parameters.accumulate = (write == Write::Accumulate).into();
     let grid = Grid { blocks: parameters.blocks, threads: 32 * WARPS, shared_bytes: 2048 * units as u32 };
@@ -212,7 +189,7 @@ pub fn layernorm_backward<T: LayerNormElement>(
     ];
     // SAFETY: layernorm_backward_dx_*(T*, float*, const T*, const T*, const float*, const float*, const float*,
     // LayerNormShape); lengths and what the path needs were checked.
-    unsafe { stream.launch(T::BACKWARD[units], grid, &arguments)? };
+    unsafe { stream.launch(backward_kernels::<T>()[units], grid, &arguments)? };
 
     let grid = Grid { blocks: (2 * parameters.width).div_ceil(32), threads: 512, shared_bytes: 2048 };
     let arguments = [

@@ -1,8 +1,7 @@
 //! Launchers of `kernels/loss.cu`: the masked reconstruction loss and its gradient.
 
-use half::bf16;
-
-use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::backend::{Cuda, CudaBuffer};
+use super::element::CudaElement;
 use super::embedded::Kernel;
 use super::error::Result;
 use super::launch::{Argument, Divider, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
@@ -21,32 +20,6 @@ const SUM_GRID: Grid = Grid { blocks: 1, threads: 512, shared_bytes: 8 * 512 };
 
 /// Most channels of byte images: each has two constants in shared memory.
 const MAX_CHANNELS: u64 = 2048;
-
-/// An element type of predictions: `f32` or `bf16`.
-pub trait LossElement: bytemuck::Pod + sealed::Kernels {}
-
-impl LossElement for f32 {}
-impl LossElement for bf16 {}
-
-mod sealed {
-    use super::*;
-
-    /// The kernels of an element type.
-    pub trait Kernels {
-        const FROM_BYTES: Kernel;
-        const FROM_F32: Kernel;
-    }
-
-    impl Kernels for f32 {
-        const FROM_BYTES: Kernel = Kernel::named("loss_forward_backward_u8_f32");
-        const FROM_F32: Kernel = Kernel::named("loss_forward_backward_f32_f32");
-    }
-
-    impl Kernels for bf16 {
-        const FROM_BYTES: Kernel = Kernel::named("loss_forward_backward_u8_bf16");
-        const FROM_F32: Kernel = Kernel::named("loss_forward_backward_f32_bf16");
-    }
-}
 
 /// What a loss writes.
 #[derive(Debug)]
@@ -74,7 +47,7 @@ pub struct LossInput<'a, T> {
 ///
 /// Errors: a shape outside the limits, a buffer of another length or device, a failed launch. An id that is no patch makes
 /// its row and the loss NaN.
-pub fn loss_forward_backward_bytes<T: LossElement>(
+pub fn loss_forward_backward_bytes<T: CudaElement>(
     stream: &Stream,
     output: &mut LossOutput<'_, T>,
     input: &LossInput<'_, T>,
@@ -107,14 +80,14 @@ pub fn loss_forward_backward_bytes<T: LossElement>(
     let grid = Grid { shared_bytes: 8 * channels as u32, ..grid(&parameters) };
     // SAFETY: loss_forward_backward_u8_*(float*, T*, const T*, const u8*, const float*, const float*, const u32*, const float*,
     // LossShape); lengths, alignment and limits were checked.
-    unsafe { stream.launch(T::FROM_BYTES, grid, &arguments)? };
+    unsafe { stream.launch(const { Kernel::of::<T>("loss_forward_backward_u8") }, grid, &arguments)? };
     add_up(stream, output, shape)
 }
 
 /// Compares predicted patches with those of normalised images `[B, C, H, W]`: loss and gradient.
 ///
 /// Errors: as [`loss_forward_backward_bytes`].
-pub fn loss_forward_backward_f32<T: LossElement>(
+pub fn loss_forward_backward_f32<T: CudaElement>(
     stream: &Stream,
     output: &mut LossOutput<'_, T>,
     input: &LossInput<'_, T>,
@@ -134,12 +107,12 @@ pub fn loss_forward_backward_f32<T: LossElement>(
     ];
     // SAFETY: loss_forward_backward_f32_*(float*, T*, const T*, const float*, const u32*, const float*, LossShape); lengths,
     // alignment and limits were checked.
-    unsafe { stream.launch(T::FROM_F32, grid(&parameters), &arguments)? };
+    unsafe { stream.launch(const { Kernel::of::<T>("loss_forward_backward_f32") }, grid(&parameters), &arguments)? };
     add_up(stream, output, shape)
 }
 
 /// Adds the patches' losses to the loss.
-fn add_up<T: LossElement>(stream: &Stream, output: &mut LossOutput<'_, T>, shape: LossShape) -> Result<()> {
+fn add_up<T: CudaElement>(stream: &Stream, output: &mut LossOutput<'_, T>, shape: LossShape) -> Result<()> {
     sum_losses(stream, &mut output.loss, &output.patch_loss.as_slice(), shape.scale)
 }
 
@@ -189,7 +162,7 @@ fn grid(parameters: &LossParameters) -> Grid {
 }
 
 /// Checks limits and lengths, and chooses the vectors.
-fn check<T: LossElement>(
+fn check<T: CudaElement>(
     op: &'static str,
     output: &LossOutput<'_, T>,
     input: &LossInput<'_, T>,

@@ -10,6 +10,7 @@ pub mod buffer;
 pub mod cross_entropy;
 pub mod cublaslt;
 pub mod discovery;
+pub mod element;
 pub mod embedded;
 #[cfg(feature = "emulator")]
 pub mod emulator;
@@ -33,8 +34,9 @@ mod staging;
 pub mod timing;
 pub mod tokens;
 
-pub use backend::{Cuda, CudaBuffer, CudaElement};
+pub use backend::{Cuda, CudaBuffer};
 pub use discovery::{DeviceInfo, devices};
+pub use element::CudaElement;
 pub use embedded::{Manifest, embedded_kernels};
 pub use error::{CudaError, Result};
 pub use gpu::Gpu;

@@ -1,17 +1,11 @@
 //! Launchers of `kernels/patchify.cu`: visible patches of images as rows for the patch embedding.
 
-use half::bf16;
-
-use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::backend::{Cuda, CudaBuffer};
+use super::element::CudaElement;
 use super::embedded::Kernel;
 use super::error::Result;
 use super::launch::{Argument, Divider, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
 use crate::ops::{ImageShape, Patchify, Pixels};
-
-const U8_F32: Kernel = Kernel::named("patchify_visible_forward_u8_f32");
-const U8_BF16: Kernel = Kernel::named("patchify_visible_forward_u8_bf16");
-const F32_F32: Kernel = Kernel::named("patchify_visible_forward_f32_f32");
-const F32_BF16: Kernel = Kernel::named("patchify_visible_forward_f32_bf16");
 
 const THREADS: u32 = 128;
 
@@ -44,37 +38,11 @@ pub struct BytePixels<'a> {
     pub std: Slice<'a, f32>,
 }
 
-/// An element type that the kernels write: `f32` or `bf16`.
-pub trait RowElement: bytemuck::Pod + sealed::Kernels {}
-
-impl RowElement for f32 {}
-impl RowElement for bf16 {}
-
-mod sealed {
-    use super::*;
-
-    /// The kernels that write an element type.
-    pub trait Kernels {
-        const FROM_BYTES: Kernel;
-        const FROM_F32: Kernel;
-    }
-
-    impl Kernels for f32 {
-        const FROM_BYTES: Kernel = U8_F32;
-        const FROM_F32: Kernel = F32_F32;
-    }
-
-    impl Kernels for bf16 {
-        const FROM_BYTES: Kernel = U8_BF16;
-        const FROM_F32: Kernel = F32_BF16;
-    }
-}
-
 /// Writes the visible patches `ids_keep` `[B, keep]` of byte images as normalised rows `[B · keep, C · ph · pw]`.
 ///
 /// Errors: a shape outside the limits, a buffer of another length or device, a failed launch. An id that is no patch gives
 /// a row of NaN.
-pub fn patchify_visible_forward_bytes<T: RowElement>(
+pub fn patchify_visible_forward_bytes<T: CudaElement>(
     stream: &Stream,
     rows: &mut SliceMut<'_, T>,
     input: &BytePixels<'_>,
@@ -95,13 +63,13 @@ pub fn patchify_visible_forward_bytes<T: RowElement>(
     ];
     // SAFETY: patchify_visible_forward_u8_*(T*, const u8*, const u32*, const float*, const float*, PatchifyShape); lengths
     // were checked.
-    unsafe { stream.launch(T::FROM_BYTES, grid, &arguments) }
+    unsafe { stream.launch(const { Kernel::of::<T>("patchify_visible_forward_u8") }, grid, &arguments) }
 }
 
 /// Writes the visible patches `ids_keep` `[B, keep]` of normalised images `[B, C, H, W]` as rows `[B · keep, C · ph · pw]`.
 ///
 /// Errors: as [`patchify_visible_forward_bytes`].
-pub fn patchify_visible_forward_f32<T: RowElement>(
+pub fn patchify_visible_forward_f32<T: CudaElement>(
     stream: &Stream,
     rows: &mut SliceMut<'_, T>,
     pixels: &Slice<'_, f32>,
@@ -112,7 +80,7 @@ pub fn patchify_visible_forward_f32<T: RowElement>(
     let (parameters, grid) = check::<T>(OP, rows, pixels.len(), ids_keep, shape, None)?;
     let arguments = [rows.argument(), pixels.argument(), ids_keep.argument(), Argument::value(&parameters)];
     // SAFETY: patchify_visible_forward_f32_*(T*, const float*, const u32*, PatchifyShape); lengths were checked.
-    unsafe { stream.launch(T::FROM_F32, grid, &arguments) }
+    unsafe { stream.launch(const { Kernel::of::<T>("patchify_visible_forward_f32") }, grid, &arguments) }
 }
 
 impl<E: CudaElement> Patchify for Cuda<E> {
@@ -171,7 +139,7 @@ struct PatchifyParameters {
 }
 
 /// Checks limits and lengths, and lays out the launch. `bytes`: the pixels, where they are to be staged.
-fn check<T: RowElement>(
+fn check<T: CudaElement>(
     op: &'static str,
     rows: &SliceMut<'_, T>,
     pixels: usize,

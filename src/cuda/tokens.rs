@@ -4,9 +4,8 @@
 //! work, more slowly. The errors of every launcher: a shape outside the limits, a buffer of another length or device, a failed
 //! launch.
 
-use half::bf16;
-
-use super::backend::{Cuda, CudaBuffer, CudaElement};
+use super::backend::{Cuda, CudaBuffer};
+use super::element::CudaElement;
 use super::embedded::Kernel;
 use super::error::Result;
 use super::launch::{Argument, Divider, Grid, MAX_32_BIT, Slice, SliceMut, Stream, exactly, product, within};
@@ -26,47 +25,9 @@ const CHUNK: usize = 32;
 /// Blocks of unshuffle backward per multiprocessor, about as many as it holds.
 const SUM_BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 
-/// An element type that the kernels take: `f32` or `bf16`.
-pub trait TokenElement: bytemuck::Pod + sealed::Kernels {}
-
-impl TokenElement for f32 {}
-impl TokenElement for bf16 {}
-
-mod sealed {
-    use super::*;
-
-    /// The kernels of an element type.
-    pub trait Kernels {
-        const ASSEMBLE_FORWARD: Kernel;
-        const ASSEMBLE_BACKWARD: Kernel;
-        const UNSHUFFLE_FORWARD: Kernel;
-        const UNSHUFFLE_BACKWARD: Kernel;
-        const GATHER_FORWARD: Kernel;
-        const GATHER_BACKWARD: Kernel;
-    }
-
-    impl Kernels for f32 {
-        const ASSEMBLE_FORWARD: Kernel = Kernel::named("tokens_assemble_forward_f32");
-        const ASSEMBLE_BACKWARD: Kernel = Kernel::named("tokens_assemble_backward_f32");
-        const UNSHUFFLE_FORWARD: Kernel = Kernel::named("tokens_unshuffle_forward_f32");
-        const UNSHUFFLE_BACKWARD: Kernel = Kernel::named("tokens_unshuffle_backward_f32");
-        const GATHER_FORWARD: Kernel = Kernel::named("tokens_gather_forward_f32");
-        const GATHER_BACKWARD: Kernel = Kernel::named("tokens_gather_backward_f32");
-    }
-
-    impl Kernels for bf16 {
-        const ASSEMBLE_FORWARD: Kernel = Kernel::named("tokens_assemble_forward_bf16");
-        const ASSEMBLE_BACKWARD: Kernel = Kernel::named("tokens_assemble_backward_bf16");
-        const UNSHUFFLE_FORWARD: Kernel = Kernel::named("tokens_unshuffle_forward_bf16");
-        const UNSHUFFLE_BACKWARD: Kernel = Kernel::named("tokens_unshuffle_backward_bf16");
-        const GATHER_FORWARD: Kernel = Kernel::named("tokens_gather_forward_bf16");
-        const GATHER_BACKWARD: Kernel = Kernel::named("tokens_gather_backward_bf16");
-    }
-}
-
 /// The encoder's input `x` `[B, 1 + n, D]` from `patches` `[B, n, D]`, `class_token` `[D]`, `positions` `[1 + L, D]` and `ids_keep`
 /// `[B, n]`. An id that is no patch gives a row of NaN.
-pub fn tokens_assemble_forward<T: TokenElement>(
+pub fn tokens_assemble_forward<T: CudaElement>(
     stream: &Stream,
     x: &mut SliceMut<'_, T>,
     patches: &Slice<'_, T>,
@@ -94,11 +55,11 @@ pub fn tokens_assemble_forward<T: TokenElement>(
         Argument::value(&parameters),
     ];
     // SAFETY: tokens_assemble_forward_*(T*, const T*, const float*, const float*, const u32*, TokensShape); checked above.
-    unsafe { stream.launch(T::ASSEMBLE_FORWARD, grid, &arguments) }
+    unsafe { stream.launch(const { Kernel::of::<T>("tokens_assemble_forward") }, grid, &arguments) }
 }
 
 /// `dpatches` `[B, n, D]` (assigned) and `dclass_token` `[D]` (accumulated) from `dx` `[B, 1 + n, D]`.
-pub fn tokens_assemble_backward<T: TokenElement>(
+pub fn tokens_assemble_backward<T: CudaElement>(
     stream: &Stream,
     dpatches: &mut SliceMut<'_, T>,
     dclass_token: &mut SliceMut<'_, f32>,
@@ -119,12 +80,12 @@ pub fn tokens_assemble_backward<T: TokenElement>(
     grid.shared_bytes = 4 * THREADS;
     let arguments = [dpatches.argument(), dclass_token.argument(), dx.argument(), Argument::value(&parameters)];
     // SAFETY: tokens_assemble_backward_*(T*, float*, const T*, TokensShape); checked above.
-    unsafe { stream.launch(T::ASSEMBLE_BACKWARD, grid, &arguments) }
+    unsafe { stream.launch(const { Kernel::of::<T>("tokens_assemble_backward") }, grid, &arguments) }
 }
 
 /// The decoder's input `y` `[B, 1 + L, D]` from `x` `[B, 1 + n, D]`, `mask_token` `[D]`, `positions` `[1 + L, D]` and `ids_restore`
 /// `[B, L]`.
-pub fn tokens_unshuffle_forward<T: TokenElement>(
+pub fn tokens_unshuffle_forward<T: CudaElement>(
     stream: &Stream,
     y: &mut SliceMut<'_, T>,
     x: &Slice<'_, T>,
@@ -153,7 +114,7 @@ pub fn tokens_unshuffle_forward<T: TokenElement>(
         Argument::value(&parameters),
     ];
     // SAFETY: tokens_unshuffle_forward_*(T*, const T*, const float*, const float*, const u32*, TokensShape); checked above.
-    unsafe { stream.launch(T::UNSHUFFLE_FORWARD, grid, &arguments) }
+    unsafe { stream.launch(const { Kernel::of::<T>("tokens_unshuffle_forward") }, grid, &arguments) }
 }
 
 /// How many numbers [`tokens_unshuffle_backward`] needs for partial sums on a stream's device.
@@ -173,7 +134,7 @@ fn most_slabs(stream: &Stream, tiles: usize, shape: TokensShape) -> usize {
 /// `dx` `[B, 1 + n, D]` (assigned) and `dmask_token` `[D]` (accumulated) from `dy` `[B, 1 + L, D]` and `ids_restore` `[B, L]`, in which
 /// the ranks below `n` are all there. `partials`: [`tokens_unshuffle_backward_partials`] numbers or more, with any content
 /// before and after. Two launches.
-pub fn tokens_unshuffle_backward<T: TokenElement>(
+pub fn tokens_unshuffle_backward<T: CudaElement>(
     stream: &Stream,
     dx: &mut SliceMut<'_, T>,
     dmask_token: &mut SliceMut<'_, f32>,
@@ -208,7 +169,7 @@ pub fn tokens_unshuffle_backward<T: TokenElement>(
     let arguments =
         [dx.argument(), partials.argument(), dy.argument(), ids_restore.argument(), Argument::value(&parameters)];
     // SAFETY: tokens_unshuffle_backward_*(T*, float*, const T*, const u32*, TokensShape); checked above.
-    unsafe { stream.launch(T::UNSHUFFLE_BACKWARD, grid, &arguments)? };
+    unsafe { stream.launch(const { Kernel::of::<T>("tokens_unshuffle_backward") }, grid, &arguments)? };
 
     let grid = Grid { blocks: parameters.width.div_ceil(32), threads: THREADS, shared_bytes: 4 * THREADS };
     let (slabs, width) = (Argument::value(&parameters.slabs), Argument::value(&parameters.width));
@@ -217,7 +178,7 @@ pub fn tokens_unshuffle_backward<T: TokenElement>(
 }
 
 /// `y[b, j] = x[b, 1 + ids[b, j]]`: `y` `[B, n, D]`, `x` `[B, 1 + L, D]`, `ids` `[B, n]`. An id that is no patch gives a row of NaN.
-pub fn tokens_gather_forward<T: TokenElement>(
+pub fn tokens_gather_forward<T: CudaElement>(
     stream: &Stream,
     y: &mut SliceMut<'_, T>,
     x: &Slice<'_, T>,
@@ -232,11 +193,11 @@ pub fn tokens_gather_forward<T: TokenElement>(
     let (parameters, grid) = launch.copies::<T>(aligned, shape.batch, shape.selected)?;
     let arguments = [y.argument(), x.argument(), ids.argument(), Argument::value(&parameters)];
     // SAFETY: tokens_gather_forward_*(T*, const T*, const u32*, TokensShape); checked above.
-    unsafe { stream.launch(T::GATHER_FORWARD, grid, &arguments) }
+    unsafe { stream.launch(const { Kernel::of::<T>("tokens_gather_forward") }, grid, &arguments) }
 }
 
 /// `dx` `[B, 1 + L, D]` (assigned): `dy` `[B, n, D]` at the patches `ids` `[B, n]`, distinct in each sample, and zero elsewhere.
-pub fn tokens_gather_backward<T: TokenElement>(
+pub fn tokens_gather_backward<T: CudaElement>(
     stream: &Stream,
     dx: &mut SliceMut<'_, T>,
     dy: &Slice<'_, T>,
@@ -255,7 +216,7 @@ pub fn tokens_gather_backward<T: TokenElement>(
     let grid = Grid { blocks, threads: THREADS, shared_bytes: 4 * CHUNK as u32 };
     let arguments = [dx.argument(), dy.argument(), ids.argument(), Argument::value(&parameters)];
     // SAFETY: tokens_gather_backward_*(T*, const T*, const u32*, TokensShape); checked above.
-    unsafe { stream.launch(T::GATHER_BACKWARD, grid, &arguments) }
+    unsafe { stream.launch(const { Kernel::of::<T>("tokens_gather_backward") }, grid, &arguments) }
 }
 
 /// `TokensShape` of kernels/tokens.cu.

@@ -4,9 +4,9 @@ use half::bf16;
 use vitmae::cpu::Cpu;
 use vitmae::ops::{ImageShape, Patchify, Pixels, Real};
 
-use super::emulated::patchify::{BytePixels, PatchifyShape, RowElement};
+use super::emulated::patchify::{BytePixels, PatchifyShape};
 use super::emulated::patchify::{patchify_visible_forward_bytes, patchify_visible_forward_f32};
-use super::emulated::{Cuda, CudaError, SEEDS, Stream, device};
+use super::emulated::{Cuda, CudaElement, CudaError, SEEDS, Stream, device};
 
 const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
 const DEVIATION: [f32; 3] = [0.229, 0.224, 0.225];
@@ -58,7 +58,7 @@ fn expected(shape: PatchifyShape, ids: &[u32], value: impl Fn(usize, usize, usiz
 }
 
 /// An element type with its rounding and its bits.
-trait Checked: RowElement {
+trait Checked: CudaElement {
     fn round(value: f32) -> Self;
     fn bits(self) -> u32;
 }

@@ -31,8 +31,6 @@ impl Product {
             EpilogueKind::Nothing => Kind::CUBLASLT_EPILOGUE_DEFAULT,
             EpilogueKind::Bias => Kind::CUBLASLT_EPILOGUE_BIAS,
             EpilogueKind::BiasGeluTanh => Kind::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-            // Of `b`, which is the left factor.
-            EpilogueKind::LeftSums => Kind::CUBLASLT_EPILOGUE_BGRADB,
         };
         descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &(kind as u32))?;
         if epilogue == EpilogueKind::BiasGeluTanh {
@@ -52,7 +50,7 @@ impl Product {
     /// Says where the epilogue's vectors are. The choice of algorithms looks at their alignment.
     pub(super) fn point_at(&self, at: &GemmAddresses) -> Result<()> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
-        if matches!(self.epilogue, EpilogueKind::Bias | EpilogueKind::BiasGeluTanh | EpilogueKind::LeftSums) {
+        if matches!(self.epilogue, EpilogueKind::Bias | EpilogueKind::BiasGeluTanh) {
             self.descriptor.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &at.bias)?;
         }
         if self.epilogue == EpilogueKind::BiasGeluTanh {
@@ -186,8 +184,7 @@ mod tests {
         }
         // Descriptors need no device.
         let at = GemmAddresses { output: 256, left: 512, right: 1024, addend: 256, bias: 2048, pre: 4096 };
-        for epilogue in [EpilogueKind::Nothing, EpilogueKind::Bias, EpilogueKind::BiasGeluTanh, EpilogueKind::LeftSums]
-        {
+        for epilogue in [EpilogueKind::Nothing, EpilogueKind::Bias, EpilogueKind::BiasGeluTanh] {
             for output in [GemmType::Bf16, GemmType::F32] {
                 for adds in [false, true] {
                     let product = Product::new(&description(output, adds, epilogue)).expect("described");

@@ -266,10 +266,6 @@ impl Emulator {
             self.write_matrix(addresses.pre, output, gemm.output_stride, &sums, columns)?;
             sums.iter_mut().for_each(|sum| *sum = gelu_tanh(*sum));
         }
-        if epilogue == EpilogueKind::LeftSums {
-            let left_sums: Vec<f32> = left.chunks_exact(depth).map(|row| row.iter().sum()).collect();
-            self.write_matrix(addresses.bias, output, rows, &left_sums, rows)?;
-        }
         self.write_matrix(addresses.output, output, gemm.output_stride, &sums, columns)
     }
 

@@ -4,6 +4,7 @@ mod ops;
 
 use half::bf16;
 
+use super::element::CudaElement;
 use super::embedded::Kernel;
 use super::error::{CudaError, Result};
 use super::gemm::{Addend, Epilogue, Gemm, GemmElement, GemmType, Layout};
@@ -21,43 +22,11 @@ const PARTS: usize = 256;
 /// Rows of such a part, at least: each of a block's warps has a few in flight.
 const PART_ROWS: usize = 32;
 
-/// An element type of linear layers: `f32` or [`bf16`].
-pub trait LinearElement: GemmElement + sealed::Kernels {}
-
-impl LinearElement for f32 {}
-impl LinearElement for bf16 {}
-
-mod sealed {
-    use super::*;
-
-    /// The kernels for an element type.
-    pub trait Kernels {
-        const FORWARD: Kernel;
-        const BACKWARD: Kernel;
-        const BACKWARD_BIAS: Kernel;
-        const PARTIAL: Kernel;
-    }
-
-    impl Kernels for f32 {
-        const FORWARD: Kernel = Kernel::named("linear_activation_forward_f32");
-        const BACKWARD: Kernel = Kernel::named("linear_activation_backward_f32");
-        const BACKWARD_BIAS: Kernel = Kernel::named("linear_activation_backward_bias_f32");
-        const PARTIAL: Kernel = Kernel::named("linear_bias_backward_partial_f32");
-    }
-
-    impl Kernels for bf16 {
-        const FORWARD: Kernel = Kernel::named("linear_activation_forward_bf16");
-        const BACKWARD: Kernel = Kernel::named("linear_activation_backward_bf16");
-        const BACKWARD_BIAS: Kernel = Kernel::named("linear_activation_backward_bias_bf16");
-        const PARTIAL: Kernel = Kernel::named("linear_bias_backward_partial_bf16");
-    }
-}
-
 /// `y = addend + x weightᵀ + bias`, with y and the addend `[rows, outputs]`, x `[rows, inputs]`, weight `[outputs, inputs]`,
 /// bias `[outputs]`.
 ///
 /// Errors: as [`Stream::gemm`].
-pub fn linear_forward<T: LinearElement>(
+pub fn linear_forward<T: CudaElement>(
     stream: &Stream,
     y: &mut SliceMut<'_, T>,
     addend: Addend<'_, T>,
@@ -74,7 +43,7 @@ pub fn linear_forward<T: LinearElement>(
 ///
 /// Errors: as [`Stream::gemm`].
 #[expect(clippy::too_many_arguments, reason = "two outputs and three inputs")]
-pub fn linear_activation_forward<T: LinearElement>(
+pub fn linear_activation_forward<T: CudaElement>(
     stream: &Stream,
     y: &mut SliceMut<'_, T>,
     pre: &mut SliceMut<'_, T>,
@@ -99,7 +68,7 @@ pub fn linear_activation_forward<T: LinearElement>(
 /// `dx (+)= dy weight`.
 ///
 /// Errors: as [`Stream::gemm`].
-pub fn linear_backward_input<T: LinearElement>(
+pub fn linear_backward_input<T: CudaElement>(
     stream: &Stream,
     dx: &mut SliceMut<'_, T>,
     dy: &Slice<'_, T>,
@@ -113,7 +82,7 @@ pub fn linear_backward_input<T: LinearElement>(
 /// `dpre = (dy weight) * activation'(pre)`, with `pre` `[rows, inputs]`.
 ///
 /// Errors: as [`Stream::gemm`].
-pub fn linear_activation_backward_input<T: LinearElement>(
+pub fn linear_activation_backward_input<T: CudaElement>(
     stream: &Stream,
     dpre: &mut SliceMut<'_, T>,
     dy: &Slice<'_, T>,
@@ -131,7 +100,7 @@ pub fn linear_activation_backward_input<T: LinearElement>(
 /// `dweight += dyᵀ x`, in f32 `[outputs, inputs]`.
 ///
 /// Errors: as [`Stream::gemm`].
-pub fn linear_backward_weight<T: LinearElement>(
+pub fn linear_backward_weight<T: CudaElement>(
     stream: &Stream,
     dweight: &mut SliceMut<'_, f32>,
     dy: &Slice<'_, T>,
@@ -144,62 +113,45 @@ pub fn linear_backward_weight<T: LinearElement>(
     stream.gemm(weight_gemm(shape), dweight, dy, x, Addend::Output, Epilogue::Nothing)
 }
 
-/// `dweight += dyᵀ x` and `dbias += sum over rows of dy`, in one product whose epilogue adds up the bias's gradient, where
-/// there is an algorithm for that; else one after the other. The scratch memory is that of [`bias_backward`].
-///
-/// Errors: as [`Stream::gemm`] and [`bias_backward`].
-pub fn linear_backward_weight_and_bias<T: LinearElement>(
-    stream: &Stream,
-    dweight: &mut SliceMut<'_, f32>,
-    dbias: &mut SliceMut<'_, f32>,
-    scratch: &mut SliceMut<'_, f32>,
-    dy: &Slice<'_, T>,
-    x: &Slice<'_, T>,
-    shape: LinearShape,
-) -> Result<()> {
-    const OP: &str = "linear_backward_weight_and_bias";
-    let LinearShape { rows, outputs, .. } = shape;
-    exactly(OP, "length of dbias", dbias.len() as u64, outputs as u64)?;
-    within(OP, "outputs", outputs as u64, 0..=MAX_32_BIT)?;
-    if rows == 0 {
-        return Ok(());
-    }
-    let sums = scratch.range(0..outputs)?;
-    match stream.gemm(weight_gemm(shape), dweight, dy, x, Addend::Output, Epilogue::LeftSums(sums)) {
-        Ok(()) => finish(stream, dbias, scratch, 1, outputs as u32),
-        Err(CudaError::NoAlgorithm { .. }) => {
-            linear_backward_weight(stream, dweight, dy, x, shape)?;
-            bias_backward(stream, dbias, scratch, dy, rows, outputs)
-        }
-        Err(error) => Err(error),
-    }
-}
-
 /// `y = activation(pre)`, for as many elements as both have.
 ///
 /// Errors: slices of different lengths or on another device, a failed launch.
-pub fn activation_forward<T: LinearElement>(
+pub fn activation_forward<T: CudaElement>(
     stream: &Stream,
     y: &mut SliceMut<'_, T>,
     pre: &Slice<'_, T>,
     activation: Activation,
 ) -> Result<()> {
-    elementwise("activation_forward", stream, T::FORWARD, y, pre, activation)
+    elementwise(
+        "activation_forward",
+        stream,
+        const { Kernel::of::<T>("linear_activation_forward") },
+        y,
+        pre,
+        activation,
+    )
 }
 
 /// `dpre *= activation'(pre)`, in place: `dpre` holds the gradient of the activation's output before.
 ///
 /// Errors: as [`activation_forward`].
-pub fn activation_backward<T: LinearElement>(
+pub fn activation_backward<T: CudaElement>(
     stream: &Stream,
     dpre: &mut SliceMut<'_, T>,
     pre: &Slice<'_, T>,
     activation: Activation,
 ) -> Result<()> {
-    elementwise("activation_backward", stream, T::BACKWARD, dpre, pre, activation)
+    elementwise(
+        "activation_backward",
+        stream,
+        const { Kernel::of::<T>("linear_activation_backward") },
+        dpre,
+        pre,
+        activation,
+    )
 }
 
-fn elementwise<T: LinearElement>(
+fn elementwise<T: CudaElement>(
     op: &'static str,
     stream: &Stream,
     kernel: Kernel,
@@ -245,7 +197,7 @@ pub fn bias_backward_scratch(rows: usize, columns: usize) -> usize {
 /// `dbias[j] += sum of dy[r, j] over r`, with dy `[rows, columns]`, in an order that depends on the shape alone.
 ///
 /// Errors: a shape outside the limits, a slice of another length or device, too little scratch memory, a failed launch.
-pub fn bias_backward<T: LinearElement>(
+pub fn bias_backward<T: CudaElement>(
     stream: &Stream,
     dbias: &mut SliceMut<'_, f32>,
     scratch: &mut SliceMut<'_, f32>,
@@ -259,7 +211,7 @@ pub fn bias_backward<T: LinearElement>(
     };
     let arguments = [scratch.argument(), dy.argument(), Argument::value(&sums)];
     // SAFETY: linear_bias_backward_partial_*(float*, const T*, RowSums); lengths were checked.
-    unsafe { stream.launch(T::PARTIAL, grid, &arguments)? };
+    unsafe { stream.launch(const { Kernel::of::<T>("linear_bias_backward_partial") }, grid, &arguments)? };
     finish(stream, dbias, scratch, parts(rows).0 as u32, sums.columns)
 }
 
@@ -268,7 +220,7 @@ pub fn bias_backward<T: LinearElement>(
 ///
 /// Errors: as [`bias_backward`].
 #[expect(clippy::too_many_arguments, reason = "three outputs")]
-pub fn activation_backward_bias<T: LinearElement>(
+pub fn activation_backward_bias<T: CudaElement>(
     stream: &Stream,
     dpre: &mut SliceMut<'_, T>,
     y: &mut SliceMut<'_, T>,
@@ -294,7 +246,7 @@ pub fn activation_backward_bias<T: LinearElement>(
         Argument::value(&function),
     ];
     // SAFETY: linear_activation_backward_bias_*(float*, T*, T*, const T*, RowSums, u32); lengths were checked.
-    unsafe { stream.launch(T::BACKWARD_BIAS, grid, &arguments)? };
+    unsafe { stream.launch(const { Kernel::of::<T>("linear_activation_backward_bias") }, grid, &arguments)? };
     finish(stream, dbias, scratch, parts(rows).0 as u32, sums.columns)
 }
 
@@ -310,7 +262,7 @@ struct RowSums {
 }
 
 /// Checks limits and lengths of sums over the rows of `matrix`, and lays out the launch; nothing where there is nothing to do.
-fn row_sums<T: LinearElement>(
+fn row_sums<T: CudaElement>(
     op: &'static str,
     dbias: &SliceMut<'_, f32>,
     scratch: &SliceMut<'_, f32>,

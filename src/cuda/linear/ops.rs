@@ -1,17 +1,8 @@
 //! Linear layers as the model calls them.
 
-use std::sync::OnceLock;
-
 use super::*;
-use crate::cuda::backend::{Cuda, CudaBuffer, CudaElement};
+use crate::cuda::backend::{Cuda, CudaBuffer};
 use crate::ops::Linear;
-
-/// Whether weight gradients add up the bias's gradient in their epilogue: `VITMAE_FUSED_BIAS_GRADIENTS=1`. It saves a pass
-/// over dy, and may cost more in a slower product.
-fn fuses_bias_gradients() -> bool {
-    static FUSES: OnceLock<bool> = OnceLock::new();
-    *FUSES.get_or_init(|| std::env::var("VITMAE_FUSED_BIAS_GRADIENTS").as_deref() == Ok("1"))
-}
 
 impl<E: CudaElement> Cuda<E> {
     /// Lends a bias in the type that epilogues take.
@@ -188,10 +179,6 @@ impl<E: CudaElement> Linear for Cuda<E> {
             return Ok(linear_backward_weight(stream, &mut dweight, &dy, &x, shape)?);
         };
         self.with_scratch(bias_backward_scratch(rows, outputs), |scratch| {
-            if fuses_bias_gradients() {
-                let (dweight, dbias) = (&mut dweight, &mut dbias);
-                return Ok(linear_backward_weight_and_bias(stream, dweight, dbias, scratch, &dy, &x, shape)?);
-            }
             linear_backward_weight(stream, &mut dweight, &dy, &x, shape)?;
             Ok(bias_backward(stream, &mut dbias, scratch, &dy, rows, outputs)?)
         })
