@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
+use vitmae::cpu::Cpu;
+use vitmae::train::{PretrainSettings, RunLength, pretrain};
 
 use crate::pretraining::{losses, model, values};
 use crate::{Place, run};
@@ -380,4 +382,55 @@ fn one_checkpoint_is_left_by_default() {
         let skipped = line["skipped"] == true;
         assert!(!(skipped && steps.contains(&line["step"].as_u64().unwrap())), "{line}");
     }
+}
+
+/// The optimiser's constants have no flags, so only a program that uses the library can change them.
+#[test]
+fn a_resumed_run_keeps_its_betas_and_its_epsilon() {
+    let place = Place::new();
+    let (model, out) = (model(&place), place.path("run"));
+    let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 4 --threads 1 --steps 2";
+    run(line, &[&out, &model]).succeeded();
+    let resume = |change: &dyn Fn(&mut PretrainSettings)| {
+        let mut settings = PretrainSettings::from_recipe(out.join("recipe.json"), &out).unwrap();
+        (settings.resume, settings.length, settings.workers) = (true, RunLength::Steps(4), 1);
+        change(&mut settings);
+        pretrain(Cpu::<f32>::new(), &settings, &mut |_| true)
+            .map(|report| report.steps)
+            .map_err(|error| error.to_string())
+    };
+    let betas = resume(&|settings| settings.optimizer.betas = (0.5, 0.5)).unwrap_err();
+    assert!(betas.contains("cannot resume: the run's betas was 0.9, 0.95 and is 0.5, 0.5 now"), "{betas}");
+    let epsilon = resume(&|settings| settings.optimizer.epsilon = 1e-2).unwrap_err();
+    assert!(epsilon.contains("cannot resume: the run's epsilon was 0.00000001 and is 0.01 now"), "{epsilon}");
+    // A checkpoint of an older version has neither.
+    let path = out.join("checkpoint-2/trainer_state.json");
+    let mut state: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    for name in ["betas", "epsilon"] {
+        assert!(state.as_object_mut().unwrap().remove(name).is_some());
+    }
+    fs::write(&path, state.to_string()).unwrap();
+    assert_eq!(resume(&|_| ()), Ok(4));
+}
+
+/// Pictures are prepared as the checkpoint says that a run starts from: one in a folder, and one that is a file.
+#[test]
+fn a_run_keeps_the_preprocessing_that_it_started_with() {
+    let place = Place::new();
+    let (from, out) = (place.checkpoint(), place.path("run"));
+    let preprocessing = |mean: f64| {
+        let text = json!({ "image_mean": [mean, mean, mean], "image_std": [0.25, 0.25, 0.25] }).to_string();
+        fs::write(from.join("preprocessor_config.json"), text).unwrap();
+    };
+    preprocessing(0.5);
+    let line = "pretrain --data synthetic:20 --out {} --from {} --batch-size 4 --threads 1 --steps";
+    for (out, from) in [(&out, &from), (&place.path("of a file"), &from.join("model.safetensors"))] {
+        run(&format!("{line} 2"), &[out, from]).succeeded();
+        let written = fs::read(out.join("checkpoint-2/preprocessor_config.json")).unwrap();
+        assert_eq!(serde_json::from_slice::<Value>(&written).unwrap()["image_mean"], json!([0.5, 0.5, 0.5]));
+    }
+    preprocessing(0.4);
+    run(&format!("{line} 4 --resume"), &[&out, &from]).failed(1, &["cannot resume", "preprocessing", "0.5", "0.4"]);
+    preprocessing(0.5);
+    run(&format!("{line} 4 --resume"), &[&out, &from]).succeeded();
 }

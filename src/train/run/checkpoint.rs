@@ -38,6 +38,11 @@ pub(crate) struct TrainerState {
     warmup_epochs: Option<f64>,
     weight_decay: f64,
     clip_norm: Option<f64>,
+    /// Missing in older checkpoints, as all that has a default.
+    #[serde(default)]
+    betas: Option<(f64, f64)>,
+    #[serde(default)]
+    epsilon: Option<f64>,
     #[serde(default)]
     learning_rate: Option<f64>,
     #[serde(default)]
@@ -90,6 +95,8 @@ impl TrainerState {
             warmup_epochs: settings.warmup_epochs,
             weight_decay: settings.optimizer.weight_decay,
             clip_norm: settings.optimizer.clip_norm,
+            betas: Some(settings.optimizer.betas),
+            epsilon: Some(settings.optimizer.epsilon),
             learning_rate: settings.learning_rate,
             average_decay: settings.average_decay,
             validation: settings.validation.as_ref().map(|spec| spec.to_string_lossy().into_owned()),
@@ -141,7 +148,13 @@ impl TrainerState {
             validation,
             ("from", text(&self.from), text(&now.from)),
         ];
-        same(compared)
+        let betas = |betas: Option<(f64, f64)>| betas.map(|(first, second)| format!("{first}, {second}"));
+        let optional = [
+            ("betas", betas(self.betas), betas(now.betas)),
+            ("epsilon", self.epsilon.map(|value| value.to_string()), now.epsilon.map(|value| value.to_string())),
+        ];
+        let known = optional.into_iter().filter_map(|(what, then, now)| Some((what, then?, now?)));
+        same(compared.into_iter().chain(known))
     }
 }
 
@@ -154,6 +167,12 @@ pub(crate) fn check_config(then: &MaeConfig, now: &MaeConfig) -> Result<()> {
     let shown = |value: Option<&serde_json::Value>| value.map_or("not given".to_owned(), ToString::to_string);
     let names = then.keys().chain(now.keys());
     same(names.map(|name| (name.as_str(), shown(then.get(name)), shown(now.get(name)))))
+}
+
+/// Refuses to go on with pictures that are prepared otherwise than those that the checkpoint in `folder` has seen.
+pub(crate) fn check_processor(folder: &Path, now: &ImageProcessor) -> Result<()> {
+    let Some(then) = ImageProcessor::of_checkpoint(folder)? else { return Ok(()) };
+    same([("preprocessing", then.to_json().to_string(), now.to_json().to_string())])
 }
 
 /// Refuses the first setting `(name, then, now)` that is not as it was.
@@ -274,12 +293,25 @@ pub(crate) fn remove_older(out: &Path, step: u64, keep: usize) -> Result<()> {
     let best = best(out)?.map(|(_, folder)| folder);
     let older = all(out)?.into_iter().filter(|(other, _)| *other < step);
     for (_, folder) in older.skip(keep - 1).filter(|(_, folder)| Some(folder) != best.as_ref()) {
-        // Its state goes first: what is left of a removal that fails is no checkpoint.
-        let state = folder.join(STATE);
-        fs::remove_file(&state).map_err(|error| Error::io("removing", &state, error))?;
-        fs::remove_dir_all(&folder).map_err(|error| Error::io("removing", &folder, error))?;
+        remove(&set_aside(&folder)?)?;
     }
     Ok(())
+}
+
+/// Gives a checkpoint that is to be removed a temporary name, in one step: whatever ends the removal that follows, no folder is
+/// left that looks like a checkpoint and is not whole, and the next run in this folder clears what is left.
+fn set_aside(folder: &Path) -> Result<PathBuf> {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let aside = folder.with_file_name(format!(".{name}.old.tmp"));
+    if aside.exists() {
+        remove(&aside)?;
+    }
+    fs::rename(folder, &aside).map_err(|error| Error::io("renaming", folder, error))?;
+    Ok(aside)
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    fs::remove_dir_all(folder).map_err(|error| Error::io("removing", folder, error))
 }
 
 /// Whether the files of a checkpoint are what was written.
@@ -327,15 +359,17 @@ pub(crate) fn save<B: Backend>(
     let folder = out.join(folder_name(state.step));
     let temporary = out.join(format!(".{}.tmp", folder_name(state.step)));
     let written = write(&temporary, trainer, moments, processor, state).and_then(|()| {
+        let mut replaced = None;
         if folder.exists() {
             if !folder.join(STATE).exists() {
                 let cause = std::io::Error::other("there is a folder of that name that is no checkpoint of a run");
                 return Err(Error::io("replacing", &folder, cause));
             }
-            fs::remove_dir_all(&folder).map_err(|error| Error::io("replacing", &folder, error))?;
+            replaced = Some(set_aside(&folder)?);
         }
         fs::rename(&temporary, &folder).map_err(|error| Error::io("renaming", &temporary, error))?;
-        crate::files::sync_folder(out).map_err(|error| Error::io("writing", out, error))
+        crate::files::sync_folder(out).map_err(|error| Error::io("writing", out, error))?;
+        replaced.map_or(Ok(()), |replaced| remove(&replaced))
     });
     if let Err(error) = written {
         // The first error is the one to tell; what is left of the attempt is only in the way.
@@ -353,7 +387,7 @@ fn write<B: Backend>(
     state: &TrainerState,
 ) -> Result<()> {
     if folder.exists() {
-        fs::remove_dir_all(folder).map_err(|error| Error::io("removing", folder, error))?;
+        remove(folder)?;
     }
     fs::create_dir_all(folder).map_err(|error| Error::io("creating", folder, error))?;
     trainer.model().save_pretrained(folder)?;
@@ -392,4 +426,28 @@ pub(crate) fn load_trainer<B: Backend>(
     trainer.set_moments(&moments, state.updates)?;
     trainer.load_average(&folder.join(AVERAGE))?;
     Ok((state, moments))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A run that is killed while it removes a checkpoint leaves nothing that looks like one, and the next run clears the rest.
+    #[test]
+    fn a_removal_that_ends_half_way_leaves_no_checkpoint() {
+        let out = tempfile::tempdir().unwrap();
+        let folder = out.path().join(folder_name(3));
+        fs::create_dir(&folder).unwrap();
+        for name in [STATE, MOMENTS, WEIGHTS] {
+            fs::write(folder.join(name), "some").unwrap();
+        }
+        let aside = set_aside(&folder).unwrap();
+        fs::remove_file(aside.join(STATE)).unwrap();
+        let names = || fs::read_dir(out.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+        assert!(!names().iter().any(|name| name.to_string_lossy().starts_with(PREFIX)), "{:?}", names());
+        assert_eq!(all(out.path()).unwrap(), []);
+        let taken = crate::train::run::run_dir::take(out.path(), false).unwrap();
+        assert_eq!(names(), [".lock"]);
+        drop(taken);
+    }
 }

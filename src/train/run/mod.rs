@@ -140,11 +140,10 @@ impl<'s, B: Backend> Run<'s, B> {
         }
 
         let processor = match &settings.from {
-            Some(from) if from.is_dir() && from.join("preprocessor_config.json").exists() => {
-                ImageProcessor::open(from)?.with_size(image.height, image.width)
-            }
-            _ => ImageProcessor::new(image.height, image.width, image.channels),
+            Some(from) => ImageProcessor::of_checkpoint(from)?.map(|found| found.with_size(image.height, image.width)),
+            None => None,
         };
+        let processor = processor.unwrap_or_else(|| ImageProcessor::new(image.height, image.width, image.channels));
         let source = Source::parse(&settings.data, &SourceOptions::new(image.channels, image.height, image.width)?)?;
         let pictures = source.len();
         let validation = settings.validation.as_ref();
@@ -193,8 +192,9 @@ impl<'s, B: Backend> Run<'s, B> {
             }
             _ => MaeForPreTraining::new(config.clone(), backend, *seed)?,
         };
-        if resumed.is_some() {
+        if let Some((_, folder)) = &resumed {
             checkpoint::check_config(model.config(), config)?;
+            checkpoint::check_processor(folder, &processor)?;
         }
         let parameters = model.parameters().layout().trained();
         let trainer_flops = config.flops(config.mask_ratio)?.step;
