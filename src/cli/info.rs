@@ -208,14 +208,14 @@ fn model(out: &mut impl Write, path: &Path, batch_size: Option<usize>, precision
     write!(out, "memory in {:5} MB  ", format!("{precision},"))?;
     purposes.iter().try_for_each(|(name, _)| write!(out, "{name:>10} "))?;
     writeln!(out)?;
-    let element_bytes = if precision == Precision::Bf16 { 2 } else { 4 };
+    let memory = if precision == Precision::Bf16 { MemoryUse::of_bf16 } else { MemoryUse::of };
     let batches = batch_size.map_or_else(|| vec![1, 16, 64], |batch| vec![batch]);
     for batch in batches {
         write!(out, "  {batch:>4} at a time  ")?;
         for (_, purpose) in purposes {
             let keep = if *purpose == Purpose::Encode { image.patches() } else { keep };
             let shape = WorkspaceShape { batch, image, keep, purpose: *purpose, interpolation: None, recompute: false };
-            let bytes = MemoryUse::with_elements(&config, &shape, element_bytes)?.total();
+            let bytes = memory(&config, &shape)?.total();
             write!(out, "{:>10.0} ", bytes as f64 / 1e6)?;
         }
         writeln!(out)?;

@@ -72,6 +72,17 @@ impl Drop for Allocation {
     }
 }
 
+#[cfg(test)]
+thread_local! {
+    static ALLOCATED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
+/// Bytes of all buffers that this thread has asked for.
+#[cfg(test)]
+pub(crate) fn allocated_bytes() -> u64 {
+    ALLOCATED.with(std::cell::Cell::get)
+}
+
 /// A range of main memory; dereferences to a slice.
 ///
 /// Handles made by [`Memory::alias`] share their memory: see its safety section.
@@ -113,6 +124,8 @@ impl<F: Float> Memory for Cpu<F> {
             .checked_mul(size_of::<T>())
             .ok_or_else(|| Error::Device(format!("a buffer of {length} elements does not fit in memory")))?;
         let memory = Allocation::zeroed(bytes)?;
+        #[cfg(test)]
+        ALLOCATED.with(|allocated| allocated.set(allocated.get() + bytes as u64));
         Ok(CpuBuffer { start: memory.start.cast(), length, memory: Arc::new(memory) })
     }
 

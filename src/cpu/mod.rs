@@ -23,6 +23,8 @@ mod tokens;
 pub use crate::isa::Isa;
 pub use float::Float;
 pub use memory::CpuBuffer;
+#[cfg(test)]
+pub(crate) use memory::allocated_bytes;
 
 use std::marker::PhantomData;
 

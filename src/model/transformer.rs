@@ -12,6 +12,7 @@
 
 use crate::Result;
 use crate::model::parameters::{BlockGradients, BlockWeights};
+use crate::model::plan::Allocator;
 use crate::nvtx::range;
 use crate::ops::{Activation, AttentionShape, Backend, LayerNormShape, LinearShape, Write};
 
@@ -48,16 +49,16 @@ impl StackShape {
 
 /// What forward keeps of one block for backward.
 #[derive(Debug)]
-struct BlockActivations<B: Backend> {
-    mean1: B::Buffer<B::Master>,
-    rstd1: B::Buffer<B::Master>,
-    qkv: B::Buffer<B::Element>,
-    log_sum_exp: B::Buffer<B::Master>,
-    attended: B::Buffer<B::Element>,
-    middle: B::Buffer<B::Element>,
-    mean2: B::Buffer<B::Master>,
-    rstd2: B::Buffer<B::Master>,
-    pre: B::Buffer<B::Element>,
+struct BlockActivations<A: Allocator> {
+    mean1: A::Buffer<A::Master>,
+    rstd1: A::Buffer<A::Master>,
+    qkv: A::Buffer<A::Element>,
+    log_sum_exp: A::Buffer<A::Master>,
+    attended: A::Buffer<A::Element>,
+    middle: A::Buffer<A::Element>,
+    mean2: A::Buffer<A::Master>,
+    rstd2: A::Buffer<A::Master>,
+    pre: A::Buffer<A::Element>,
 }
 
 /// What forward keeps for backward.
@@ -84,17 +85,17 @@ impl Keep {
 
 /// The activations of a stack.
 #[derive(Debug)]
-pub(crate) struct StackActivations<B: Backend> {
-    streams: Vec<B::Buffer<B::Element>>,
-    blocks: Vec<BlockActivations<B>>,
+pub(crate) struct StackActivations<A: Allocator> {
+    streams: Vec<A::Buffer<A::Element>>,
+    blocks: Vec<BlockActivations<A>>,
     depth: usize,
 }
 
-impl<B: Backend> StackActivations<B> {
-    pub fn new(backend: &B, shape: StackShape, depth: usize, keep: Keep) -> Result<Self> {
+impl<A: Allocator> StackActivations<A> {
+    pub fn new(memory: &A, shape: StackShape, depth: usize, keep: Keep) -> Result<Self> {
         let rows = shape.rows();
-        let statistics = || backend.buffer(rows);
-        let features = |width: usize| backend.buffer(rows * width);
+        let statistics = || memory.buffer(rows);
+        let features = |width: usize| memory.buffer(rows * width);
         let (streams, blocks) = keep.counts(depth);
         Ok(Self {
             streams: (0..streams).map(|_| features(shape.width)).collect::<Result<_>>()?,
@@ -104,7 +105,7 @@ impl<B: Backend> StackActivations<B> {
                         mean1: statistics()?,
                         rstd1: statistics()?,
                         qkv: features(3 * shape.width)?,
-                        log_sum_exp: backend.buffer(rows * shape.heads)?,
+                        log_sum_exp: memory.buffer(rows * shape.heads)?,
                         attended: features(shape.width)?,
                         middle: features(shape.width)?,
                         mean2: statistics()?,
@@ -118,36 +119,36 @@ impl<B: Backend> StackActivations<B> {
     }
 
     /// Where the stack's input goes, `[B * N, D]`.
-    pub fn input_mut(&mut self) -> &mut B::Buffer<B::Element> {
+    pub fn input_mut(&mut self) -> &mut A::Buffer<A::Element> {
         &mut self.streams[0]
     }
 
     /// The stack's output, `[B * N, D]`.
-    pub fn output(&self) -> &B::Buffer<B::Element> {
+    pub fn output(&self) -> &A::Buffer<A::Element> {
         &self.streams[self.depth % self.streams.len()]
     }
 }
 
 /// Temporary tensors of one block, shared by all blocks of encoder and decoder.
 #[derive(Debug)]
-pub(crate) struct Scratch<B: Backend> {
-    norm: B::Buffer<B::Element>,
-    expanded: B::Buffer<B::Element>,
-    dnarrow: Option<B::Buffer<B::Element>>,
-    dwide: Option<B::Buffer<B::Element>>,
+pub(crate) struct Scratch<A: Allocator> {
+    norm: A::Buffer<A::Element>,
+    expanded: A::Buffer<A::Element>,
+    dnarrow: Option<A::Buffer<A::Element>>,
+    dwide: Option<A::Buffer<A::Element>>,
 }
 
-impl<B: Backend> Scratch<B> {
-    pub fn new(backend: &B, shapes: &[StackShape], training: bool) -> Result<Self> {
+impl<A: Allocator> Scratch<A> {
+    pub fn new(memory: &A, shapes: &[StackShape], training: bool) -> Result<Self> {
         let largest = |numbers: fn(&StackShape) -> usize| shapes.iter().map(numbers).max().unwrap_or(0);
         let narrow = largest(|shape| shape.rows() * shape.width);
         let expanded = largest(|shape| shape.rows() * shape.mlp_width);
         let wide = largest(|shape| shape.rows() * shape.mlp_width.max(3 * shape.width));
         Ok(Self {
-            norm: backend.buffer(narrow)?,
-            expanded: backend.buffer(expanded)?,
-            dnarrow: training.then(|| backend.buffer(narrow)).transpose()?,
-            dwide: training.then(|| backend.buffer(wide)).transpose()?,
+            norm: memory.buffer(narrow)?,
+            expanded: memory.buffer(expanded)?,
+            dnarrow: training.then(|| memory.buffer(narrow)).transpose()?,
+            dwide: training.then(|| memory.buffer(wide)).transpose()?,
         })
     }
 }

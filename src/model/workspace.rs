@@ -3,9 +3,10 @@
 use crate::config::MaeConfig;
 use crate::model::images::{ImageValues, Images};
 use crate::model::masking::{MaskedImages, Masking};
+use crate::model::plan::Allocator;
 use crate::model::positions::{PositionInterpolation, interpolate_flat, interpolate_grid};
 use crate::model::transformer::{Keep, Scratch, StackActivations, StackShape};
-use crate::ops::{Backend, ImageShape, MaskingShape, Pixels, Real};
+use crate::ops::{Backend, Element, ImageShape, MaskingShape, Pixels, Real};
 use crate::{Error, Result};
 
 /// What a workspace is for.
@@ -22,7 +23,7 @@ pub enum Purpose {
 }
 
 impl Purpose {
-    fn trains(self) -> bool {
+    pub(crate) fn trains(self) -> bool {
         matches!(self, Self::Train | Self::Inspect)
     }
 }
@@ -50,6 +51,11 @@ impl WorkspaceShape {
     pub(crate) fn of(batch: &MaskedImages<'_>, purpose: Purpose, interpolation: Option<PositionInterpolation>) -> Self {
         let MaskedImages { image, mask: MaskingShape { batch, keep, .. }, .. } = *batch;
         Self { batch, image, keep, purpose, interpolation, recompute: false }
+    }
+
+    /// Room for the pixels, of type `T`.
+    pub(crate) fn pixels<T: Element, A: Allocator>(&self, memory: &A) -> Result<A::Buffer<T>> {
+        memory.buffer(self.batch * self.image.length())
     }
 
     /// What the stacks keep for backward.
@@ -96,19 +102,19 @@ impl WorkspaceShape {
 
 /// What the images of a batch look like on the device, and which patches of them are hidden.
 #[derive(Debug)]
-pub(crate) struct Inputs<B: Backend> {
-    pub normalized: Option<B::Buffer<f32>>,
-    pub bytes: Option<B::Buffer<u8>>,
-    pub mean: B::Buffer<f32>,
-    pub std: B::Buffer<f32>,
-    pub noise: B::Buffer<f32>,
-    pub samples: B::Buffer<u64>,
-    pub ids_keep: B::Buffer<u32>,
-    pub ids_hidden: B::Buffer<u32>,
-    pub ids_restore: B::Buffer<u32>,
-    pub mask: B::Buffer<f32>,
+pub(crate) struct Inputs<A: Allocator> {
+    pub normalized: Option<A::Buffer<f32>>,
+    pub bytes: Option<A::Buffer<u8>>,
+    pub mean: A::Buffer<f32>,
+    pub std: A::Buffer<f32>,
+    pub noise: A::Buffer<f32>,
+    pub samples: A::Buffer<u64>,
+    pub ids_keep: A::Buffer<u32>,
+    pub ids_hidden: A::Buffer<u32>,
+    pub ids_restore: A::Buffer<u32>,
+    pub mask: A::Buffer<f32>,
     /// `0..L` for each image.
-    pub ids_all: B::Buffer<u32>,
+    pub ids_all: A::Buffer<u32>,
     host_samples: Vec<u64>,
 }
 
@@ -169,7 +175,7 @@ impl<B: Backend> Inputs<B> {
     }
 }
 
-fn upload_to<B: Backend, T: crate::ops::Element>(
+fn upload_to<B: Backend, T: Element>(
     backend: &B,
     buffer: &mut Option<B::Buffer<T>>,
     shape: &WorkspaceShape,
@@ -177,81 +183,78 @@ fn upload_to<B: Backend, T: crate::ops::Element>(
 ) -> Result<()> {
     let buffer = match buffer {
         Some(buffer) => buffer,
-        None => buffer.insert(backend.buffer(shape.batch * shape.image.length())?),
+        None => buffer.insert(shape.pixels(backend)?),
     };
     backend.upload(buffer, values)
 }
 
 /// The encoder's tensors around its stack.
 #[derive(Debug)]
-pub(crate) struct EncoderActivations<B: Backend> {
+pub(crate) struct EncoderActivations<A: Allocator> {
     /// `[B * keep, C * P * Q]`.
-    pub rows: B::Buffer<B::Element>,
+    pub rows: A::Buffer<A::Element>,
     /// `[B * keep, D]`; in backward its gradient.
-    pub patches: B::Buffer<B::Element>,
-    pub stack: StackActivations<B>,
-    pub mean: B::Buffer<B::Master>,
-    pub rstd: B::Buffer<B::Master>,
+    pub patches: A::Buffer<A::Element>,
+    pub stack: StackActivations<A>,
+    pub mean: A::Buffer<A::Master>,
+    pub rstd: A::Buffer<A::Master>,
     /// The last hidden state, `[B, 1 + keep, D]`.
-    pub encoded: B::Buffer<B::Element>,
+    pub encoded: A::Buffer<A::Element>,
 }
 
 /// The decoder's tensors around its stack.
 #[derive(Debug)]
-pub(crate) struct DecoderActivations<B: Backend> {
+pub(crate) struct DecoderActivations<A: Allocator> {
     /// `[B * (1 + keep), Dd]`; in backward its gradient.
-    pub embedded: B::Buffer<B::Element>,
-    pub stack: StackActivations<B>,
+    pub embedded: A::Buffer<A::Element>,
+    pub stack: StackActivations<A>,
     /// The tokens to predict from, `[B * n, Dd]`.
-    pub gathered: B::Buffer<B::Element>,
-    pub mean: B::Buffer<B::Master>,
-    pub rstd: B::Buffer<B::Master>,
-    pub normed: B::Buffer<B::Element>,
+    pub gathered: A::Buffer<A::Element>,
+    pub mean: A::Buffer<A::Master>,
+    pub rstd: A::Buffer<A::Master>,
+    pub normed: A::Buffer<A::Element>,
     /// `[B * n, P * Q * C]`.
-    pub prediction: B::Buffer<B::Element>,
-    pub dprediction: B::Buffer<B::Element>,
-    pub patch_loss: B::Buffer<B::Master>,
+    pub prediction: A::Buffer<A::Element>,
+    pub dprediction: A::Buffer<A::Element>,
+    pub patch_loss: A::Buffer<A::Master>,
 }
 
 /// Gradients that flow between the parts.
 #[derive(Debug)]
-pub(crate) struct Flow<B: Backend> {
+pub(crate) struct Flow<A: Allocator> {
     /// `[B, 1 + keep, D]`: of the encoder's stream.
-    pub encoder: B::Buffer<B::Element>,
+    pub encoder: A::Buffer<A::Element>,
     /// `[B, 1 + keep, D]`: of the last hidden state.
-    pub encoded: B::Buffer<B::Element>,
+    pub encoded: A::Buffer<A::Element>,
     /// `[B, 1 + L, Dd]`: of the decoder's stream.
-    pub decoder: B::Buffer<B::Element>,
-    /// `[B * n, Dd]`: of the gathered tokens, before and behind the norm.
-    pub gathered: B::Buffer<B::Element>,
-    pub normed: B::Buffer<B::Element>,
+    pub decoder: A::Buffer<A::Element>,
+    /// `[B * n, Dd]`: of the gathered tokens, before and after the norm.
+    pub gathered: A::Buffer<A::Element>,
+    pub normed: A::Buffer<A::Element>,
 }
 
 /// Position tables of another image size.
 #[derive(Debug)]
-pub(crate) struct Positions<B: Backend> {
-    pub encoder: B::Buffer<B::Master>,
-    pub decoder: Option<B::Buffer<B::Master>>,
+pub(crate) struct Positions<A: Allocator> {
+    pub encoder: A::Buffer<A::Master>,
+    pub decoder: Option<A::Buffer<A::Master>>,
 }
 
 /// The activations of a model for up to [`WorkspaceShape::batch`] images at a time.
 #[derive(Debug)]
-pub struct Workspace<B: Backend> {
+pub struct Workspace<A: Allocator> {
     pub(crate) shape: WorkspaceShape,
-    pub(crate) inputs: Inputs<B>,
-    pub(crate) scratch: Scratch<B>,
-    pub(crate) encoder: EncoderActivations<B>,
-    pub(crate) decoder: Option<DecoderActivations<B>>,
-    pub(crate) flow: Option<Flow<B>>,
-    pub(crate) positions: Option<Positions<B>>,
+    pub(crate) inputs: Inputs<A>,
+    pub(crate) scratch: Scratch<A>,
+    pub(crate) encoder: EncoderActivations<A>,
+    pub(crate) decoder: Option<DecoderActivations<A>>,
+    pub(crate) flow: Option<Flow<A>>,
+    pub(crate) positions: Option<Positions<A>>,
 }
 
-impl<B: Backend> Workspace<B> {
-    pub(crate) fn new(backend: &B, config: &MaeConfig, shape: WorkspaceShape) -> Result<Self> {
-        backend.in_one_allocation(|backend| Self::build(backend, config, shape))
-    }
-
-    fn build(backend: &B, config: &MaeConfig, shape: WorkspaceShape) -> Result<Self> {
+impl<A: Allocator> Workspace<A> {
+    /// Takes all buffers from `memory`.
+    pub(crate) fn build(memory: &A, config: &MaeConfig, shape: WorkspaceShape) -> Result<Self> {
         let WorkspaceShape { batch, image, keep, purpose, .. } = shape;
         let (patches, predicted) = (image.patches(), shape.predicted());
         let (width, decoder_width) = (config.hidden_size, config.decoder_hidden_size);
@@ -260,33 +263,30 @@ impl<B: Backend> Workspace<B> {
         let decodes = purpose != Purpose::Encode;
         let encoder_shape = shape.encoder(config, batch)?;
         let decoder_shape = shape.decoder(config, batch)?;
-        let features = |numbers: usize| backend.buffer(numbers);
-        let ids_all: Vec<u32> = (0..batch * patches).map(|i| (i % patches) as u32).collect();
-        let mut all = backend.buffer(ids_all.len())?;
-        backend.upload(&mut all, &ids_all)?;
+        let features = |numbers: usize| memory.buffer(numbers);
         Ok(Self {
             shape,
             inputs: Inputs {
                 normalized: None,
                 bytes: None,
-                mean: backend.buffer(image.channels)?,
-                std: backend.buffer(image.channels)?,
-                noise: backend.buffer(batch * patches)?,
-                samples: backend.buffer(batch)?,
-                ids_keep: backend.buffer(batch * keep)?,
-                ids_hidden: backend.buffer(batch * (patches - keep))?,
-                ids_restore: backend.buffer(batch * patches)?,
-                mask: backend.buffer(batch * patches)?,
-                ids_all: all,
+                mean: memory.buffer(image.channels)?,
+                std: memory.buffer(image.channels)?,
+                noise: memory.buffer(batch * patches)?,
+                samples: memory.buffer(batch)?,
+                ids_keep: memory.buffer(batch * keep)?,
+                ids_hidden: memory.buffer(batch * (patches - keep))?,
+                ids_restore: memory.buffer(batch * patches)?,
+                mask: memory.buffer(batch * patches)?,
+                ids_all: memory.buffer(batch * patches)?,
                 host_samples: Vec::with_capacity(batch),
             },
-            scratch: Scratch::new(backend, &[encoder_shape, decoder_shape][..if decodes { 2 } else { 1 }], trains)?,
+            scratch: Scratch::new(memory, &[encoder_shape, decoder_shape][..if decodes { 2 } else { 1 }], trains)?,
             encoder: EncoderActivations {
                 rows: features(batch * keep * patch_length)?,
                 patches: features(batch * keep * width)?,
-                stack: StackActivations::new(backend, encoder_shape, config.num_hidden_layers, shape.kept())?,
-                mean: backend.buffer(encoder_shape.rows())?,
-                rstd: backend.buffer(encoder_shape.rows())?,
+                stack: StackActivations::new(memory, encoder_shape, config.num_hidden_layers, shape.kept())?,
+                mean: memory.buffer(encoder_shape.rows())?,
+                rstd: memory.buffer(encoder_shape.rows())?,
                 encoded: features(encoder_shape.rows() * width)?,
             },
             decoder: decodes
@@ -295,18 +295,18 @@ impl<B: Backend> Workspace<B> {
                     Ok(DecoderActivations {
                         embedded: features(encoder_shape.rows() * decoder_width)?,
                         stack: StackActivations::new(
-                            backend,
+                            memory,
                             decoder_shape,
                             config.decoder_num_hidden_layers,
                             shape.kept(),
                         )?,
                         gathered: features(rows * decoder_width)?,
-                        mean: backend.buffer(rows)?,
-                        rstd: backend.buffer(rows)?,
+                        mean: memory.buffer(rows)?,
+                        rstd: memory.buffer(rows)?,
                         normed: features(rows * decoder_width)?,
                         prediction: features(rows * patch_length)?,
                         dprediction: features(rows * patch_length)?,
-                        patch_loss: backend.buffer(rows)?,
+                        patch_loss: memory.buffer(rows)?,
                     })
                 })
                 .transpose()?,
@@ -323,6 +323,16 @@ impl<B: Backend> Workspace<B> {
                 .transpose()?,
             positions: None,
         })
+    }
+}
+
+impl<B: Backend> Workspace<B> {
+    pub(crate) fn new(backend: &B, config: &MaeConfig, shape: WorkspaceShape) -> Result<Self> {
+        let mut workspace = backend.in_one_allocation(|backend| Self::build(backend, config, shape))?;
+        let patches = shape.image.patches();
+        let ids: Vec<u32> = (0..shape.batch * patches).map(|i| (i % patches) as u32).collect();
+        backend.upload(&mut workspace.inputs.ids_all, &ids)?;
+        Ok(workspace)
     }
 
     /// The sizes it was made for.
