@@ -15,7 +15,6 @@ mod launcher;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod rendezvous;
-#[cfg(feature = "cuda")]
 mod single;
 mod tcp;
 
