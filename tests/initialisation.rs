@@ -1,5 +1,7 @@
 //! A fresh model's weights against what the original draws: formulas and statistics worked out here.
 
+mod common;
+
 use vitmae::config::MaeConfig;
 use vitmae::cpu::Cpu;
 use vitmae::model::MaeForPreTraining;
@@ -10,18 +12,7 @@ const TOKENS: [&str; 2] = ["vit.embeddings.cls_token", "decoder.mask_token"];
 
 /// Encoder and decoder of other widths, and an image of `height x width` pixels.
 fn config(height: usize, width: usize) -> MaeConfig {
-    let mut config = MaeConfig::tiny();
-    config.image_size = (height, width).into();
-    config.patch_size = (8, 8).into();
-    config.hidden_size = 48;
-    config.intermediate_size = 80;
-    config.num_hidden_layers = 2;
-    config.num_attention_heads = 4;
-    config.decoder_hidden_size = 32;
-    config.decoder_intermediate_size = 56;
-    config.decoder_num_hidden_layers = 1;
-    config.decoder_num_attention_heads = 2;
-    config
+    common::config((height, width), [48, 80, 2, 4], [32, 56, 1, 2])
 }
 
 fn fresh(config: &MaeConfig, seed: u64) -> MaeForPreTraining<Cpu> {

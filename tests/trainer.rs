@@ -1,5 +1,7 @@
 //! What a trainer does besides plain steps: activations computed again, the loss of other pictures, a moving average of weights.
 
+mod common;
+
 use vitmae::config::MaeConfig;
 use vitmae::cpu::Cpu;
 use vitmae::model::{ImageValues, Images, MaeForPreTraining, Masking, MemoryUse, Purpose, WorkspaceShape};
@@ -7,18 +9,7 @@ use vitmae::ops::MaskingShape;
 use vitmae::train::{OptimizerSettings, Trainer};
 
 fn config() -> MaeConfig {
-    let mut config = MaeConfig::tiny();
-    config.image_size = (24, 32).into();
-    config.patch_size = (8, 8).into();
-    config.hidden_size = 32;
-    config.intermediate_size = 48;
-    config.num_hidden_layers = 3;
-    config.num_attention_heads = 4;
-    config.decoder_hidden_size = 16;
-    config.decoder_intermediate_size = 40;
-    config.decoder_num_hidden_layers = 2;
-    config.decoder_num_attention_heads = 2;
-    config
+    common::config((24, 32), [32, 48, 3, 4], [16, 40, 2, 2])
 }
 
 fn pixels(batch: usize, factor: usize) -> Vec<u8> {

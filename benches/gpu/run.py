@@ -177,7 +177,7 @@ def about_a_gpu(program, names):
 def run_test(program, name, device, timeout, wrapper=(), exact=True, more=None):
     """A test, or the short tests of a module, in a process of its own: after a fault on a GPU nothing else of a process counts."""
     env = {**({"VITMAE_TEST_DEVICE": device} if device else {}), **(more or {})}
-    which = ["--exact"] if exact else ["--skip", "long"]
+    which = ["--exact", "--include-ignored"] if exact else ["--skip", "long"]
     arguments = [*wrapper, BIN / program, name, *which, "--nocapture", "--test-threads=1"]
     result = ours(arguments, timeout, env)
     if result["status"] == "ok" and exact and "skipped:" in result["output"]:

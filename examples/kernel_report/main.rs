@@ -6,8 +6,8 @@
 //! Needs NVRTC and NVIDIA's cuobjdump and nvdisasm, and no GPU.
 
 mod launches;
-mod report;
-mod tools;
+pub(crate) mod report;
+pub(crate) mod tools;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let nvrtc = vitmae::cuda::nvrtc::Nvrtc::find()?;

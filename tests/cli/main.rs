@@ -2,6 +2,8 @@
 
 mod bad_input;
 mod commands;
+#[path = "../common/mod.rs"]
+mod common;
 mod damage;
 mod measures;
 mod memory;
@@ -26,18 +28,7 @@ use vitmae::model::MaeForPreTraining;
 
 /// A small model: 32x32 pixels, 16 patches of 8x8, width 32.
 fn small_config() -> MaeConfig {
-    let mut config = MaeConfig::tiny();
-    config.image_size = (32, 32).into();
-    config.patch_size = (8, 8).into();
-    config.hidden_size = 32;
-    config.intermediate_size = 64;
-    config.num_hidden_layers = 2;
-    config.num_attention_heads = 4;
-    config.decoder_hidden_size = 16;
-    config.decoder_intermediate_size = 32;
-    config.decoder_num_hidden_layers = 1;
-    config.decoder_num_attention_heads = 2;
-    config
+    common::config((32, 32), [32, 64, 2, 4], [16, 32, 1, 2])
 }
 
 /// A folder to work in.

@@ -20,7 +20,7 @@ fn a_resumed_run_ends_where_an_undisturbed_one_does() {
     let line = "pretrain --data synthetic:50 --out {} --model {} --batch-size 8 --accumulate 2 --steps 12 --checkpoint-every 5";
     run(line, &[&whole, &model]).succeeded();
     run(line, &[&halves, &model]).succeeded();
-    // As if the run had been killed behind step 5.
+    // As if the run had been killed after step 5.
     fs::remove_dir_all(halves.join("checkpoint-12")).unwrap();
     fs::remove_dir_all(halves.join("checkpoint-10")).unwrap();
     run(&format!("{line} --resume"), &[&halves, &model]).succeeded();
@@ -150,17 +150,16 @@ impl Killed {
             // Some steps on (none at times), and then somewhere in a step or in the writing of its checkpoint.
             let goal = done() + random(10) as usize;
             let mut child = train(&killed).spawn().unwrap();
-            let started = std::time::Instant::now();
-            while done() < goal && started.elapsed() < Duration::from_secs(20) {
+            while done() < goal && child.try_wait().unwrap().is_none() {
                 std::thread::sleep(Duration::from_micros(300));
             }
             std::thread::sleep(Duration::from_micros(u64::from(random(8000))));
             child.kill().unwrap();
             child.wait().unwrap();
         }
-        // It had to go on from somewhere, and there was something left to do.
+        // It had something to resume from, and something left to do.
         let before = done();
-        assert!((kills..steps).contains(&before), "killed behind step {before}");
+        assert!((kills..steps).contains(&before), "killed after step {before}");
         assert!(train(&killed).status().unwrap().success());
         Self { place, whole, killed, steps }
     }
@@ -181,7 +180,8 @@ impl Killed {
 
 #[test]
 #[cfg(unix)]
-fn a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been() {
+#[ignore = "second tier: a long run"]
+fn a_run_killed_at_any_moment_continues_as_if_nothing_had_happened() {
     let run = Killed::new(600, 50, &["--checkpoint-every", "1"]);
     run.check(&["model.safetensors", "optimizer.safetensors"], &["loss"]);
 }
@@ -189,6 +189,7 @@ fn a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been() {
 /// The same with everything that lies beside the weights: averages, validation losses, and checkpoints that are removed.
 #[test]
 #[cfg(unix)]
+#[ignore = "second tier: a long run"]
 fn a_killed_run_keeps_its_average_its_best_and_its_newest() {
     let more = ["--checkpoint-every", "3", "--keep", "2", "--ema", "0.9", "--val", "synthetic:6:7", "--blr", "0.02"];
     let run = Killed::new(300, 15, &more);
@@ -212,7 +213,7 @@ fn ctrl_c_and_its_like_save_a_checkpoint() {
     for signal in ["-INT", "-TERM", "-HUP"] {
         let place = Place::new();
         let out = place.path("run");
-        let child = Command::new(env!("CARGO_BIN_EXE_vitmae"))
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vitmae"))
             .args(["pretrain", "--data", "synthetic:500", "--batch-size", "8", "--steps", "100000", "--out"])
             .arg(&out)
             .arg("--model")
@@ -222,11 +223,9 @@ fn ctrl_c_and_its_like_save_a_checkpoint() {
             .spawn()
             .unwrap();
         let metrics = out.join("metrics.jsonl");
-        for _ in 0..600 {
-            if fs::read_to_string(&metrics).is_ok_and(|text| text.lines().count() > 3) {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(100));
+        let far = || fs::read_to_string(&metrics).is_ok_and(|text| text.lines().count() > 3);
+        while !far() && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(10));
         }
         let killed = Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
         assert!(killed.success());
@@ -290,7 +289,7 @@ fn a_resumed_run_keeps_its_settings() {
     run(&format!("{line} --steps 4 --val synthetic:9 --resume"), &[&out, &model])
         .failed(1, &["val was not given and is synthetic:9"]);
     assert_eq!(fs::read_to_string(out.join("recipe.json")).unwrap(), recipe);
-    // Without --model it goes on with the model that it has.
+    // Without --model it continues with the model that it has.
     run("pretrain --data synthetic:20 --out {} --batch-size 4 --threads 1 --steps 6 --resume", &[&out]).succeeded();
     assert_eq!(losses(&out).len(), 6);
 }

@@ -4,6 +4,8 @@
 mod adamw;
 mod attention;
 mod build_script;
+#[path = "../common/mod.rs"]
+mod common;
 mod cross_entropy;
 mod emulated;
 mod gemm;

@@ -1,27 +1,16 @@
 //! Running an op of the contract on any backend, and judging what it wrote against the CPU in f64.
 
 use vitmae::ops::{Memory, Real};
-use vitmae::random::RandomStream;
 
-/// Elements behind what a shape needs, which no op may touch.
+pub use super::common::shuffles;
+
+/// Elements after what a shape needs, which no op may touch.
 const GUARDS: usize = 19;
 const GUARD: f64 = 768.0;
 
 /// Odd multiples of 1/64 in (-1, 1): bf16 and f32 hold them exactly, also with a quarter added.
 pub fn random(seed: u64, length: usize) -> Vec<f64> {
-    let words = RandomStream::new(seed, 0, length as u64, 200);
-    words.take(length).map(|word| (f64::from(word >> 26) + 0.5) / 32.0 - 1.0).collect()
-}
-
-/// A shuffle of `0..length` for each of `batch` samples.
-pub fn shuffles(seed: u64, batch: usize, length: usize) -> Vec<Vec<u32>> {
-    let shuffle = |sample: usize| {
-        let mut words = RandomStream::new(seed, 1, sample as u64, 201);
-        let mut ids: Vec<u32> = (0..length as u32).collect();
-        (1..length).rev().for_each(|last| ids.swap(last, words.next_u32() as usize % (last + 1)));
-        ids
-    };
-    (0..batch).map(shuffle).collect()
+    super::common::random(6, seed, length)
 }
 
 /// A backend, and how many elements after an aligned address its buffers start.
@@ -40,12 +29,12 @@ impl<B: Memory> Bench<'_, B> {
         part
     }
 
-    /// Activations, with guards behind them.
+    /// Activations, with guards after them.
     pub fn elements(&self, values: &[f64]) -> B::Buffer<B::Element> {
         self.buffer(values.iter().chain(&[GUARD; GUARDS]).map(|&value| B::Element::from_f64(value)))
     }
 
-    /// Vectors, statistics or parameter gradients, with guards behind them.
+    /// Vectors, statistics or parameter gradients, with guards after them.
     pub fn masters(&self, values: &[f64]) -> B::Buffer<B::Master> {
         self.buffer(values.iter().chain(&[GUARD; GUARDS]).map(|&value| B::Master::from_f64(value)))
     }
@@ -82,7 +71,7 @@ impl<B: Memory> Bench<'_, B> {
 
 fn without_guards(mut values: Vec<f64>) -> Vec<f64> {
     let guards = values.split_off(values.len() - GUARDS);
-    assert!(guards.iter().all(|&guard| guard == GUARD), "written behind the end");
+    assert!(guards.iter().all(|&guard| guard == GUARD), "written after the end");
     values
 }
 

@@ -1,18 +1,16 @@
 //! `kernels/REPORT.md` is what the compiler makes of the kernels, and the kernels keep what they promise.
 
-#[path = "../../examples/kernel_report/report.rs"]
-pub mod contents;
-#[path = "../../examples/kernel_report/launches.rs"]
-mod launches;
-#[path = "../../examples/kernel_report/tools.rs"]
-mod tools;
+#[path = "../../examples/kernel_report/main.rs"]
+#[allow(dead_code, reason = "the example's `main` is not called")]
+mod example;
 
 use vitmae::ops::KERNELS;
 
 use super::emulated::{embedded_kernels, kernels_folder, required};
 use super::nvrtc;
-use contents::ARCHITECTURES;
-use tools::Tools;
+pub(crate) use example::report as contents;
+use example::report::ARCHITECTURES;
+use example::tools::Tools;
 
 /// Kernels that may use local memory, with the reason.
 const MAY_SPILL: &[(&str, &str)] = &[];

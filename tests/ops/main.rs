@@ -2,6 +2,8 @@
 
 mod adamw;
 mod attention;
+#[path = "../common/mod.rs"]
+mod common;
 mod cross_entropy;
 mod layernorm;
 mod linear;

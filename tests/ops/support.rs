@@ -7,32 +7,19 @@ use vitmae::cpu::{Cpu, CpuBuffer, Float};
 use vitmae::ops::{Element, Memory};
 use vitmae::random::RandomStream;
 
-/// Elements behind what a shape needs, which no op may touch.
+pub use crate::common::dot;
+
+/// Elements after what a shape needs, which no op may touch.
 const GUARDS: usize = 37;
 
-/// Numbers in [-1, 1), never 0.
+/// Numbers in (-1, 1), never 0, with every bit of an f32.
 pub fn random(seed: u64, length: usize) -> Vec<f64> {
-    let words = RandomStream::new(seed, 0, length as u64, 200);
-    words.take(length).map(|word| (f64::from(word) + 0.5) / 2_147_483_648.0 - 1.0).map(round).collect()
+    crate::common::random(32, seed, length)
 }
 
-/// To the nearest f32, so that both precisions see the same inputs.
-pub fn round(value: f64) -> f64 {
-    f64::from(value as f32)
-}
-
-/// A shuffle of `0..length` for each of `batch` samples.
+/// A shuffle of `0..length` for each of `batch` samples, one after the other.
 pub fn shuffles(seed: u64, batch: usize, length: usize) -> Vec<u32> {
-    let mut all = Vec::new();
-    for sample in 0..batch {
-        let mut words = RandomStream::new(seed, 1, sample as u64, 201);
-        let mut ids: Vec<u32> = (0..length as u32).collect();
-        for last in (1..length).rev() {
-            ids.swap(last, words.next_u32() as usize % (last + 1));
-        }
-        all.extend(ids);
-    }
-    all
+    crate::common::shuffles(seed, batch, length).concat()
 }
 
 /// An input, or an output with content.
@@ -61,7 +48,7 @@ pub fn plain<T: Element>(values: &[T], guard: T) -> CpuBuffer<T> {
 /// What an op wrote: everything, and nothing else.
 pub fn read<F: Float>(buffer: &CpuBuffer<F>) -> Vec<f64> {
     let length = buffer.len() - GUARDS;
-    assert!(buffer[length..].iter().all(|guard| guard.to_f64() == 777.0), "written behind the end");
+    assert!(buffer[length..].iter().all(|guard| guard.to_f64() == 777.0), "written after the end");
     let values: Vec<f64> = buffer[..length].iter().map(|value| value.to_f64()).collect();
     assert!(values.iter().all(|value| !value.is_nan()), "not everything was written");
     values
@@ -70,7 +57,7 @@ pub fn read<F: Float>(buffer: &CpuBuffer<F>) -> Vec<f64> {
 /// What an op wrote into a buffer of [`plain`].
 pub fn read_plain<T: Element + PartialEq>(buffer: &CpuBuffer<T>, guard: T) -> Vec<T> {
     let length = buffer.len() - GUARDS;
-    assert!(buffer[length..].iter().all(|value| *value == guard), "written behind the end");
+    assert!(buffer[length..].iter().all(|value| *value == guard), "written after the end");
     buffer[..length].to_vec()
 }
 
@@ -112,12 +99,6 @@ pub fn check_gradient(what: &str, x: &[f64], gradient: &[f64], mut function: imp
         let error = (difference - gradient[place]).abs();
         assert!(error < 2e-7 * (1.0 + difference.abs()), "{what}[{place}]: {} but {difference}", gradient[place]);
     }
-}
-
-/// The sum of products, which makes a number of an output.
-pub fn dot(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 /// Runs `work` with 1, 2, 3 and again 2 threads, asserts that all give the same bits, and returns them.

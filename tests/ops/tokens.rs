@@ -2,7 +2,9 @@ use vitmae::cpu::{Cpu, Float};
 use vitmae::ops::{Tokens, TokensShape};
 
 use crate::patchify::some_ids;
-use crate::support::{buffer, check_gradient, close, plain, poisoned, random, read, same_on_any_threads, shuffles};
+use crate::support::{
+    buffer, check_gradient, close, dot, plain, poisoned, random, read, same_on_any_threads, shuffles,
+};
 
 fn shapes() -> Vec<TokensShape> {
     let mut shapes = Vec::new();
@@ -18,10 +20,6 @@ fn shapes() -> Vec<TokensShape> {
 #[track_caller]
 fn adjoint(what: &str, left: f64, right: f64) {
     assert!((left - right).abs() < 1e-10 * (1.0 + left.abs()), "{what}: {left} but {right}");
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    crate::support::dot(a, b)
 }
 
 fn assemble<F: Float>(shape: TokensShape, patches: &[f64], class: &[f64], positions: &[f64], ids: &[u32]) -> Vec<f64> {

@@ -13,16 +13,15 @@ use std::sync::Arc;
 
 pub use vitmae::cuda::*;
 
-#[path = "guarded.rs"]
 pub mod guarded;
 
 #[cfg(not(feature = "emulator"))]
-#[path = "../../src/cuda/emulator/mod.rs"]
+#[path = "../../../src/cuda/emulator/mod.rs"]
 pub mod emulator;
 #[cfg(not(feature = "emulator"))]
-#[path = "../../build/hash.rs"]
+#[path = "../../../build/hash.rs"]
 mod hash;
-#[path = "../../build/units.rs"]
+#[path = "../../../build/units.rs"]
 pub mod units;
 
 pub use emulator::{Emulator, Options};
