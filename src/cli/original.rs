@@ -33,7 +33,7 @@ impl Original {
     pub(crate) fn check(&self, resume: bool) -> Result<(), String> {
         match self.start_epoch {
             Some(epoch) if epoch > 0 && !resume => Err(format!(
-                "--start_epoch {epoch}: a run goes on behind its last checkpoint, which knows the epoch: use --resume"
+                "--start_epoch {epoch}: a run continues after its last checkpoint, which knows the epoch: use --resume"
             )),
             _ => Ok(()),
         }
@@ -83,7 +83,7 @@ pub(crate) fn training_pictures(data_path: OsString) -> OsString {
     train.into()
 }
 
-/// Whether `--resume`, perhaps with the checkpoint that the original wants to be told, goes on with the run in `out`.
+/// Whether `--resume`, perhaps with a checkpoint's path as the original needs it, resumes the run in `out`.
 ///
 /// # Errors
 /// For a checkpoint that is not the last whole one of this run.

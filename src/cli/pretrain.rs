@@ -202,12 +202,12 @@ impl Settings {
         })
     }
 
-    /// The model's configuration: that of `--model`, of the run that goes on, or of `--from`, changed by the flags.
+    /// The model's configuration: that of `--model`, of the run that is resumed, or of `--from`, changed by the flags.
     fn config(&self, resumed: Option<MaeConfig>) -> anyhow::Result<MaeConfig> {
         let mut config = match (&self.model, resumed, &self.from) {
             (Some(name), ..) if name.ends_with(".json") => MaeConfig::from_file(name)?,
             (Some(name), ..) => MaeConfig::by_name(name)?,
-            // A run that goes on has the model that it had.
+            // A resumed run keeps its model.
             (None, Some(config), _) => config,
             (None, None, Some(from)) => Checkpoint::open(from)?.require_config()?.clone(),
             (None, None, None) => MaeConfig::base(),
@@ -319,14 +319,14 @@ fn print(report: &PretrainReport) -> io::Result<()> {
     out.flush()
 }
 
-/// The configuration of process 0, which alone needs the folder of a run that goes on.
+/// The configuration of process 0, the only one that needs the folder of a resumed run.
 fn shared_config(own: MaeConfig, processes: &Processes) -> anyhow::Result<MaeConfig> {
     processes.ready()?;
     let json = processes.share(own.to_json().into_bytes())?;
     if processes.is_rank_0() { Ok(own) } else { Ok(MaeConfig::from_json(&String::from_utf8_lossy(&json))?) }
 }
 
-/// A flag that the first Ctrl-C raises, which asks to stop behind the step; the second one stops at once.
+/// A flag that the first Ctrl-C raises to stop the run after the current step; the second one stops it at once.
 fn stop_on_signals() -> io::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let signals = [
@@ -345,7 +345,7 @@ fn stop_on_signals() -> io::Result<Arc<AtomicBool>> {
         let mut arrived = signal_hook::iterator::Signals::new(signals)?;
         std::thread::spawn(move || {
             if arrived.forever().next().is_some() {
-                tracing::warn!("stopping behind this step, with a checkpoint; once more stops at once");
+                tracing::warn!("stopping after this step, with a checkpoint; a second signal stops at once");
             }
         });
     }

@@ -64,7 +64,7 @@ pub struct PretrainSettings {
     pub picture_every: Option<u64>,
     /// Decides weights, order, crops and masks.
     pub seed: u64,
-    /// Whether to go on from the last checkpoint in `out`.
+    /// Whether to resume from the last checkpoint in `out`.
     pub resume: bool,
     /// Images in the model at a time, at most.
     pub micro_batch: usize,

@@ -110,7 +110,7 @@ impl TrainerState {
         }
     }
 
-    /// Refuses to go on with settings under which the run would not be the same run.
+    /// Refuses to resume with settings under which the run would not be the same run.
     pub fn check(&self, fingerprints: &Fingerprints, settings: &PretrainSettings) -> Result<()> {
         let now = Self::new(self.step, settings, fingerprints.clone());
         for (what, then, now) in
@@ -158,7 +158,7 @@ impl TrainerState {
     }
 }
 
-/// Refuses to go on with another model than the run's; the message names the first field of `config.json` that differs.
+/// Refuses to resume with another model than the run's; the message names the first field of `config.json` that differs.
 pub(crate) fn check_config(then: &MaeConfig, now: &MaeConfig) -> Result<()> {
     let fields = |config: &MaeConfig| -> serde_json::Map<String, serde_json::Value> {
         serde_json::from_str(&config.to_json()).unwrap_or_default()
@@ -193,8 +193,7 @@ pub fn config_of_run(out: &Path) -> Result<Option<MaeConfig>> {
     latest(out)?.map(|(_, folder)| MaeConfig::from_file(folder.join("config.json"))).transpose()
 }
 
-/// Refuses to go on with the run in `out` from the checkpoint of `step`, unless it is the one that the run goes on from: whole, and
-/// behind it no other that is.
+/// Refuses to resume the run in `out` from the checkpoint of `step`, unless this is the newest whole checkpoint of the run.
 ///
 /// # Errors
 /// [`Error::Io`] for a folder that cannot be read; [`Error::Checkpoint`] for a checkpoint that is damaged, or none;

@@ -53,7 +53,7 @@ impl MetricsFile {
                 let line = line.map_err(|error| Error::io("reading", path, error))?;
                 match serde_json::from_slice::<Metrics>(&line) {
                     Ok(metrics) if metrics.step <= resume_from => kept.push(metrics),
-                    // Steps behind the checkpoint are done again.
+                    // Steps after the checkpoint are done again.
                     Ok(_) => (),
                     // The last line may be cut where the run was killed.
                     Err(_) => tracing::warn!(

@@ -401,7 +401,7 @@ impl<'s, B: Backend> Run<'s, B> {
                 starved.seconds
             );
         }
-        // The step is done, whatever becomes of this: its line is written before an error is told.
+        // The step is done, even if its validation fails: its line is written before an error is returned.
         let validated = self.validate();
         let metrics = Metrics {
             step: self.done,

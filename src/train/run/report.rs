@@ -7,7 +7,7 @@ use crate::train::Metrics;
 /// What a run tells whoever watches it.
 #[derive(Debug)]
 pub enum Event<'a> {
-    /// The run begins (or goes on) at a step.
+    /// The run starts, or resumes, at a step.
     Started {
         /// Steps of the whole run.
         total_steps: u64,

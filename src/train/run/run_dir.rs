@@ -10,7 +10,7 @@ use crate::{Error, Result};
 /// Locked by the run that writes to the folder.
 const LOCK: &str = ".lock";
 
-/// Refuses a folder that holds a run, unless it is to be gone on with.
+/// Refuses a folder that holds a run, unless that run is to be resumed.
 pub(in crate::train) fn refuse_to_overwrite(out: &Path, resume: bool) -> Result<()> {
     // A run that was refused before its first step has an empty file there.
     let began = fs::metadata(out.join("metrics.jsonl")).is_ok_and(|metrics| metrics.len() > 0);
@@ -86,7 +86,7 @@ fn lock(out: &Path) -> Result<RunLock> {
             "another run is writing to {}: wait for its end, or choose another folder",
             out.display()
         ))),
-        // Some network file systems have no locks: go on without.
+        // Some network file systems have no locks: continue without.
         Err(fs::TryLockError::Error(error)) => {
             tracing::warn!("{} cannot be locked ({error}): see to it that no other run writes there", path.display());
             Ok(RunLock { path, _file: file })

@@ -17,7 +17,7 @@ pub(crate) struct EventFile {
 
 impl EventFile {
     /// Starts a file of its own in `folder`, which is made where it is missing; TensorBoard reads all of a folder as one run. What others there say of the
-    /// steps behind `done`, which come once more, is taken back.
+    /// steps after `done`, which are done again, is taken back.
     pub fn create(folder: &Path, done: u64) -> Result<Self> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // Sorted by time; the process number keeps runs apart that start in the same second.

@@ -32,7 +32,7 @@ pub(in crate::train) struct Validation {
     workers: usize,
     seed: u64,
     shard: Shard,
-    /// Bad pictures that the log has named: each is told once a run and not at every checkpoint.
+    /// Bad pictures that the log has named: each is named once in a run and not at every checkpoint.
     named: HashSet<usize>,
     /// The pictures that the last loss is of.
     pictures: Option<u64>,
@@ -126,7 +126,7 @@ impl Validation {
         Ok(())
     }
 
-    /// Tells whether processes, and a run that goes on, see the same pictures: that of the start.
+    /// The fingerprint at the start. It tells whether processes, and a resumed run, see the same pictures.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
