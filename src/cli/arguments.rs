@@ -61,19 +61,6 @@ pub(crate) fn mask_ratio(text: &str) -> Result<f64, String> {
     }
 }
 
-/// The decay of an average, in [0, 1).
-pub(crate) fn decay(text: &str) -> Result<f64, String> {
-    mask_ratio(text)
-}
-
-/// A finite number that is not negative.
-pub(crate) fn not_negative(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(number) if number.is_finite() && number >= 0.0 => Ok(number),
-        _ => Err("expected a number of at least 0".into()),
-    }
-}
-
 /// Bounds a norm: zero would keep every weight where it is.
 pub(crate) fn positive(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {

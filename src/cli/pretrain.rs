@@ -8,20 +8,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use serde_json::{Map, Value};
 use vitmae::config::{MaeConfig, Size};
 use vitmae::distributed::Processes;
 use vitmae::ops::Backend;
 use vitmae::train::{
-    Event, OptimizerSettings, PretrainReport, PretrainSettings, RunLength, Sharding, config_of_run, pretrain_together,
+    Event, FIELDS, Kind, PretrainReport, PretrainSettings, RunLength, config_of_run, pretrain_together,
 };
 use vitmae::weights::Checkpoint;
 
-use crate::cli::arguments::{at_least_one, at_least_one_u64, decay, helpers, mask_ratio, not_negative, positive};
+use crate::cli::arguments::{at_least_one, at_least_one_u64, helpers, mask_ratio, positive};
 use crate::cli::original::{Original, resumes, training_pictures};
 use crate::cli::progress;
-
-/// That of the paper.
-const BASE_LEARNING_RATE: f64 = 1.5e-4;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -74,33 +72,6 @@ struct Settings {
     /// Optimiser steps, instead of epochs
     #[arg(long, value_name = "N", value_parser = at_least_one_u64)]
     steps: Option<u64>,
-    /// Pictures in a batch, of all processes together: their number must divide it
-    #[arg(long, value_name = "N", alias = "batch_size", default_value_t = 64, value_parser = at_least_one)]
-    batch_size: usize,
-    /// Batches in an optimiser step; gives what one large batch gives
-    #[arg(long, value_name = "N", aliases = ["accum_iter", "accum-iter"], default_value_t = 1, value_parser = at_least_one)]
-    accumulate: usize,
-    /// Base learning rate: that of 256 pictures in a step
-    #[arg(long, value_name = "F", default_value_t = BASE_LEARNING_RATE, allow_negative_numbers = true, value_parser = not_negative)]
-    blr: f64,
-    /// The highest learning rate itself; --blr has no effect then
-    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = positive)]
-    lr: Option<f64>,
-    /// The learning rate at the end of the cosine
-    #[arg(long, value_name = "F", alias = "min_lr", default_value_t = 0.0, allow_negative_numbers = true, value_parser = not_negative)]
-    min_lr: f64,
-    /// Epochs of linear warm-up [default: a twentieth of the run, at most 40]
-    #[arg(long, value_name = "F", alias = "warmup_epochs", allow_negative_numbers = true, value_parser = not_negative)]
-    warmup_epochs: Option<f64>,
-    /// Weight decay of matrices; biases, norms and tokens do not decay
-    #[arg(long, value_name = "F", alias = "weight_decay", default_value_t = 0.05, allow_negative_numbers = true, value_parser = not_negative)]
-    weight_decay: f64,
-    /// Scale gradients down to this norm where they are larger
-    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = positive)]
-    clip_grad: Option<f64>,
-    /// Keep a moving average of the weights with this decay, such as 0.9999; checkpoints then hold it in ema/
-    #[arg(long, value_name = "DECAY", allow_negative_numbers = true, value_parser = decay)]
-    ema: Option<f64>,
     /// Share of patches that are hidden [default: the model's, 0.75]
     #[arg(long, value_name = "F", alias = "mask_ratio", allow_negative_numbers = true, value_parser = mask_ratio)]
     mask_ratio: Option<f64>,
@@ -116,29 +87,8 @@ struct Settings {
     /// Colour channels of the pictures: 1, 3 or 4 [default: the model's, 3]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     channels: Option<usize>,
-    /// Steps between checkpoints [default: a tenth of the run]
-    #[arg(long, value_name = "STEPS", value_parser = at_least_one_u64)]
-    checkpoint_every: Option<u64>,
-    /// The newest checkpoints that are kept [default: all with --checkpoint-every, else one]
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
-    keep: Option<usize>,
-    /// Steps between reconstruction pictures [default: a tenth of the run]
-    #[arg(long, value_name = "STEPS", value_parser = at_least_one_u64)]
-    picture_every: Option<u64>,
-    /// Decides weights, order, crops and masks
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
-    /// Images in the model at a time: more is faster up to a point and needs more memory; the result is the same [default: 16
-    /// on the CPU, the batch on a GPU]
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
-    micro_batch: Option<usize>,
-    /// Compute activations again in backward instead of keeping them: less memory, a third more time, the same result
-    #[arg(long)]
-    recompute: bool,
-    /// Share the optimiser's state out among the processes (as ZeRO-1): 8 bytes per parameter less on each of many, the same
-    /// result, more to exchange
-    #[arg(long)]
-    shard_optimizer: bool,
+    #[command(flatten)]
+    fields: Fields,
 }
 
 impl Arguments {
@@ -161,45 +111,31 @@ impl Settings {
     /// The settings that the flags stand for.
     fn resolve(self, out: PathBuf, resume: bool, many_at_a_time: bool) -> anyhow::Result<PretrainSettings> {
         let config = self.config(if resume { config_of_run(&out)? } else { None })?;
-        Ok(PretrainSettings {
+        let mut values = self.fields.0;
+        if values.contains_key("learning_rate") {
+            // It has no effect then.
+            values.remove("base_learning_rate");
+        }
+        let chosen = values.contains_key("micro_batch");
+        let settings = PretrainSettings {
             data: self.data.or(self.data_path.map(training_pictures)).context("--data is missing")?,
             validation: self.val,
             out,
-            events: None,
             config,
             from: self.from,
             length: match self.steps {
                 Some(steps) => RunLength::Steps(steps),
                 None => RunLength::Epochs(self.epochs.unwrap_or(400)),
             },
-            batch_size: self.batch_size,
-            accumulate: self.accumulate,
-            // It has no effect beside the other.
-            base_learning_rate: if self.lr.is_some() { BASE_LEARNING_RATE } else { self.blr },
-            learning_rate: self.lr,
-            minimum_learning_rate: self.min_lr,
-            warmup_epochs: self.warmup_epochs,
-            optimizer: OptimizerSettings {
-                weight_decay: self.weight_decay,
-                clip_norm: self.clip_grad,
-                ..OptimizerSettings::default()
-            },
-            average_decay: self.ema,
-            checkpoint_every: self.checkpoint_every,
-            keep_checkpoints: self.keep,
-            picture_every: self.picture_every,
-            seed: self.seed,
             resume,
-            // A CPU's caches are small; a GPU wants as much to do at once as there is.
-            micro_batch: self.micro_batch.unwrap_or(if many_at_a_time { self.batch_size } else { 16 }),
-            recompute: self.recompute,
-            sharding: if self.shard_optimizer { Sharding::Optimizer } else { Sharding::Nothing },
-            workers: 0,
-            device: String::new(),
-            peak_flops: None,
-            data_fingerprint: None,
-            validation_fingerprint: None,
-        })
+            ..PretrainSettings::default()
+        };
+        let mut settings = settings.with(values)?;
+        // A CPU's caches are small; a GPU wants as much to do at once as there is.
+        if many_at_a_time && !chosen {
+            settings.micro_batch = settings.batch_size;
+        }
+        Ok(settings)
     }
 
     /// The model's configuration: that of `--model`, of the run that is resumed, or of `--from`, changed by the flags.
@@ -227,6 +163,54 @@ impl Settings {
         }
         config.validate()?;
         Ok(config)
+    }
+}
+
+/// The flags of [`FIELDS`], by the fields' names; only those that were given.
+#[derive(Debug)]
+struct Fields(Map<String, Value>);
+
+impl clap::Args for Fields {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        let flags = FIELDS.iter().filter(|field| !field.flag.is_empty() && field.kind != Kind::Path);
+        command.args(flags.map(|field| {
+            let flag =
+                clap::Arg::new(field.name).long(field.flag).aliases(field.aliases.iter().copied()).group("settings");
+            if field.kind == Kind::Switch {
+                return flag.action(clap::ArgAction::SetTrue).help(field.help);
+            }
+            let kind = field.kind;
+            flag.value_name(field.value_name)
+                .allow_negative_numbers(true)
+                .value_parser(move |text: &str| kind.parse(text))
+                .help(match PretrainSettings::default_of(field) {
+                    Some(default) => format!("{} [default: {default}]", field.help),
+                    None => field.help.to_owned(),
+                })
+        }))
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl clap::FromArgMatches for Fields {
+    fn from_arg_matches(matches: &clap::ArgMatches) -> Result<Self, clap::Error> {
+        let given =
+            FIELDS.iter().filter(|field| !field.flag.is_empty() && field.kind != Kind::Path).filter_map(|field| {
+                let value = match field.kind {
+                    Kind::Switch => matches.get_flag(field.name).then(|| Value::from(true))?,
+                    _ => matches.get_one::<Value>(field.name)?.clone(),
+                };
+                Some((field.name.to_owned(), value))
+            });
+        Ok(Self(given.collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &clap::ArgMatches) -> Result<(), clap::Error> {
+        self.0.extend(Self::from_arg_matches(matches)?.0);
+        Ok(())
     }
 }
 

@@ -272,7 +272,7 @@ impl Processes {
     ///
     /// # Errors
     /// [`Error::Config`] that names the setting; as [`Processes::agree`].
-    pub fn check_same(&self, settings: &[(&str, String)]) -> Result<()> {
+    pub fn check_same(&self, settings: &[(impl AsRef<str>, String)]) -> Result<()> {
         if self.size() == 1 {
             return Ok(());
         }
@@ -283,7 +283,8 @@ impl Processes {
         self.agree(match differs {
             None => Ok(()),
             Some((index, (name, mine))) => Err(Error::Config(format!(
-                "the processes have different settings: {name} is {mine} here and {} on process 0",
+                "the processes have different settings: {} is {mine} here and {} on process 0",
+                name.as_ref(),
                 rank_0.get(index).map_or("unknown", String::as_str)
             ))),
         })

@@ -1,6 +1,5 @@
 //! Training: one step, its schedule, and whole runs with their files.
 
-mod agreement;
 mod data_parallel;
 mod run;
 mod settings;
@@ -11,6 +10,6 @@ pub use run::checkpoint::{check_last_checkpoint, config_of_run};
 pub use run::metrics::Metrics;
 pub use run::report::{Event, PretrainReport};
 pub use run::{pretrain, pretrain_together};
-pub use settings::{PretrainSettings, RunLength};
+pub use settings::{FIELDS, Field, Kind, MustMatch, PretrainSettings, RunLength};
 pub use step::schedule::Schedule;
 pub use step::trainer::{OptimizerSettings, OptimizerState, StepReport, Trainer};

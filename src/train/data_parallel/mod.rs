@@ -15,7 +15,8 @@ use crate::train::{OptimizerSettings, Trainer};
 use crate::{Error, Result};
 
 /// What each of several processes keeps a share of, instead of all.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(from = "bool", into = "bool")]
 pub enum Sharding {
     /// Nothing: all processes keep all.
     #[default]
@@ -24,6 +25,18 @@ pub enum Sharding {
     /// its share of the weights and gives it to the others, the same bits as without. Gradients are added up whole, so that
     /// the exchange is half as large again.
     Optimizer,
+}
+
+impl From<bool> for Sharding {
+    fn from(optimizer: bool) -> Self {
+        if optimizer { Self::Optimizer } else { Self::Nothing }
+    }
+}
+
+impl From<Sharding> for bool {
+    fn from(sharding: Sharding) -> Self {
+        sharding == Sharding::Optimizer
+    }
 }
 
 /// Shares start at multiples of this, so that they are aligned as the arenas are.

@@ -12,7 +12,7 @@ use crate::data::{ImageProcessor, jpeg_decoder};
 use crate::ops::Backend;
 use crate::train::Trainer;
 use crate::train::data_parallel::moments::Moments;
-use crate::train::settings::PretrainSettings;
+use crate::train::settings::{Fingerprints, PretrainSettings};
 use crate::weights::{Checkpoint, TensorFile};
 use crate::{Error, Result};
 
@@ -24,29 +24,12 @@ const WEIGHTS: &str = "model.safetensors";
 /// What the name of a checkpoint begins with.
 pub(in crate::train) const PREFIX: &str = "checkpoint-";
 
-/// What a run needs to go on, besides weights and moments.
+/// What a run needs to be resumed, besides weights and moments.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct TrainerState {
     pub step: u64,
     pub updates: u64,
-    pub seed: u64,
-    pub batch_size: usize,
-    pub accumulate: usize,
-    pub data_fingerprint: String,
-    base_learning_rate: f64,
-    minimum_learning_rate: f64,
-    warmup_epochs: Option<f64>,
-    weight_decay: f64,
-    clip_norm: Option<f64>,
-    /// Missing in older checkpoints, as all that has a default.
-    #[serde(default)]
-    betas: Option<(f64, f64)>,
-    #[serde(default)]
-    epsilon: Option<f64>,
-    #[serde(default)]
-    learning_rate: Option<f64>,
-    #[serde(default)]
-    average_decay: Option<f64>,
+    data_fingerprint: String,
     /// The pictures that validation losses are of.
     #[serde(default)]
     validation: Option<String>,
@@ -62,51 +45,34 @@ pub(crate) struct TrainerState {
     /// The loss of the validation pictures, where it was taken at this step.
     #[serde(default)]
     pub validation_loss: Option<f64>,
-    /// The checkpoint that the run started from.
-    pub from: Option<String>,
     /// What the run was on, and what unpacked JPEG files, as far as it is known.
     #[serde(default)]
     device: Option<String>,
     #[serde(default)]
     jpeg_decoder: Option<String>,
-}
-
-/// What tells whether a run sees the sets that it saw before.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Fingerprints {
-    pub data: String,
-    pub validation: Option<String>,
+    /// The decay of the average, under the name that older versions gave it.
+    #[serde(default, skip_serializing)]
+    average_decay: Option<serde_json::Value>,
+    /// The settings that must be the same where the run is resumed.
+    #[serde(flatten)]
+    settings: serde_json::Map<String, serde_json::Value>,
 }
 
 impl TrainerState {
     pub fn new(step: u64, settings: &PretrainSettings, fingerprints: Fingerprints) -> Self {
-        let &PretrainSettings { seed, batch_size, accumulate, base_learning_rate, minimum_learning_rate, .. } =
-            settings;
-        let from = settings.from.as_ref().map(|path| path.to_string_lossy().into_owned());
         Self {
             step,
             updates: 0,
-            seed,
-            batch_size,
-            accumulate,
             data_fingerprint: fingerprints.data,
-            base_learning_rate,
-            minimum_learning_rate,
-            warmup_epochs: settings.warmup_epochs,
-            weight_decay: settings.optimizer.weight_decay,
-            clip_norm: settings.optimizer.clip_norm,
-            betas: Some(settings.optimizer.betas),
-            epsilon: Some(settings.optimizer.epsilon),
-            learning_rate: settings.learning_rate,
-            average_decay: settings.average_decay,
             validation: settings.validation.as_ref().map(|spec| spec.to_string_lossy().into_owned()),
             validation_fingerprint: fingerprints.validation,
             total_steps: 0,
             checksums: BTreeMap::new(),
             validation_loss: None,
-            from,
             device: Some(settings.device.clone()).filter(|device| !device.is_empty()),
             jpeg_decoder: Some(jpeg_decoder().to_owned()),
+            average_decay: None,
+            settings: settings.resumed_fields(),
         }
     }
 
@@ -119,42 +85,22 @@ impl TrainerState {
             if let (Some(then), Some(now)) = (then, now)
                 && then != now
             {
-                tracing::warn!("the run's {what} was {then} and is {now} now: it goes on, though not bit for bit");
+                tracing::warn!("the run's {what} was {then} and is {now} now: it is resumed, though not bit for bit");
             }
         }
-        let shown = |number: Option<f64>| number.map_or("not given".to_owned(), |number| number.to_string());
-        let text = |from: &Option<String>| from.clone().unwrap_or_else(|| "not given".to_owned());
+        let text = |name: &Option<String>| name.clone().unwrap_or_else(|| "not given".to_owned());
         // One set may be at several paths, and another one at the same. Older checkpoints have the path alone.
         let validation = match (&self.validation_fingerprint, &now.validation_fingerprint) {
             (Some(then), Some(now)) => ("val (fingerprint of names, sizes and classes)", then.clone(), now.clone()),
             _ => ("val", text(&self.validation), text(&now.validation)),
         };
-        let compared = [
-            ("seed", self.seed.to_string(), now.seed.to_string()),
-            ("batch size", self.batch_size.to_string(), now.batch_size.to_string()),
-            ("accumulation", self.accumulate.to_string(), now.accumulate.to_string()),
-            (
-                "data (fingerprint of names, sizes and classes)",
-                self.data_fingerprint.clone(),
-                now.data_fingerprint.clone(),
-            ),
-            ("blr", self.base_learning_rate.to_string(), now.base_learning_rate.to_string()),
-            ("min-lr", self.minimum_learning_rate.to_string(), now.minimum_learning_rate.to_string()),
-            ("warmup-epochs", shown(self.warmup_epochs), shown(now.warmup_epochs)),
-            ("weight-decay", self.weight_decay.to_string(), now.weight_decay.to_string()),
-            ("clip-grad", shown(self.clip_norm), shown(now.clip_norm)),
-            ("lr", shown(self.learning_rate), shown(now.learning_rate)),
-            ("ema", shown(self.average_decay), shown(now.average_decay)),
-            validation,
-            ("from", text(&self.from), text(&now.from)),
-        ];
-        let betas = |betas: Option<(f64, f64)>| betas.map(|(first, second)| format!("{first}, {second}"));
-        let optional = [
-            ("betas", betas(self.betas), betas(now.betas)),
-            ("epsilon", self.epsilon.map(|value| value.to_string()), now.epsilon.map(|value| value.to_string())),
-        ];
-        let known = optional.into_iter().filter_map(|(what, then, now)| Some((what, then?, now?)));
-        same(compared.into_iter().chain(known))
+        let data =
+            ("data (fingerprint of names, sizes and classes)", self.data_fingerprint.clone(), now.data_fingerprint);
+        let mut then = self.settings.clone();
+        if let Some(decay) = &self.average_decay {
+            then.insert("ema".to_owned(), decay.clone());
+        }
+        same(settings.compared(&then).chain([data, validation]))
     }
 }
 

@@ -23,20 +23,19 @@ use std::time::Instant;
 
 use crate::data::{
     Batch, ImageProcessor, Loader, LoaderOptions, Position, Shard, Source, SourceOptions, Training, Transform,
+    jpeg_decoder,
 };
 use crate::distributed::Processes;
 use crate::files::write_json;
 use crate::model::{ImageValues, Images, MaeForPreTraining, Masking};
 use crate::ops::{Backend, MaskingShape, RandomMask};
-use crate::train::agreement;
-use crate::train::run::checkpoint::Fingerprints;
 use crate::train::run::figures::{Files, shown_pictures};
 use crate::train::run::metrics::{Metrics, MetricsFile};
 use crate::train::run::report::{Event, PretrainReport, first_and_last};
 use crate::train::run::starvation::Starvation;
 use crate::train::run::tensorboard::EventFile;
 use crate::train::run::validation::Validation;
-use crate::train::settings::{PretrainSettings, Recipe, Resolved, RunLength};
+use crate::train::settings::{Fingerprints, PretrainSettings, Recipe, RunLength};
 use crate::train::{Schedule, Trainer};
 use crate::{Error, Result};
 
@@ -182,7 +181,7 @@ impl<'s, B: Backend> Run<'s, B> {
             false => (None, None),
         };
         processes.ready()?;
-        processes.check_same(&agreement::settings::<B>(settings, &processor, &fingerprint, &schedule))?;
+        processes.check_same(&settings.shared::<B>(&processor, &fingerprint, &schedule))?;
         validation.as_mut().map_or(Ok(()), |validation| validation.check(processes))?;
         // The others get weights and moments from process 0.
         let model = match (&resumed, &settings.from) {
@@ -224,15 +223,19 @@ impl<'s, B: Backend> Run<'s, B> {
             }
         }
 
-        let resolved = Resolved {
-            processes: processes.size(),
-            fingerprints: fingerprint.clone(),
+        let recipe = Recipe {
+            vitmae_version: env!("CARGO_PKG_VERSION").to_owned(),
+            data_fingerprint: fingerprint.data.clone(),
+            validation_fingerprint: fingerprint.validation.clone(),
             pictures,
+            resumed_at: (done > 0).then_some(done),
             total_steps,
             steps_per_epoch,
             schedule,
+            jpeg_decoder: Some(jpeg_decoder().to_owned()),
+            processes: Some(processes.size()),
+            settings: settings.clone(),
         };
-        let recipe = Recipe::new(settings, resolved, done);
         let (mut files, mut history) = (None, Vec::new());
         if let Some(lock) = lock {
             let events = EventFile::create(settings.events.as_ref().unwrap_or(out), done)?;

@@ -12,7 +12,7 @@ use crate::train::step::graphs::{Pass, Passes};
 use crate::{Error, Result};
 
 /// What the optimiser is told once.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct OptimizerSettings {
     /// Decays of the first and second moment; (0.9, 0.95) in the paper.
     pub betas: (f64, f64),
