@@ -304,7 +304,7 @@ fn a_recipe_gives_the_same_run_once_more() {
     run("pretrain --out {}", &[&third]).failed(2, &["--data"]);
     fs::remove_file(pictures.join("picture 03.png")).unwrap();
     run("pretrain --recipe {} --out {}", &[&recipe, &third]).failed(1, &["not the pictures of the recipe"]);
-    run("pretrain --recipe {} --out {}", &[&first.join("loss.svg"), &third]).failed(1, &["no recipe"]);
+    run("pretrain --recipe {} --out {}", &[&first.join("loss.svg"), &third]).failed(1, &["not a recipe"]);
     assert!(!third.exists());
 }
 
