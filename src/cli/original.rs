@@ -1,5 +1,5 @@
 //! What `main_pretrain.py` of the original (facebookresearch/mae) calls otherwise, or has and `pretrain` does not need: its command
-//! lines work, and are refused where a flag would do something else here; README has the exceptions. Names alone are
+//! lines work, and are refused where a flag would do something else here; docs/original.md has the exceptions. Names alone are
 //! aliases in `pretrain`.
 
 use std::ffi::{OsStr, OsString};
