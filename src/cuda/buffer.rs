@@ -95,7 +95,8 @@ pub struct Slice<'a, T> {
 }
 
 impl<'a, T: Pod> Slice<'a, T> {
-    /// Memory that cudarc manages, to be read by work on `stream`. Drop the slice after the launches that use it.
+    /// Memory that cudarc manages, to be read by work on `stream`. Drop the slice after the launches that use it. Not inside
+    /// [`Stream::record`](super::launch::Stream::record).
     pub fn from_cudarc(
         memory: &'a impl cudarc::driver::DevicePtr<T>,
         stream: &'a cudarc::driver::CudaStream,
@@ -166,7 +167,8 @@ pub struct SliceMut<'a, T> {
 }
 
 impl<'a, T: Pod> SliceMut<'a, T> {
-    /// Memory that cudarc manages, to be written by work on `stream`. Drop the slice after the launches that use it.
+    /// Memory that cudarc manages, to be written by work on `stream`. Drop the slice after the launches that use it. Not inside
+    /// [`Stream::record`](super::launch::Stream::record).
     pub fn from_cudarc(
         memory: &'a mut impl cudarc::driver::DevicePtrMut<T>,
         stream: &'a cudarc::driver::CudaStream,

@@ -53,7 +53,16 @@ pub enum CudaError {
         /// What is wrong.
         reason: String,
     },
-    /// Memory ran out: that of the GPU, or what the host can pin for copies to it.
+    /// The host cannot pin memory for copies to the GPU.
+    #[error(
+        "the host cannot pin {bytes} bytes for copies to the GPU; free host memory, or raise the limit on locked memory \
+         (ulimit -l, or that of the container)"
+    )]
+    OutOfPinnedMemory {
+        /// How much was asked for at once.
+        bytes: usize,
+    },
+    /// The memory of the GPU ran out.
     #[error(
         "there is no memory left for the GPU ({}); use a smaller batch (in training --micro-batch, or --recompute), or free \
          memory that other programs hold",

@@ -54,7 +54,8 @@ impl Gpu {
 
     /// A new stream of its own.
     pub fn new_stream(&self) -> Result<Stream> {
-        let stream = self.context.new_stream().map_err(|error| call("creating a stream", error))?;
+        // Not `new_stream`: the first one of a context waits for the whole GPU, which would break what another thread captures.
+        let stream = self.context.default_stream().fork().map_err(|error| call("creating a stream", error))?;
         self.stream(&stream)
     }
 
@@ -227,9 +228,11 @@ impl GpuStream {
     ///
     /// As for [`Driver::release`]; the stream is not captured.
     unsafe fn free(&self, address: u64) {
-        // A drop has nobody to tell: a failure here is a failure of earlier work, and the next call reports it.
+        // A drop cannot return an error: a failed wait is a failure of earlier work, which is logged.
         if self.bind().is_ok() {
-            let _ = self.wait();
+            if let Err(error) = self.wait() {
+                tracing::warn!("before memory of the GPU is given back: {error}");
+            }
             // An exchange that was started and never finished, because something failed, may still use it.
             if let Some(exchange) = &*self.exchange() {
                 exchange.settle();
@@ -244,6 +247,10 @@ impl Drop for GpuStream {
     fn drop(&mut self) {
         // The slots need a current context to be given back; without one they are gone with it.
         if self.bind().is_ok() {
+            // Kernels, the workspace of products and the slots may go next: the work that uses them has to end first.
+            if let Err(error) = self.wait() {
+                tracing::warn!("closing a stream of the GPU: {error}");
+            }
             *self.staging() = Staging::default();
         }
     }
@@ -354,7 +361,14 @@ impl Driver for GpuStream {
 
     fn end_recording(&self) -> Result<Box<dyn RecordedWork>> {
         let mut released = self.released();
-        let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        let flags = sys::CUgraphInstantiate_flags(0);
+        let mut graph = self.stream.end_capture(flags);
+        // cudarc first reports an error that an earlier drop left, and then has not ended the capture.
+        let idle = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        if graph.is_err() && self.stream.capture_status().is_ok_and(|status| status != idle) {
+            let ended = self.stream.end_capture(flags);
+            graph = graph.and(ended);
+        }
         self.recording.store(false, Ordering::Relaxed);
         let addresses = std::mem::take(&mut *released);
         drop(released);

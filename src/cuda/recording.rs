@@ -24,7 +24,9 @@ impl Stream {
     /// Records what `work` gives to this stream; nothing of it runs. `work` cannot reserve memory, wait, copy from or to the
     /// host, mark a time, or be the first on its stream to multiply matrices: do that before.
     ///
-    /// A buffer that `work` drops is given back when the recording ends, which ends the right to launch what uses it.
+    /// A buffer that `work` drops is given back when the recording ends, which ends the right to launch what uses it. `work`
+    /// makes no slice with `Slice::from_cudarc`, whose events cross the recording's boundary, and drops no buffer of another
+    /// stream, which the driver would free while this thread captures: either makes the recording fail.
     ///
     /// # Errors
     /// What `work` returns; [`CudaError::Recording`] for what cannot be recorded; a failed driver call.

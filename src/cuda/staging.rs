@@ -9,7 +9,7 @@ use std::ptr::NonNull;
 use cudarc::driver::{CudaStream, result, sys};
 
 use super::error::{CudaError, Result};
-use super::gpu::{call, reserving};
+use super::gpu::call;
 
 /// Uploads up to this many bytes take a small slot.
 const SMALL_BYTES: usize = 64 << 10;
@@ -114,9 +114,12 @@ impl Slot {
         let capacity = bytes.next_power_of_two().min(LARGEST_BYTES);
         // SAFETY: a context is current; the memory is written before it is read.
         let memory = unsafe { result::malloc_host(capacity, 0) };
-        let memory = memory.map_err(|error| reserving("reserving pinned host memory", capacity, error))?;
+        let memory = memory.map_err(|error| match call("pinning host memory", error) {
+            CudaError::OutOfMemory { .. } => CudaError::OutOfPinnedMemory { bytes: capacity },
+            error => error,
+        })?;
         let Some(memory) = NonNull::new(memory.cast()) else {
-            return Err(CudaError::OutOfMemory { bytes: capacity });
+            return Err(CudaError::OutOfPinnedMemory { bytes: capacity });
         };
         match result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING) {
             Ok(free) => Ok(Self { memory, capacity, free }),

@@ -81,7 +81,7 @@ fn ten_steps_that_are_not_finite_end_a_run() {
     let place = Place::new();
     let (out, model) = (place.path("run"), model(&place));
     let line = "pretrain --data synthetic:20 --out {} --model {} --batch-size 4 --steps 100 --lr 1e30 --warmup-epochs 0 \
-                --checkpoint-every 1 --keep 1";
+                --checkpoint-every 1 --keep 1 --device cpu";
     let ran =
         run(line, &[&out, &model]).failed(1, &["not finite for 10 steps in a row", "lower learning rate", "is whole"]);
     let text = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
