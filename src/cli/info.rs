@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use vitmae::config::MaeConfig;
+use vitmae::config::{MaeConfig, PRESETS};
 use vitmae::model::{MemoryUse, Purpose, WorkspaceShape};
 use vitmae::ops::{MaskingShape, OPS};
 use vitmae::weights::{Checkpoint, Parts};
@@ -20,6 +20,12 @@ pub(crate) struct Arguments {
     /// Images that the memory is counted for [default: 1, 16 and 64]
     #[arg(long, value_name = "N", value_parser = batch)]
     batch_size: Option<usize>,
+    /// Lists the CUDA kernels of this build and what is embedded of each
+    #[arg(long, conflicts_with_all = ["checkpoint", "batch_size"])]
+    kernels: bool,
+    /// Lists the ops and the kernels that compute each on a GPU
+    #[arg(long, conflicts_with_all = ["checkpoint", "batch_size"])]
+    ops: bool,
 }
 
 /// Images at a time, at most: the memory of more is not a number of bytes.
@@ -34,13 +40,28 @@ fn batch(text: &str) -> Result<usize, String> {
 
 pub(crate) fn run(arguments: &Arguments, device: DeviceChoice, precision: Option<Precision>) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    match &arguments.checkpoint {
-        None => devices(&mut out, device, precision),
-        Some(path) => model(&mut out, path, arguments.batch_size, precision.unwrap_or(Precision::F32)),
+    if let Some(path) = &arguments.checkpoint {
+        return model(&mut out, path, arguments.batch_size, precision.unwrap_or(Precision::F32));
     }
+    if arguments.kernels {
+        kernels(&mut out)?;
+    }
+    if arguments.ops {
+        ops(&mut out)?;
+    }
+    if !arguments.kernels && !arguments.ops {
+        overview(&mut out, device, precision, arguments.batch_size.unwrap_or(16))?;
+    }
+    Ok(())
 }
 
-fn devices(out: &mut impl Write, device: DeviceChoice, precision: Option<Precision>) -> anyhow::Result<()> {
+/// One screen: version, devices, what is embedded, and the models.
+fn overview(
+    out: &mut impl Write,
+    device: DeviceChoice,
+    precision: Option<Precision>,
+    batch: usize,
+) -> anyhow::Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     writeln!(out, "vitmae {}", env!("CARGO_PKG_VERSION"))?;
     writeln!(out)?;
@@ -54,16 +75,54 @@ fn devices(out: &mut impl Write, device: DeviceChoice, precision: Option<Precisi
             .map_or_else(|error| format!("cannot be used: {error}"), |device| format!("is {device}"))
     )?;
     writeln!(out)?;
-    kernels(out)?;
+    embedded(out)?;
     writeln!(out)?;
+    let precision = precision.unwrap_or(Precision::F32);
+    let memory = memory_in(precision);
+    writeln!(
+        out,
+        "model   parameters, M   GFLOP/image in training   MB for training {batch} at a time in {precision}"
+    )?;
+    for name in PRESETS {
+        let config = MaeConfig::by_name(name)?;
+        let image = config.image();
+        let keep = MaskingShape::new(1, image.patches(), config.mask_ratio)?.keep;
+        let shape =
+            WorkspaceShape { batch, image, keep, purpose: Purpose::Train, interpolation: None, recompute: false };
+        writeln!(
+            out,
+            "{name:<7} {:>13.2}   {:>23.2}   {:>12.0}",
+            count(&config, Parts::All) / 1e6,
+            config.flops(config.mask_ratio)?.step as f64 / 1e9,
+            memory(&config, &shape)?.total() as f64 / 1e6
+        )?;
+    }
+    writeln!(out)?;
+    writeln!(out, "`vitmae info base` or a checkpoint: more of one model; --kernels, --ops: what this build has")?;
+    Ok(())
+}
+
+/// How memory is counted in this precision.
+fn memory_in(precision: Precision) -> fn(&MaeConfig, &WorkspaceShape) -> vitmae::Result<MemoryUse> {
+    match precision {
+        Precision::F32 => MemoryUse::of,
+        Precision::Bf16 => MemoryUse::of_bf16,
+    }
+}
+
+/// The number of parameters, position tables included; of a configuration that no weights bear out it may exceed a `u64`.
+fn count(config: &MaeConfig, parts: Parts) -> f64 {
+    let numbers = |shape: &[usize]| shape.iter().map(|&n| n as f64).product::<f64>();
+    vitmae::weights::parameters(config, parts).iter().map(|spec| numbers(&spec.shape)).sum()
+}
+
+fn ops(out: &mut impl Write) -> anyhow::Result<()> {
     writeln!(out, "ops")?;
     for op in OPS {
         let symbols: Vec<_> = op.symbols().collect();
         let symbols = if symbols.is_empty() { "-".to_string() } else { symbols.join(" ") };
-        writeln!(out, "  {:10} {:33} {symbols}", op.family, op.name)?;
+        writeln!(out, "  {:13} {:33} {symbols}", op.family, op.name)?;
     }
-    writeln!(out)?;
-    writeln!(out, "models: tiny, small, base, large, huge; try `vitmae info base`")?;
     Ok(())
 }
 
@@ -92,6 +151,32 @@ fn gpus(out: &mut impl Write) -> anyhow::Result<()> {
 #[cfg(not(feature = "cuda"))]
 fn gpus(out: &mut impl Write) -> anyhow::Result<()> {
     Ok(writeln!(out, "  cuda     built without it")?)
+}
+
+/// One line on the kernels of this build.
+#[cfg(feature = "cuda")]
+fn embedded(out: &mut impl Write) -> anyhow::Result<()> {
+    let manifest = vitmae::cuda::embedded_kernels();
+    let count: usize = manifest.files.iter().map(|file| file.symbols().count()).sum();
+    match manifest.nvrtc {
+        Some((major, minor)) => {
+            let mut targets: Vec<_> = manifest
+                .files
+                .iter()
+                .flat_map(|file| file.images.iter().map(|image| image.target.to_string()))
+                .collect();
+            targets.sort_unstable();
+            targets.dedup();
+            writeln!(out, "kernels  {count}, compiled by NVRTC {major}.{minor} for {}", targets.join(", "))?;
+        }
+        None => writeln!(out, "kernels  {count}, compiled on first use (this build had no NVRTC)")?,
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn embedded(out: &mut impl Write) -> anyhow::Result<()> {
+    kernels(out)
 }
 
 #[cfg(feature = "cuda")]
@@ -137,11 +222,7 @@ fn model(out: &mut impl Write, path: &Path, batch_size: Option<usize>, precision
     let image = config.image();
     let (rows, columns) = image.grid();
     let keep = MaskingShape::new(1, image.patches(), config.mask_ratio)?.keep;
-    let count = |parts: Parts| -> f64 {
-        let numbers = |shape: &[usize]| shape.iter().map(|&n| n as f64).product::<f64>();
-        vitmae::weights::parameters(&config, parts).iter().map(|spec| numbers(&spec.shape)).sum()
-    };
-    let (encoder, all) = (count(Parts::EncoderOnly), count(Parts::All));
+    let (encoder, all) = (count(&config, Parts::EncoderOnly), count(&config, Parts::All));
 
     writeln!(out, "model        {}{}", path.display(), if whole { "" } else { " (encoder only)" })?;
     writeln!(
@@ -208,7 +289,7 @@ fn model(out: &mut impl Write, path: &Path, batch_size: Option<usize>, precision
     write!(out, "memory in {:5} MB  ", format!("{precision},"))?;
     purposes.iter().try_for_each(|(name, _)| write!(out, "{name:>10} "))?;
     writeln!(out)?;
-    let memory = if precision == Precision::Bf16 { MemoryUse::of_bf16 } else { MemoryUse::of };
+    let memory = memory_in(precision);
     let batches = batch_size.map_or_else(|| vec![1, 16, 64], |batch| vec![batch]);
     for batch in batches {
         write!(out, "  {batch:>4} at a time  ")?;

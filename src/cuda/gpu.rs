@@ -194,6 +194,16 @@ impl GpuStream {
         self.gpu.context.bind_to_thread().map_err(|error| call("making a context current", error))
     }
 
+    /// The same where something is dropped, which cannot return an error. The first call returns what an earlier drop left
+    /// behind, if anything, and forgets it; the second one binds.
+    fn bind_in_drop(&self) -> bool {
+        let bound = self.bind().or_else(|error| {
+            tracing::warn!("while memory of the GPU is given back: {error}");
+            self.bind()
+        });
+        bound.is_ok()
+    }
+
     /// The same, for what a graph cannot hold.
     fn bind_for(&self, what: &'static str) -> Result<()> {
         if self.recording.load(Ordering::Relaxed) {
@@ -229,7 +239,7 @@ impl GpuStream {
     /// As for [`Driver::release`]; the stream is not captured.
     unsafe fn free(&self, address: u64) {
         // A drop cannot return an error: a failed wait is a failure of earlier work, which is logged.
-        if self.bind().is_ok() {
+        if self.bind_in_drop() {
             if let Err(error) = self.wait() {
                 tracing::warn!("before memory of the GPU is given back: {error}");
             }
@@ -246,7 +256,7 @@ impl GpuStream {
 impl Drop for GpuStream {
     fn drop(&mut self) {
         // The slots need a current context to be given back; without one they are gone with it.
-        if self.bind().is_ok() {
+        if self.bind_in_drop() {
             // Kernels, the workspace of products and the slots may go next: the work that uses them has to end first.
             if let Err(error) = self.wait() {
                 tracing::warn!("closing a stream of the GPU: {error}");

@@ -5,10 +5,10 @@
 //! | --- | --- | --- | --- |
 //! | one process | `single.rs` | | |
 //! | MPI (feature `mpi`) | `mpi.rs` | `mpirun`, `srun --mpi=pmix` | CPUs, and GPUs to meet and agree |
-//! | sockets | `tcp.rs`, `meeting.rs` | torchrun or whatever sets `RANK`, `WORLD_SIZE`, `MASTER_ADDR` | the same |
-//! | NCCL (feature `cuda`) | `nccl.rs` | comes on top of either | gradients from GPU to GPU |
+//! | sockets | `tcp.rs`, `rendezvous.rs` | torchrun or whatever sets `RANK`, `WORLD_SIZE`, `MASTER_ADDR` | the same |
+//! | NCCL (feature `cuda`) | `cuda/nccl.rs` | comes on top of either | gradients from GPU to GPU |
 //!
-//! [`Processes`] is what training works with. Its rule: an error of one process is an error of all. Behind whatever
+//! [`Processes`] is what training works with. Its rule: an error of one process is an error of all. After whatever
 //! may fail in one process alone comes [`Processes::ready`] (or [`Processes::agree`]), and only then an exchange.
 
 mod launcher;

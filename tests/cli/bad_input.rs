@@ -385,7 +385,7 @@ fn other_json_files_are_no_configurations() {
 fn recipes_with_impossible_numbers_are_refused() {
     let place = Place::new();
     let (pictures, again) = (place.pictures(4), place.path("again"));
-    pretrain(&place, &pictures, "").succeeded();
+    pretrain(&place, &pictures, "--device cpu").succeeded();
     let recipe = fs::read_to_string(place.path("run/recipe.json")).unwrap();
     let changed = place.path("changed.json");
     for (key, value, words) in [
@@ -411,7 +411,7 @@ fn recipes_with_impossible_numbers_are_refused() {
         .replace("\"0.1.0\"", "\"9.9.9\"")
         .replace("\"jpeg_decoder\": \"", "\"jpeg_decoder\": \"not ");
     fs::write(&changed, edited).unwrap();
-    let ran = run("pretrain --recipe {} --out {}", &[&changed, &again]).succeeded();
+    let ran = run("pretrain --device cpu --recipe {} --out {}", &[&changed, &again]).succeeded();
     assert!(
         ran.err.contains("cuda:7 and not") && ran.err.contains("version 9.9.9") && ran.err.contains("unpacked by not "),
         "{}",

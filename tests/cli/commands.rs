@@ -8,6 +8,14 @@ use crate::{Place, run, small_config, tensor};
 fn info_shows_devices_and_models() {
     let ran = run("info", &[]).succeeded();
     assert!(ran.out.contains("cpu") && ran.out.contains("threads"), "{}", ran.out);
+    for word in ["vitmae ", "huge", "111.91", "58.46", "kernels", "--ops"] {
+        assert!(ran.out.contains(word), "{word} is not in {}", ran.out);
+    }
+    assert!(ran.out.lines().count() <= 24, "{}", ran.out);
+    let ran = run("info --ops", &[]).succeeded();
+    assert!(ran.out.contains("masking_random") && ran.out.contains("cross_entropy_forward_backward"), "{}", ran.out);
+    let ran = run("info --kernels", &[]).succeeded();
+    assert!(ran.out.contains("kernels"), "{}", ran.out);
     let ran = run("info base", &[]).succeeded();
     for word in ["111.", "19.56", "58.46", "14x14 = 196", "49 visible"] {
         assert!(ran.out.contains(word), "{word} is not in {}", ran.out);

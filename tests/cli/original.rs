@@ -17,7 +17,7 @@ fn the_originals_flags_are_understood() {
     let model = model(&place);
     let train = |name: &str, line: &str| {
         let out = place.path(name);
-        run(&format!("pretrain --data synthetic:20 {line}"), &[&out, &model]).succeeded();
+        run(&format!("pretrain --data synthetic:20 --device cpu {line}"), &[&out, &model]).succeeded();
         (values(&out, "loss"), recipe(&out))
     };
     let ours = train(
@@ -27,8 +27,7 @@ fn the_originals_flags_are_understood() {
     );
     assert!(ours.1.contains("\"peak\": 0.0003125"), "blr 0.01 with 8 pictures in a step: {}", ours.1);
     let theirs = "--output_dir {} --model {} --batch_size 4 --accum_iter 2 --epochs 2 --input_size 16 --mask_ratio 0.5 \
-                  --norm_pix_loss --weight_decay 0.1 --min_lr 0.001 --warmup_epochs 1 --blr 0.01 --num_workers 1 --seed 3 \
-                  --device cpu";
+                  --norm_pix_loss --weight_decay 0.1 --min_lr 0.001 --warmup_epochs 1 --blr 0.01 --num_workers 1 --seed 3";
     assert_eq!(train("theirs", theirs), ours);
     assert_eq!(train("dashes", &theirs.replace('_', "-")), ours);
     // The absolute learning rate, under the same name in both.
