@@ -4,11 +4,9 @@ use std::path::{Path, PathBuf};
 
 use vitmae::data::{Batch, Image, Loader, Source, SourceOptions, Training, Transform};
 
-/// The folder of real pictures, if it is there.
+/// The folder of real pictures that `VITMAE_DATA` names, if it is there.
 pub fn real_data() -> Option<PathBuf> {
-    let folder = std::env::var_os("VITMAE_DATA")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data"), PathBuf::from);
-    folder.is_dir().then_some(folder)
+    std::env::var_os("VITMAE_DATA").map(PathBuf::from).filter(|folder| folder.is_dir())
 }
 
 pub fn options(size: usize) -> SourceOptions {

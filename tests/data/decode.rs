@@ -175,7 +175,7 @@ proptest! {
 #[test]
 fn real_photographs_decode() {
     let Some(folder) = real_data().map(|data| data.join("imagenet-samples")).filter(|folder| folder.is_dir()) else {
-        println!("skipped: no real pictures in VITMAE_DATA or ../shared/data");
+        println!("skipped: no real pictures in VITMAE_DATA");
         return;
     };
     for entry in fs::read_dir(folder).unwrap() {

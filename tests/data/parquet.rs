@@ -171,7 +171,7 @@ fn damaged_files_are_errors_or_pictures() {
 #[test]
 fn real_files_of_hugging_face_are_read() {
     let Some(path) = real_data().map(|data| data.join("cifar10/test.parquet")).filter(|path| path.is_file()) else {
-        println!("skipped: no real pictures in VITMAE_DATA or ../shared/data");
+        println!("skipped: no real pictures in VITMAE_DATA");
         return;
     };
     let source = open(&path);

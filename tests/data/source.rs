@@ -245,7 +245,7 @@ fn generated_scenes_of_one_and_three_channels_are_the_same_scenes() {
 #[test]
 fn real_photographs_are_found() {
     let Some(folder) = real_data().map(|data| data.join("imagenet-samples")).filter(|folder| folder.is_dir()) else {
-        println!("skipped: no real pictures in VITMAE_DATA or ../shared/data");
+        println!("skipped: no real pictures in VITMAE_DATA");
         return;
     };
     let mut options = options(8);
