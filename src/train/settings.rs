@@ -404,6 +404,8 @@ pub(super) fn shown(value: &Value) -> String {
         Value::Bool(true) => "given".to_owned(),
         Value::String(text) => text.clone(),
         Value::Array(values) => values.iter().map(shown).collect::<Vec<_>>().join(", "),
+        // 2 and not 2.0, and no exponents.
+        Value::Number(number) if number.is_f64() => number.as_f64().unwrap_or_default().to_string(),
         other => other.to_string(),
     }
 }

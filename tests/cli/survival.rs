@@ -401,7 +401,7 @@ fn a_resumed_run_keeps_its_betas_and_its_epsilon() {
     let betas = resume(&|settings| settings.optimizer.betas = (0.5, 0.5)).unwrap_err();
     assert!(betas.contains("cannot resume: the run's betas was 0.9, 0.95 and is 0.5, 0.5 now"), "{betas}");
     let epsilon = resume(&|settings| settings.optimizer.epsilon = 1e-2).unwrap_err();
-    assert!(epsilon.contains("cannot resume: the run's epsilon was 1e-8 and is 0.01 now"), "{epsilon}");
+    assert!(epsilon.contains("cannot resume: the run's epsilon was 0.00000001 and is 0.01 now"), "{epsilon}");
     // A checkpoint of an older version has neither.
     let path = out.join("checkpoint-2/trainer_state.json");
     let mut state: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
